@@ -1,18 +1,18 @@
 """Train, compress and score a small language model: the best that fits in 16,000,000 bytes.
 
-One file is the whole system. It trains a depth-recurrent transformer within a time budget, quantises it with
-second-order information, packs it into one flat file, reloads that file, and scores held-out text in bits per
-byte (BPB), with and without test-time training.
+One file is the whole system. It trains a depth-recurrent transformer within a time budget,
+quantises it with second-order information, packs it into one flat file, reloads that file, and
+scores held-out text in bits per byte (BPB), with and without test-time training.
 
-    make run                                                      the whole story on a laptop (PRESET=demo)
-    torchrun --standalone --nproc_per_node=8 train_gpt.py         a run on eight GPUs
-    EVAL_ONLY=runs/<run_id>/artifact.bin python train_gpt.py      score an existing artifact
+    make run                                                     the whole story on a laptop
+    torchrun --standalone --nproc_per_node=8 train_gpt.py        a run on eight GPUs
+    EVAL_ONLY=runs/<run_id>/artifact.bin python train_gpt.py     score an existing artifact
+    python train_gpt.py pack OUT                                 write the program whose bytes count
 
-Settings are environment variables (PRINT_CONFIG=1 shows them). `python train_gpt.py pack OUT` writes the packed
-program whose bytes count.
+Settings are environment variables; PRINT_CONFIG=1 shows them and what they build.
 
-Sections, in the order the data flows: 1 Config, 2 Runtime, 3 Data, 4 Model, 5 Optimizer, 6 Training,
-7 Quantisation, 8 Artifact, 9 Evaluation, 10 Test-time training, 11 Main, 12 Kernels.
+Sections, in the order the data flows: 1 Config, 2 Runtime, 3 Data, 4 Model, 5 Optimizer,
+6 Training, 7 Quantisation, 8 Artifact, 9 Evaluation, 10 Test-time training, 11 Main, 12 Kernels.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import difflib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import math
@@ -37,9 +38,9 @@ import time
 import typing
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -52,17 +53,17 @@ from torch import Tensor, nn
 if typing.TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-# ======================================================================================================
+# ==================================================================================================
 # 1  Config
 #
-# Enters: environment variables. Leaves: one frozen `Config`, complete and checked. A preset is a table of
-# differences from the defaults; a variable with a field's upper-case name overrides either. Anything that
-# looks like a setting of ours but is not one is an error, because a misspelt setting costs a paid run.
-# ======================================================================================================
+# Enters: environment variables. Leaves: one frozen `Config`, complete and checked. A preset is a
+# table of differences from the defaults; a variable named like a field, in capitals, overrides it.
+# What looks like a setting of ours but is none is an error: a misspelt setting costs a paid run.
+# ==================================================================================================
 
 
 class GolfError(Exception):
-    """An error that the user can act on: its message names the variable or file, the value and the bound."""
+    """An error to act on: the message names the variable or file, the value and the bound."""
 
 
 class ConfigError(GolfError):
@@ -78,121 +79,124 @@ class ArtifactError(GolfError):
 
 
 class LegalityError(GolfError):
-    """A score would break the rules of evaluation."""
-
-
-class BudgetError(GolfError):
-    """A time budget is crossed or cannot be met."""
+    """A score or a clock would break the rules of the competition."""
 
 
 class TrainingError(GolfError):
     """Training produced a value that no later step can recover from."""
 
 
-AttentionName = Literal["auto", "fa3", "fa4", "cudnn", "flash", "math"]
-Track = Literal["auto", "10min_16mb", "non_record"]
-Compressor = Literal["brotli", "lzma"]
+Number = typing.TypeVar("Number", int, float)
+
+
+def within(default: Number, low: float, high: float) -> Number:
+    """A setting with its range, both ends included."""
+    return field(default=default, metadata={"range": (low, high)})
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Every setting of a run. Fields carry the names that the competition published, in lower case."""
+    """Every setting of a run, under the names that the competition published, in lower case."""
 
     # Run
     preset: str = "record"
-    track: Track = "auto"  # auto: 10min_16mb at world size 8 with the official data, else non_record
-    seed: int = 1337  # initialisation and data order
+    track: Literal["auto", "10min_16mb", "non_record"] = "auto"
+    seed: int = within(1337, 0, 2**32 - 1)  # initialisation and data order
     run_id: str = ""  # default: preset, seed and UTC time
     log_dir: str = "logs"
     run_dir: str = "runs"
     print_config: bool = False
     eval_only: str = ""  # path of an artifact; skips training
-    attention: AttentionName = "auto"
-    compile: bool = True  # torch.compile; the demo runs eagerly
+    attention: Literal["auto", "fa3", "fa4", "cudnn", "flash", "math"] = "auto"
+    compile: bool = True
     # Data
     data_dir: str = "./data"  # holds datasets/ and tokenizers/
-    data_path: str = ""  # folder of the shards; default: derived from data_dir and vocab_size
-    tokenizer_path: str = ""  # SentencePiece model; default: derived likewise
-    vocab_size: int = 8192
-    train_seq_len: int = 2048  # tokens per training window
-    train_batch_tokens: int = 786_432  # per optimizer step, all ranks together
-    micro_batch_tokens: int = 98_304  # most tokens of one forward pass on one rank
+    data_path: str = ""  # folder of the shards; default: by vocab_size under data_dir
+    tokenizer_path: str = ""  # SentencePiece model; default: likewise
+    vocab_size: int = within(8192, 8, 65_535)
+    train_seq_len: int = within(2048, 8, 1 << 20)  # tokens per training window
+    train_batch_tokens: int = within(786_432, 8, 1 << 30)  # per optimizer step, all ranks
+    micro_batch_tokens: int = within(98_304, 8, 1 << 24)  # most in one forward pass of one rank
     # Model
-    num_layers: int = 11  # physical blocks
-    model_dim: int = 512
-    num_heads: int = 8
-    num_kv_heads: int = 4
-    mlp_mult: float = 4.0
-    rope_base: float = 10_000.0
-    rope_dims: int = 16  # rotated dimensions of each head; 0: all
-    qk_gain_init: float = 5.25
+    num_layers: int = within(11, 1, 256)  # physical blocks
+    model_dim: int = within(512, 8, 16_384)
+    num_heads: int = within(8, 1, 256)
+    num_kv_heads: int = within(4, 1, 256)
+    mlp_mult: float = within(4.0, 0.1, 32)
+    rope_base: float = within(10_000.0, 1, 1e9)
+    rope_dims: int = within(16, 0, 1024)  # rotated dimensions of each head; 0: all
+    qk_gain_init: float = within(5.25, 0.01, 100)
     ln_scale: bool = True  # norm outputs are divided by sqrt(block + 1)
-    xsa_last_n: int = 11  # exclusive self attention on that many last blocks
-    parallel_residual_start: int = 7  # first block whose attention and MLP read the same input; -1: none
-    logit_softcap: float = 30.0
-    tied_embed_init_std: float = 0.005
+    xsa_last_n: int = within(11, 0, 256)  # exclusive self attention on that many last blocks
+    parallel_residual_start: int = within(7, -1, 256)  # -1: every block is serial
+    logit_softcap: float = within(30.0, 1, 1e4)
+    tied_embed_init_std: float = within(0.005, 1e-6, 1)
     # Depth recurrence
-    num_loops: int = 2  # extra passes through the loop segment; 0: none
-    loop_start: int = 3
-    loop_end: int = 5  # inclusive
-    enable_looping_at: float = 0.35  # progress at which the extra passes begin
+    num_loops: int = within(2, 0, 16)  # extra passes through the loop segment
+    loop_start: int = within(3, 0, 255)
+    loop_end: int = within(5, 0, 255)  # inclusive
+    enable_looping_at: float = within(0.35, 0, 1)  # progress at which they begin
     # Optimizer
-    matrix_lr: float = 0.022
-    tied_embed_lr: float = 0.03
-    scalar_lr: float = 0.02
-    muon_momentum: float = 0.99
-    muon_momentum_warmup_start: float = 0.92
-    muon_momentum_warmup_steps: int = 1500
-    muon_backend_steps: int = 5  # Newton-Schulz iterations
+    matrix_lr: float = within(0.022, 0, 10)
+    tied_embed_lr: float = within(0.03, 0, 10)
+    scalar_lr: float = within(0.02, 0, 10)
+    muon_momentum: float = within(0.99, 0, 0.9999)
+    muon_momentum_warmup_start: float = within(0.92, 0, 0.9999)
+    muon_momentum_warmup_steps: int = within(1500, 1, 10**7)
+    muon_backend_steps: int = within(5, 1, 20)  # Newton-Schulz iterations
     muon_row_normalize: bool = True
-    muon_wd: float = 0.095
-    embed_wd: float = 0.085
-    adam_wd: float = 0.02
-    beta1: float = 0.9
-    beta2: float = 0.95
-    adam_eps: float = 1e-8
-    grad_clip_norm: float = 0.3  # global; 0: off
+    muon_wd: float = within(0.095, 0, 10)
+    embed_wd: float = within(0.085, 0, 10)
+    adam_wd: float = within(0.02, 0, 10)
+    beta1: float = within(0.9, 0, 0.9999)
+    beta2: float = within(0.95, 0, 0.99999)
+    adam_eps: float = within(1e-8, 1e-20, 1)
+    grad_clip_norm: float = within(0.3, 0, 1e6)  # global; 0: off
     # Schedule
-    iterations: int = 20_000  # most optimizer steps
-    max_wallclock_seconds: float = 600.0  # training budget; 0: progress is step / iterations
-    gptq_reserve_seconds: float = 12.0  # least share of the budget kept for calibration
-    warmdown_frac: float = 0.72  # last share of progress with falling learning rate
-    min_lr: float = 0.0  # floor of the learning-rate scale
-    warmup_steps: int = 20  # untimed micro-steps per depth plan, on random tokens
-    ema_decay: float = 0.9965  # per optimizer step
-    train_log_every: int = 500
-    val_loss_every: int = 4000  # steps; 0: only at the end
+    iterations: int = within(20_000, 1, 10**8)  # most optimizer steps
+    max_wallclock_seconds: float = within(600.0, 0, 1e7)  # 0: progress is step / iterations
+    gptq_reserve_seconds: float = within(12.0, 0, 1e5)  # least share kept for calibration
+    warmdown_frac: float = within(0.72, 0.001, 1)  # last share of progress with falling rate
+    min_lr: float = within(0.0, 0, 1)  # floor of the learning-rate scale
+    warmup_steps: int = within(20, 1, 1000)  # untimed micro-steps per plan, on random tokens
+    ema_decay: float = within(0.9965, 0, 0.999999)  # per optimizer step
+    train_log_every: int = within(500, 1, 10**7)
+    val_loss_every: int = within(4000, 0, 10**8)  # steps; 0: never while training
     # Quantisation and artifact
-    matrix_bits: int = 6
-    embed_bits: int = 8
-    matrix_clip_sigmas: float = 12.85
-    embed_clip_sigmas: float = 20.0
-    gptq_calibration_batches: int = 64  # of micro_batch_tokens, all ranks together
-    gptq_damp: float = 0.01  # of the mean Hessian diagonal
-    compressor: Compressor = "brotli"
+    matrix_bits: int = within(6, 2, 8)
+    embed_bits: int = within(8, 2, 8)
+    matrix_clip_sigmas: float = within(12.85, 0.5, 1000)
+    embed_clip_sigmas: float = within(20.0, 0.5, 1000)
+    gptq_calibration_batches: int = within(64, 1, 10**5)  # of micro_batch_tokens, all ranks
+    gptq_damp: float = within(0.01, 1e-6, 1)  # of the mean Hessian diagonal
+    compressor: Literal["brotli", "lzma"] = "brotli"
     fit: bool = True  # widen the clips until the artifact fits its cap
-    artifact_cap_bytes: int = 16_000_000  # packed program + model file
+    artifact_cap_bytes: int = within(16_000_000, 1000, 10**12)  # packed program and model file
     # Evaluation
-    eval_seq_len: int = 2048
-    eval_stride: int = 64
-    val_batch_tokens: int = 65_536  # per forward pass on one rank
+    eval_seq_len: int = within(2048, 8, 1 << 20)
+    eval_stride: int = within(64, 1, 1 << 20)
+    val_batch_tokens: int = within(524_288, 8, 1 << 27)  # eight ranks' share of a forward pass
     sliding_window_enabled: bool = True
-    max_eval_seconds: float = 600.0
+    max_eval_seconds: float = within(600.0, 1, 1e7)
     # Test-time training
     ttt_enabled: bool = True
-    ttt_lr: float = 0.005
-    ttt_epochs: int = 3
-    ttt_momentum: float = 0.9
-    ttt_chunk_tokens: int = 32_768
-    ttt_grad_clip: float = 1.0
+    ttt_lr: float = within(0.005, 0, 10)
+    ttt_epochs: int = within(3, 0, 100)
+    ttt_momentum: float = within(0.9, 0, 0.9999)
+    ttt_chunk_tokens: int = within(32_768, 8, 1 << 24)
+    ttt_grad_clip: float = within(1.0, 0, 1e6)
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        for f in fields(self):
+            low, high = f.metadata.get("range", (None, None))
+            if low is not None and not low <= getattr(self, f.name) <= high:
+                raise ConfigError(f"{f.name.upper()}={getattr(self, f.name)} must be between "
+                                  f"{low:g} and {high:g}")
         check_consistency(self)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
-        """The settings of `PRESET` with every variable in `env` applied. Raises: ConfigError."""
+        """The settings of PRESET with every variable in `env` applied. Raises: ConfigError."""
         reject_unknown_variables(env)
         preset = env.get("PRESET", "record")
         if preset not in PRESETS:
@@ -218,223 +222,186 @@ class Config:
         return int(self.mlp_mult * self.model_dim)
 
     @property
+    def eval_rows(self) -> int:
+        """Windows in one evaluation batch of one rank."""
+        return max(1, self.val_batch_tokens // (8 * self.eval_seq_len))
+
+    @property
     def dataset_dir(self) -> Path:
         """Folder with the shards."""
-        return Path(self.data_path or Path(self.data_dir) / "datasets" / f"fineweb10B_sp{self.vocab_size}")
+        default = Path(self.data_dir) / "datasets" / f"fineweb10B_sp{self.vocab_size}"
+        return Path(self.data_path or default)
 
     @property
     def tokenizer_file(self) -> Path:
         """The SentencePiece model."""
-        return Path(self.tokenizer_path or Path(self.data_dir) / "tokenizers" / f"fineweb_{self.vocab_size}_bpe.model")
+        default = Path(self.data_dir) / "tokenizers" / f"fineweb_{self.vocab_size}_bpe.model"
+        return Path(self.tokenizer_path or default)
 
     @property
     def config_hash(self) -> str:
-        """Fingerprint of everything that defines the method: equal for the seeds of one experiment."""
+        """Fingerprint of what defines the method: equal for the seeds of one experiment."""
         method = {k: v for k, v in asdict(self).items() if k not in NOT_METHOD}
         return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()[:16]
 
     def differs(self) -> dict[str, object]:
         """The settings that are unlike the preset's."""
         base = Config(**{**PRESETS[self.preset], "preset": self.preset})  # type: ignore[arg-type]
-        return {k: v for k, v in asdict(self).items() if v != asdict(base)[k]}
+        return {k: v for k, v in asdict(self).items() if v != getattr(base, k)}
 
 
-NOT_METHOD = {"seed", "run_id", "log_dir", "run_dir", "print_config", "eval_only", "data_dir", "data_path",
-              "tokenizer_path"}
+NOT_METHOD = {"seed", "run_id", "log_dir", "run_dir", "print_config", "eval_only", "data_dir",
+              "data_path", "tokenizer_path"}
 
 PRESETS: dict[str, dict[str, object]] = {
     "record": {},
     "pr1493": {},
     # The same program at laptop size: two CPU cores, about two minutes.
     "demo": {
-        "data_path": "data/datasets/demo_sp1024", "tokenizer_path": "data/tokenizers/demo_1024_bpe.model",
-        "vocab_size": 1024, "compile": False, "train_seq_len": 256, "train_batch_tokens": 6144,
-        "micro_batch_tokens": 6144, "num_layers": 5, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2,
-        "mlp_mult": 3.0, "rope_dims": 8, "xsa_last_n": 5, "parallel_residual_start": 3, "num_loops": 1,
-        "loop_start": 1, "loop_end": 2, "matrix_lr": 0.03, "muon_momentum_warmup_steps": 40,
-        "muon_momentum": 0.95, "grad_clip_norm": 1.0, "ema_decay": 0.95, "max_wallclock_seconds": 75.0,
+        "data_path": "data/datasets/demo_sp1024",
+        "tokenizer_path": "data/tokenizers/demo_1024_bpe.model",
+        "compile": False, "vocab_size": 1024, "train_seq_len": 256, "train_batch_tokens": 6144,
+        "micro_batch_tokens": 6144, "num_layers": 5, "model_dim": 128, "num_heads": 4,
+        "num_kv_heads": 2, "mlp_mult": 3.0, "rope_dims": 8, "xsa_last_n": 5,
+        "parallel_residual_start": 3, "num_loops": 1, "loop_start": 1, "loop_end": 2,
+        "matrix_lr": 0.03, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 40,
+        "grad_clip_norm": 1.0, "ema_decay": 0.95, "max_wallclock_seconds": 75.0,
         "gptq_reserve_seconds": 1.0, "warmup_steps": 1, "train_log_every": 10, "val_loss_every": 0,
-        "gptq_calibration_batches": 8, "eval_seq_len": 256, "val_batch_tokens": 8192,
+        "gptq_calibration_batches": 8, "eval_seq_len": 256, "val_batch_tokens": 65_536,
         "ttt_chunk_tokens": 4096,
     },
 }
 
-# Published variables without effect here, and what to use instead.
-RETIRED: dict[str, str] = {
+# Published variables without effect here, and what to do instead.
+RETIRED = {
     "MUON_BETA2": "it never had an effect; Muon reads MUON_MOMENTUM",
-    "ROPE_TRAIN_SEQ_LEN": "it never had an effect; positions follow TRAIN_SEQ_LEN and EVAL_SEQ_LEN",
-    "ETLB_ENABLED": "the evaluation it named never existed; use TTT_ENABLED",
-    "ETLB_LR": "use TTT_LR",
-    "ETLB_STEPS": "use TTT_EPOCHS",
-    "ETLB_CLIP": "use TTT_GRAD_CLIP",
-    "EMBED_LR": "the head is always tied; use TIED_EMBED_LR",
-    "HEAD_LR": "the head is always tied; use TIED_EMBED_LR",
-    "TIE_EMBEDDINGS": "the head is always tied; remove it",
+    "ROPE_TRAIN_SEQ_LEN": "it never had an effect; positions follow TRAIN_SEQ_LEN",
+    **dict.fromkeys(("ETLB_ENABLED", "ETLB_LR", "ETLB_STEPS", "ETLB_CLIP"),
+                    "the evaluation that it named never existed; use TTT_ENABLED, TTT_LR, ..."),
+    **dict.fromkeys(("EMBED_LR", "HEAD_LR", "TIE_EMBEDDINGS"),
+                    "the head is always tied; use TIED_EMBED_LR"),
     "EMBEDDING_DIM": "the embedding is as wide as the model; use MODEL_DIM",
     "SKIP_GATES_ENABLED": "skips are always gated; remove it",
     "CONTROL_TENSOR_NAME_PATTERNS": "parameters belong to typed groups; remove it",
-    "SCALE_PARAM_NAME_PATTERNS": "parameters belong to typed groups; remove it",
-    "CASTED_LINEAR_NAME_PATTERNS": "parameters belong to typed groups; remove it",
 }
 
 # A variable with one of these words between underscores can only be meant for this program.
-OWNED_WORDS = {"TTT", "MUON", "GPTQ", "EMA", "SWA", "WARMDOWN", "LOOPS", "LOOPING", "XSA", "ROPE", "WALLCLOCK", "ETLB",
-               "EMBED", "CLIP", "LORA", "GOLF", "KV", "MLP", "ITERATIONS", "VOCAB", "QK", "SOFTCAP", "LR", "SMEAR"}
-
-RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**32 - 1), "vocab_size": (8, 65_535), "train_seq_len": (8, 1 << 20),
-    "train_batch_tokens": (8, 1 << 30), "micro_batch_tokens": (8, 1 << 24), "num_layers": (1, 256),
-    "model_dim": (8, 16_384), "num_heads": (1, 256), "num_kv_heads": (1, 256), "mlp_mult": (0.1, 32),
-    "rope_base": (1, 1e9), "rope_dims": (0, 1024), "qk_gain_init": (0.01, 100), "xsa_last_n": (0, 256),
-    "parallel_residual_start": (-1, 256), "logit_softcap": (1, 1e4), "tied_embed_init_std": (1e-6, 1),
-    "num_loops": (0, 16), "loop_start": (0, 255), "loop_end": (0, 255), "enable_looping_at": (0, 1),
-    "matrix_lr": (0, 10), "tied_embed_lr": (0, 10), "scalar_lr": (0, 10), "muon_momentum": (0, 0.9999),
-    "muon_momentum_warmup_start": (0, 0.9999), "muon_momentum_warmup_steps": (1, 1e7),
-    "muon_backend_steps": (1, 20), "muon_wd": (0, 10), "embed_wd": (0, 10), "adam_wd": (0, 10), "beta1": (0, 0.9999),
-    "beta2": (0, 0.99999), "adam_eps": (1e-20, 1), "grad_clip_norm": (0, 1e6), "iterations": (1, 1e8),
-    "max_wallclock_seconds": (0, 1e7), "gptq_reserve_seconds": (0, 1e5), "warmdown_frac": (0.001, 1),
-    "min_lr": (0, 1), "warmup_steps": (1, 1000), "ema_decay": (0, 0.999999), "train_log_every": (1, 1e7),
-    "val_loss_every": (0, 1e8), "matrix_bits": (2, 8), "embed_bits": (2, 8), "matrix_clip_sigmas": (0.5, 1000),
-    "embed_clip_sigmas": (0.5, 1000), "gptq_calibration_batches": (1, 1e5), "gptq_damp": (1e-6, 1),
-    "artifact_cap_bytes": (1000, 1e12), "eval_seq_len": (8, 1 << 20), "eval_stride": (1, 1 << 20),
-    "val_batch_tokens": (8, 1 << 24), "max_eval_seconds": (1, 1e7), "ttt_lr": (0, 10), "ttt_epochs": (0, 100),
-    "ttt_momentum": (0, 0.9999), "ttt_chunk_tokens": (8, 1 << 24), "ttt_grad_clip": (0, 1e6),
-}
+OWNED_WORDS = {"TTT", "MUON", "GPTQ", "EMA", "SWA", "WARMDOWN", "LOOPS", "LOOPING", "XSA", "ROPE",
+               "WALLCLOCK", "ETLB", "EMBED", "CLIP", "LORA", "KV", "MLP", "ITERATIONS", "VOCAB",
+               "QK", "SOFTCAP", "LR", "SMEAR"}
 
 
 def parse_setting(name: str, text: str, kind: object) -> object:
     """The value of `text` as the type of field `name`. Raises: ConfigError."""
-    variable = f"{name.upper()}={text!r}"
+    variable, choices = f"{name.upper()}={text!r}", typing.get_args(kind)
     if kind is bool:
-        if text not in ("0", "1"):
-            raise ConfigError(f"{variable} must be 0 or 1")
-        return text == "1"
-    if kind in (int, float):
-        try:
-            number = float(text) if kind is float else int(text)
-        except ValueError:
-            raise ConfigError(f"{variable} is not {'a number' if kind is float else 'a whole number'}") from None
-        if not math.isfinite(number):
-            raise ConfigError(f"{variable} is not finite")
-        return number
-    choices = typing.get_args(kind)
+        choices = ("0", "1")
     if choices and text not in choices:
         raise ConfigError(f"{variable} is not one of {', '.join(choices)}")
-    return text
+    if kind is bool:
+        return text == "1"
+    if kind not in (int, float):
+        return text
+    try:
+        number = float(text) if kind is float else int(text)
+    except ValueError:
+        what = "a number" if kind is float else "a whole number"
+        raise ConfigError(f"{variable} is not {what}") from None
+    if not math.isfinite(number):
+        raise ConfigError(f"{variable} is not finite")
+    return number
 
 
 def reject_unknown_variables(env: Mapping[str, str]) -> None:
-    """Raises ConfigError for a retired setting and for a variable that can only be a misspelt one."""
+    """Raises ConfigError for a retired setting and for one that can only be misspelt."""
     known = {f.name.upper() for f in fields(Config)}
     for variable in sorted(env.keys() - known):
         if variable in RETIRED:
             raise ConfigError(f"{variable} is no longer a setting: {RETIRED[variable]}")
-        near = difflib.get_close_matches(variable, known, n=1, cutoff=0.85)
-        if near or OWNED_WORDS & set(variable.split("_")):
-            near = near or difflib.get_close_matches(variable, known, n=1, cutoff=0.0)
+        owned = bool(OWNED_WORDS & set(variable.split("_")))
+        near = difflib.get_close_matches(variable, known, n=1, cutoff=0.0 if owned else 0.85)
+        if near:
             raise ConfigError(f"unknown setting {variable}; did you mean {near[0]}?")
 
 
-def check_ranges(config: Config) -> None:
-    """Raises ConfigError for the first setting outside its range."""
-    for name, (low, high) in RANGES.items():
-        value = getattr(config, name)
-        if not low <= value <= high:
-            raise ConfigError(f"{name.upper()}={value} must be between {low:g} and {high:g}")
-
-
 def check_consistency(config: Config) -> None:
-    """Raises ConfigError for the first pair of settings that contradict each other."""
+    """Raises ConfigError for the first two settings that contradict each other."""
+    c, looped = config, bool(config.num_loops)
     rules = (
-        (config.model_dim % config.num_heads == 0, "MODEL_DIM", config.model_dim, "a multiple of NUM_HEADS",
-         config.num_heads),
-        (config.num_heads % config.num_kv_heads == 0, "NUM_HEADS", config.num_heads, "a multiple of NUM_KV_HEADS",
-         config.num_kv_heads),
-        (config.rope_dims <= config.head_dim, "ROPE_DIMS", config.rope_dims, "at most the head width", config.head_dim),
-        (config.rope_dims % 2 == 0 and config.head_dim % 2 == 0, "ROPE_DIMS", config.rope_dims,
-         "even, in heads of even width", config.head_dim),
-        (not config.num_loops or config.loop_start <= config.loop_end, "LOOP_START", config.loop_start,
-         "at most LOOP_END", config.loop_end),
-        (not config.num_loops or config.loop_end < config.num_layers, "LOOP_END", config.loop_end,
-         "below NUM_LAYERS", config.num_layers),
-        (config.train_batch_tokens % config.train_seq_len == 0, "TRAIN_BATCH_TOKENS", config.train_batch_tokens,
-         "a multiple of TRAIN_SEQ_LEN", config.train_seq_len),
-        (config.micro_batch_tokens >= config.train_seq_len, "MICRO_BATCH_TOKENS", config.micro_batch_tokens,
-         "at least TRAIN_SEQ_LEN", config.train_seq_len),
-        (config.val_batch_tokens >= config.eval_seq_len, "VAL_BATCH_TOKENS", config.val_batch_tokens,
-         "at least EVAL_SEQ_LEN", config.eval_seq_len),
-        (config.eval_stride <= config.eval_seq_len, "EVAL_STRIDE", config.eval_stride, "at most EVAL_SEQ_LEN",
-         config.eval_seq_len),
-        (config.ttt_chunk_tokens % config.eval_seq_len == 0, "TTT_CHUNK_TOKENS", config.ttt_chunk_tokens,
-         "a multiple of EVAL_SEQ_LEN", config.eval_seq_len),
-        (config.max_wallclock_seconds == 0 or config.max_wallclock_seconds > config.gptq_reserve_seconds,
-         "MAX_WALLCLOCK_SECONDS", config.max_wallclock_seconds, "0 or above GPTQ_RESERVE_SECONDS",
-         config.gptq_reserve_seconds),
-        (not config.ttt_enabled or config.sliding_window_enabled, "TTT_ENABLED", 1,
-         "set only with SLIDING_WINDOW_ENABLED", int(config.sliding_window_enabled)),
+        (c.model_dim % c.num_heads == 0, "model_dim", "a multiple of", "num_heads"),
+        (c.num_heads % c.num_kv_heads == 0, "num_heads", "a multiple of", "num_kv_heads"),
+        (c.head_dim % 2 == 0, "model_dim", "even per head of", "num_heads"),
+        (c.rope_dims <= c.head_dim, "rope_dims", "at most MODEL_DIM /", "num_heads"),
+        (c.rope_dims % 2 == 0, "rope_dims", "even, not", "rope_dims"),
+        (not looped or c.loop_start <= c.loop_end, "loop_start", "at most", "loop_end"),
+        (not looped or c.loop_end < c.num_layers, "loop_end", "below", "num_layers"),
+        (c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens", "a multiple of",
+         "train_seq_len"),
+        (c.micro_batch_tokens >= c.train_seq_len, "micro_batch_tokens", "at least",
+         "train_seq_len"),
+        (c.eval_stride <= c.eval_seq_len, "eval_stride", "at most", "eval_seq_len"),
+        (c.ttt_chunk_tokens % c.eval_seq_len == 0, "ttt_chunk_tokens", "a multiple of",
+         "eval_seq_len"),
+        (c.max_wallclock_seconds == 0 or c.max_wallclock_seconds > c.gptq_reserve_seconds,
+         "max_wallclock_seconds", "0 or above", "gptq_reserve_seconds"),
+        (c.sliding_window_enabled or not c.ttt_enabled, "ttt_enabled", "0 without",
+         "sliding_window_enabled"),
     )
-    for holds, variable, value, bound, limit in rules:
+    for holds, name, relation, other in rules:
         if not holds:
-            raise ConfigError(f"{variable}={value} must be {bound} ({limit})")
+            raise ConfigError(f"{name.upper()}={getattr(c, name)} must be {relation} "
+                              f"{other.upper()} ({getattr(c, other)})")
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 2  Runtime
 #
-# Enters: the variables that torchrun sets. Leaves: a `World` (who we are, which device, how ranks talk) and a
-# `RunLog` (text for people, JSON lines for programs, one result file). Seconds everywhere.
-# ======================================================================================================
+# Enters: the variables that torchrun sets. Leaves: a `World` (who we are, which device, how ranks
+# talk) and a `RunLog` (text for people, JSON lines for programs, one result file). All in seconds.
+# ==================================================================================================
 
 
 class World:
-    """This process among its peers. At world size 1 every collective is the identity."""
+    """This process among its peers. At world size 1 every collective is the identity.
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, device: str = "cpu") -> None:
-        self.rank, self.size, self.local_rank = rank, size, local_rank
-        self.device = torch.device(device)
+    Decisions of the host travel over a CPU group of their own and never wait for the device.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu") -> None:
+        self.rank, self.size, self.device = rank, size, torch.device(device)
+        self.is_main, self.is_cuda = rank == 0, self.device.type == "cuda"
         self.control: dist.ProcessGroup | None = None
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> World:
         """The world that torchrun describes, or a world of one. Raises: ConfigError."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        present = [name for name in names if name in env]
-        if present and len(present) < len(names):
-            raise ConfigError(f"{'/'.join(present)} set without {'/'.join(n for n in names if n not in env)}: "
-                              "start several ranks with torchrun")
+        defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        missing = defaults.keys() - env.keys()
+        if 0 < len(missing) < len(defaults):
+            raise ConfigError(f"{', '.join(sorted(missing))} not set; start ranks with torchrun")
         try:
-            rank, size, local_rank = (int(env.get(name, default)) for name, default in zip(names, "010", strict=True))
+            rank, size, local_rank = (int(env.get(name, value)) for name, value in defaults.items())
         except ValueError:
             raise ConfigError("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers") from None
         if not 0 <= rank < size:
             raise ConfigError(f"RANK={rank} must be below WORLD_SIZE ({size})")
-        if torch.cuda.is_available():
-            if local_rank >= torch.cuda.device_count():
-                raise ConfigError(f"LOCAL_RANK={local_rank} but only {torch.cuda.device_count()} GPUs are visible")
-            return cls(rank, size, local_rank, f"cuda:{local_rank}")
-        return cls(rank, size, local_rank)
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank writes files and speaks to the user."""
-        return self.rank == 0
-
-    @property
-    def is_cuda(self) -> bool:
-        """Whether the ranks compute on GPUs."""
-        return self.device.type == "cuda"
+        if not torch.cuda.is_available():
+            return cls(rank, size)
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"LOCAL_RANK={local_rank} must be below the number of visible GPUs "
+                              f"({torch.cuda.device_count()})")
+        return cls(rank, size, f"cuda:{local_rank}")
 
     @contextlib.contextmanager
     def process_group(self) -> Iterator[None]:
-        """Connects the ranks for the duration of a block. Host decisions travel over a CPU group of their own, so
-        that they never wait for the device."""
+        """Connects the ranks for the duration of a block."""
         if self.is_cuda:
             torch.cuda.set_device(self.device)
         if self.size == 1:
             yield
             return
-        dist.init_process_group("nccl" if self.is_cuda else "gloo", rank=self.rank, world_size=self.size,
-                                device_id=self.device if self.is_cuda else None)
+        backend, device = ("nccl", self.device) if self.is_cuda else ("gloo", None)
+        dist.init_process_group(backend, rank=self.rank, world_size=self.size, device_id=device)
         self.control = dist.new_group(backend="gloo") if self.is_cuda else dist.group.WORLD
         try:
             yield
@@ -447,9 +414,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def mean_(self, tensor: Tensor) -> Tensor:
-        """`tensor`, replaced by its mean over ranks."""
-        return self.sum_(tensor).div_(self.size) if self.size > 1 else tensor
+    def sum_all_(self, tensors: list[Tensor], scale: float = 1.0) -> None:
+        """Replaces each tensor by `scale` times its sum over ranks, in one collective."""
+        if self.size > 1:
+            flat = self.sum_(torch.cat([t.flatten() for t in tensors])).mul_(scale)
+            parts = zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
+            torch._foreach_copy_(tensors, [part.view_as(t) for part, t in parts])
 
     def scatter_mean(self, stack: Tensor) -> Tensor:
         """This rank's equal share, along dim 0, of the mean of `stack` over ranks."""
@@ -457,17 +427,17 @@ class World:
             return stack
         share = stack.shape[0] // self.size
         if not self.is_cuda:  # gloo has no reduce-scatter
-            return self.mean_(stack)[self.rank * share:(self.rank + 1) * share]
+            return self.sum_(stack).div_(self.size)[self.rank * share:(self.rank + 1) * share]
         out = torch.empty_like(stack[:share])
         dist.reduce_scatter_tensor(out, stack, op=dist.ReduceOp.AVG)
         return out
 
-    def gather(self, shard: Tensor) -> Tensor:
+    def gather(self, share: Tensor) -> Tensor:
         """The shares of all ranks, concatenated along dim 0 in rank order."""
         if self.size == 1:
-            return shard
-        out = shard.new_empty((self.size * shard.shape[0], *shard.shape[1:]))
-        dist.all_gather_into_tensor(out, shard.contiguous())
+            return share
+        out = share.new_empty((self.size * share.shape[0], *share.shape[1:]))
+        dist.all_gather_into_tensor(out, share.contiguous())
         return out
 
     def decide(self, *values: float) -> tuple[float, ...]:
@@ -478,13 +448,11 @@ class World:
         dist.broadcast(box, 0, group=self.control)
         return tuple(box.tolist())
 
-    def maximum(self, value: float) -> float:
-        """The largest `value` of any rank."""
-        if self.size == 1:
-            return value
-        box = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
-        return float(box.item())
+    def combine(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        """A CPU tensor, combined over ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor, operation, group=self.control)
+        return tensor
 
     def synchronize(self) -> None:
         """Waits until this rank's device has finished everything it was given."""
@@ -499,53 +467,52 @@ class World:
 
 
 class RunLog:
-    """Three files of one run: text, JSON lines and the result. Ranks other than 0 are silent.
+    """The files of one run: text, JSON lines and the result. Ranks other than 0 are silent.
 
-    `result` collects the keys of the result file as they become known; `finish` writes it atomically.
+    `result` collects the keys of the result file as they become known.
     """
 
     def __init__(self, config: Config, world: World) -> None:
         self.started = time.time()
-        self.result: dict[str, object] = {}
-        self.run_id = config.run_id or default_run_id(config, self.started)
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(self.started))
+        self.run_id = config.run_id or f"{config.preset}-{config.seed}-{stamp}"
         self.folder = Path(config.run_dir) / self.run_id
-        self.text_file: typing.TextIO | None = None
-        self.event_file: typing.TextIO | None = None
         self.result_path = Path(config.log_dir) / f"{self.run_id}.json"
+        self.result: dict[str, object] = {}
+        self.files: list[typing.TextIO] = []
         if world.is_main:
-            self.text_file, self.event_file = self.open_files(Path(config.log_dir))
+            self.open_files()
 
-    def open_files(self, log_dir: Path) -> tuple[typing.TextIO, typing.TextIO]:
-        """The text and event files, created anew. Raises: ConfigError if they exist or cannot be written."""
-        if set(self.run_id) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") \
-                or self.run_id.startswith("."):
-            raise ConfigError(f"RUN_ID={self.run_id!r} may hold only letters, digits, '.', '_' and '-'")
+    def open_files(self) -> None:
+        """Creates the log files. Raises: ConfigError if they exist or cannot be written."""
+        if not self.run_id.replace("-", "").replace(".", "").replace("_", "").isalnum() \
+                or not self.run_id.isascii() or self.run_id.startswith("."):
+            raise ConfigError(f"RUN_ID={self.run_id!r} may hold only letters, digits, . _ and -")
         try:
-            log_dir.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            paths = [log_dir / f"{self.run_id}.txt", log_dir / f"{self.run_id}.jsonl"]
-            return (paths[0].open("x", encoding="utf-8"), paths[1].open("x", encoding="utf-8"))
-        except FileExistsError:
-            raise ConfigError(f"RUN_ID={self.run_id} was used before in {log_dir}; nothing is overwritten") from None
+            for folder in (self.result_path.parent, self.folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            for suffix in (".txt", ".jsonl"):
+                self.files.append(self.result_path.with_name(self.run_id + suffix).open("x"))
+        except FileExistsError as error:
+            raise ConfigError(f"RUN_ID={self.run_id}: {error.filename} exists; nothing is "
+                              "overwritten") from None
         except OSError as error:
-            raise ConfigError(f"LOG_DIR={log_dir} or RUN_DIR={self.folder} cannot be written: {error}") from None
+            raise ConfigError(f"LOG_DIR or RUN_DIR: {error.filename}: {error.strerror}") from None
 
     def line(self, text: str, *, console: bool = True) -> None:
         """Writes one line for people."""
-        if self.text_file is None:
-            return
-        if console:
-            print(text, flush=True)
-        self.text_file.write(text + "\n")
-        self.text_file.flush()
+        if self.files:
+            if console:
+                print(text, flush=True)
+            self.files[0].write(text + "\n")
+            self.files[0].flush()
 
-    def event(self, name: str, **values: object) -> None:
+    def event(self, kind: str, **values: object) -> None:
         """Writes one JSON line for programs."""
-        if self.event_file is None:
-            return
-        record = {"event": name, "t": round(time.time() - self.started, 3), **values}
-        self.event_file.write(json.dumps(record) + "\n")
-        self.event_file.flush()
+        if self.files:
+            record = {"event": kind, "t": round(time.time() - self.started, 3), **values}
+            self.files[1].write(json.dumps(record) + "\n")
+            self.files[1].flush()
 
     def warn(self, message: str) -> None:
         """Says something the user should know, in both files."""
@@ -558,35 +525,31 @@ class RunLog:
         begin = time.perf_counter()
         yield
         seconds = time.perf_counter() - begin
-        self.event("phase", phase=name, seconds=round(seconds, 3))
+        self.event("phase", name=name, seconds=round(seconds, 3))
         self.line(f"{name}: {seconds:.1f}s")
 
-    def put(self, section: str, **values: object) -> None:
+    def section(self, title: str) -> dict[str, float]:
+        """A section of the result, empty at first; most values are numbers."""
+        return typing.cast("dict[str, float]", self.result.setdefault(title, {}))
+
+    def put(self, title: str, **values: object) -> None:
         """Adds keys to a section of the result."""
-        target = self.result.setdefault(section, {})
-        if not isinstance(target, dict):
-            raise TypeError(f"result key {section} is not a section")
-        target.update(values)
+        self.section(title).update(typing.cast("dict[str, float]", values))
 
     def finish(self, status: Literal["complete", "partial"], reason: str) -> dict[str, object]:
         """Writes the result file and closes the logs."""
         self.result |= {"status": status, "exit_reason": reason, "finished": utc_text(time.time())}
-        if self.text_file is not None and self.event_file is not None:
+        if self.files:
             self.event("result", status=status, reason=reason)
             write_atomically(self.result_path, (json.dumps(self.result, indent=1) + "\n").encode())
-            self.text_file.close()
-            self.event_file.close()
+            for file in self.files:
+                file.close()
         return self.result
 
 
 def utc_text(seconds: float) -> str:
     """ISO 8601 text of a Unix time."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
-
-def default_run_id(config: Config, started: float) -> str:
-    """Preset, seed and UTC time."""
-    return f"{config.preset}-{config.seed}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime(started))}"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -599,52 +562,46 @@ def write_atomically(path: Path, data: bytes) -> None:
     partial.replace(path)
 
 
+def archive_path() -> str | None:
+    """The packed program that is running, or None for the plain script."""
+    return getattr(globals().get("__loader__"), "archive", None)
+
+
 def program_source() -> str:
     """The text of the running program, also when it runs from its packed form."""
-    loader = globals().get("__loader__")
-    if loader is not None and hasattr(loader, "archive"):
-        return typing.cast(str, loader.get_source("__main__"))
-    return Path(__file__).read_text(encoding="utf-8")
+    archive = archive_path()
+    return unpack_program(Path(archive)) if archive else Path(__file__).read_text(encoding="utf-8")
 
 
 def packed_program() -> bytes:
-    """The packed program: the running file itself where it is packed already."""
-    loader = globals().get("__loader__")
-    if loader is not None and hasattr(loader, "archive"):
-        return Path(loader.archive).read_bytes()
-    return pack_program(program_source())
+    """The packed form of the running program, which may be packed already."""
+    archive = archive_path()
+    return Path(archive).read_bytes() if archive else pack_program(program_source())
 
 
-def hardware_facts(world: World) -> dict[str, object]:
-    """What the run ran on, with the keys of the result file."""
-    facts: dict[str, object] = {"gpu": "none", "gpus": 0, "cpu_count": os.cpu_count()}
+def environment_facts(world: World) -> dict[str, object]:
+    """Hardware and versions: everything outside the program whose change could move a number."""
+    hardware: dict[str, object] = {"gpu": "none", "gpus": 0, "cpu_count": os.cpu_count()}
+    versions: dict[str, object] = {"python": platform.python_version(), "torch": torch.__version__,
+                                   "numpy": np.__version__}
     if world.is_cuda:
-        facts |= {"gpu": torch.cuda.get_device_name(world.device), "gpus": world.size}
+        hardware |= {"gpu": torch.cuda.get_device_name(world.device), "gpus": world.size}
+        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        with contextlib.suppress(ImportError):
+            versions["triton"] = __import__("triton").__version__
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            facts["driver"] = subprocess.run(query, capture_output=True, text=True, timeout=20,
-                                             check=True).stdout.split("\n")[0].strip()
-    return facts
+            answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+            hardware["driver"] = answer.stdout.split("\n")[0].strip()
+    return {"hardware": hardware, "versions": versions}
 
 
-def version_facts() -> dict[str, object]:
-    """Versions of everything whose change could move a number."""
-    facts: dict[str, object] = {"python": platform.python_version(), "torch": torch.__version__,
-                                "numpy": np.__version__}
-    if torch.cuda.is_available():
-        facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        with contextlib.suppress(ImportError):
-            import triton
-            facts["triton"] = triton.__version__
-    return facts
-
-
-# ======================================================================================================
+# ==================================================================================================
 # 3  Data
 #
-# Enters: shards of uint16 token ids and a SentencePiece model. Leaves: training windows in an order that only
-# the seed decides, and the validation stream with the number of bytes that every target stands for.
-# ======================================================================================================
+# Enters: shards of uint16 token ids and a SentencePiece model. Leaves: training windows in an order
+# that only the seed decides, and the validation stream with the bytes every target stands for.
+# ==================================================================================================
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -654,9 +611,8 @@ SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a leading 
 
 
 def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
-    """The token ids of a shard, uint16, mapped and not loaded.
+    """The token ids of a shard, uint16, mapped and not loaded; below `vocab_size` if given.
 
-    With `vocab_size` every id is checked against it.
     Raises: DataError if the header, the length or an id is wrong.
     """
     try:
@@ -665,13 +621,14 @@ def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     if header.size < SHARD_HEADER_INTS:
-        raise DataError(f"{path}: {actual} bytes is shorter than the header of {4 * SHARD_HEADER_INTS}")
+        raise DataError(f"{path}: {actual} bytes, shorter than a header ({4 * SHARD_HEADER_INTS})")
     magic, version, count = (int(n) for n in header[:3])
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise DataError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} and {SHARD_VERSION}")
-    expected = 4 * SHARD_HEADER_INTS + 2 * count
-    if count < 0 or actual != expected:
-        raise DataError(f"{path}: {actual} bytes, but its header announces {count} tokens ({expected} bytes)")
+        raise DataError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} and "
+                        f"{SHARD_VERSION}")
+    if count < 0 or actual != 4 * SHARD_HEADER_INTS + 2 * count:
+        raise DataError(f"{path}: {actual} bytes, but the header announces {count} tokens "
+                        f"({4 * SHARD_HEADER_INTS + 2 * count} bytes)")
     if count == 0:
         return np.empty(0, dtype="<u2")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
@@ -698,68 +655,59 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     """The shard files of `split`, in order. Raises: DataError if there are none."""
     found = sorted(folder.glob(f"*_{split}_[0-9]*.bin"))
     if not found:
-        raise DataError(f"{folder}: no *_{split}_*.bin shards; tools/prepare_data.py makes or downloads them")
+        raise DataError(f"{folder}: no *_{split}_*.bin shards; tools/prepare_data.py provides them")
     return found
 
 
 class TrainLoader:
     """Windows of `seq_len + 1` tokens, drawn without replacement from all shards.
 
-    Window number n is a pure function of the seed and the shards: the order does not depend on the world size,
-    and a run resumes from a number. Every pass over the data has new window boundaries and a new order.
+    Window number n is a function of the seed and the shards alone: the order does not depend on the
+    world size, and a run resumes from a number. Every pass has new window boundaries and order.
     """
 
-    def __init__(self, shards: Sequence[np.ndarray], seq_len: int, seed: int, vocab_size: int) -> None:
-        self.shards, self.seq_len, self.seed, self.vocab_size = shards, seq_len, seed, vocab_size
-        self.shard_offsets = np.cumsum([0] + [s.size for s in shards])
-        self.num_tokens = int(self.shard_offsets[-1])
-        self.epoch_start, self.epoch, self.starts = 0, 0, self.epoch_windows(0)
+    def __init__(self, shards: Sequence[np.ndarray], config: Config) -> None:
+        self.shards, self.config, self.seq_len = shards, config, config.train_seq_len
+        self.offsets = np.cumsum([0] + [s.size for s in shards])
+        self.num_tokens = int(self.offsets[-1])
+        self.enter_epoch(0, 0)
         if not self.starts.size:
-            raise DataError(f"training shards hold {self.num_tokens} tokens in {len(shards)} files, "
-                            f"none long enough for TRAIN_SEQ_LEN ({seq_len}) + 1")
+            raise DataError(f"{config.dataset_dir}: {self.num_tokens} training tokens in "
+                            f"{len(shards)} shards, none as long as TRAIN_SEQ_LEN "
+                            f"({self.seq_len}) + 1")
 
-    def epoch_windows(self, epoch: int) -> np.ndarray:
-        """Start positions, in the concatenation of all shards, of the windows of one pass in their order."""
-        rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+    def enter_epoch(self, epoch: int, first_number: int) -> None:
+        """Draws the windows of one pass: start positions in the concatenation of all shards."""
+        rng = np.random.Generator(np.random.PCG64([self.config.seed, epoch]))
         starts = []
-        for shard, offset in zip(self.shards, self.shard_offsets[:-1], strict=True):
-            phase = int(rng.integers(0, min(self.seq_len - 1, max(0, shard.size - self.seq_len - 1)) + 1))
+        for shard, offset in zip(self.shards, self.offsets[:-1], strict=True):
+            phase = int(rng.integers(0, max(1, min(self.seq_len, shard.size - self.seq_len))))
             count = max(0, (shard.size - 1 - phase) // self.seq_len)
-            starts.append(offset + phase + self.seq_len * np.arange(count, dtype=np.int64))
-        return rng.permutation(np.concatenate(starts)) if starts else np.empty(0, np.int64)
+            starts.append(offset + phase + self.seq_len * np.arange(count))
+        self.starts = rng.permutation(np.concatenate(starts))
+        self.epoch, self.first_number = epoch, first_number
 
     def read(self, first: int, count: int) -> np.ndarray:
-        """Windows `first` to `first + count`, int32 (count, seq_len + 1). Raises: DataError for a bad id."""
+        """Windows `first` to `first + count`, int32 (count, seq_len + 1). Raises: DataError."""
         windows = np.empty((count, self.seq_len + 1), dtype=np.int32)
-        for row in range(count):
-            start = self.start_of(first + row)
-            shard = int(np.searchsorted(self.shard_offsets, start, side="right")) - 1
-            begin = start - int(self.shard_offsets[shard])
-            windows[row] = self.shards[shard][begin:begin + self.seq_len + 1]
-        check_ids(windows, self.vocab_size, "training shards")
+        for row, number in zip(windows, range(first, first + count), strict=True):
+            if number < self.first_number:
+                self.enter_epoch(0, 0)
+            while number >= self.first_number + self.starts.size:
+                self.enter_epoch(self.epoch + 1, self.first_number + self.starts.size)
+            start = self.starts[number - self.first_number]
+            shard = int(np.searchsorted(self.offsets, start, side="right")) - 1
+            begin = start - self.offsets[shard]
+            row[:] = self.shards[shard][begin:begin + self.seq_len + 1]
+        check_ids(windows, self.config.vocab_size, f"{self.config.dataset_dir}: training shards")
         return windows
-
-    def start_of(self, number: int) -> int:
-        """Start position of window `number`."""
-        if number < self.epoch_start:
-            self.epoch_start, self.epoch, self.starts = 0, 0, self.epoch_windows(0)
-        while number >= self.epoch_start + self.starts.size:
-            self.epoch_start += self.starts.size
-            self.epoch += 1
-            self.starts = self.epoch_windows(self.epoch)
-        return int(self.starts[number - self.epoch_start])
 
 
 class BatchShape(NamedTuple):
-    """How one optimizer step is divided: ranks x micro-steps x sequences."""
+    """How a rank's share of one optimizer step is divided."""
 
     micro_steps: int
-    sequences: int  # per rank and micro-step
-
-    @property
-    def per_rank(self) -> int:
-        """Sequences of one rank in one optimizer step."""
-        return self.micro_steps * self.sequences
+    sequences: int  # per micro-step
 
 
 def batch_shape(config: Config, world_size: int) -> BatchShape:
@@ -769,22 +717,20 @@ def batch_shape(config: Config, world_size: int) -> BatchShape:
     """
     total = config.train_batch_tokens // config.train_seq_len
     if total % world_size:
-        possible = [w for w in range(1, 9) if total % w == 0]
-        raise ConfigError(f"WORLD_SIZE={world_size} does not divide the {total} sequences of TRAIN_BATCH_TOKENS "
-                          f"({config.train_batch_tokens}); possible: {', '.join(map(str, possible))}")
+        possible = ", ".join(str(w) for w in range(1, 9) if total % w == 0)
+        raise ConfigError(f"WORLD_SIZE={world_size} does not divide the {total} sequences of "
+                          f"TRAIN_BATCH_TOKENS ({config.train_batch_tokens}); possible: {possible}")
     per_rank, most = total // world_size, config.micro_batch_tokens // config.train_seq_len
-    micro_steps = next(m for m in range(1, per_rank + 1) if per_rank % m == 0 and per_rank // m <= most)
+    micro_steps = next(m for m in range(1, per_rank + 1)
+                       if per_rank % m == 0 and per_rank // m <= most)
     return BatchShape(micro_steps, per_rank // micro_steps)
 
 
 class BatchStream:
-    """This rank's micro-batches, read ahead by a thread into page-locked memory.
+    """This rank's micro-batches, read ahead by a thread into page-locked memory."""
 
-    `next()` returns the micro-batches of the next optimizer step, int32 (sequences, seq_len + 1) on the device.
-    """
-
-    def __init__(self, loader: TrainLoader, shape: BatchShape, world: World, first_step: int = 0) -> None:
-        self.loader, self.shape, self.world, self.step = loader, shape, world, first_step
+    def __init__(self, loader: TrainLoader, shape: BatchShape, world: World, step: int = 0) -> None:
+        self.loader, self.shape, self.world, self.step = loader, shape, world, step
         self.ready: queue.Queue[list[Tensor] | Exception] = queue.Queue(maxsize=2)
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self.fill, daemon=True)
@@ -792,12 +738,14 @@ class BatchStream:
 
     def fill(self) -> None:
         """Reads steps in order until told to stop; an error travels to the consumer."""
-        per_rank = self.shape.per_rank
-        while not self.stopped.is_set():
+        per_rank = self.shape.micro_steps * self.shape.sequences
+        item: list[Tensor] | Exception = []
+        while not self.stopped.is_set() and isinstance(item, list):
             first = (self.step * self.world.size + self.world.rank) * per_rank
             try:
                 rows = torch.from_numpy(self.loader.read(first, per_rank))
-                item: list[Tensor] | Exception = [self.pin(m) for m in rows.split(self.shape.sequences)]
+                item = [m.pin_memory() if self.world.is_cuda else m
+                        for m in rows.split(self.shape.sequences)]
             except Exception as error:
                 item = error
             self.step += 1
@@ -805,15 +753,12 @@ class BatchStream:
                 with contextlib.suppress(queue.Full):
                     self.ready.put(item, timeout=0.2)
                     break
-            if isinstance(item, Exception):
-                return
-
-    def pin(self, rows: Tensor) -> Tensor:
-        """Page-locked copy on a CUDA machine, so that the transfer is asynchronous."""
-        return rows.pin_memory() if self.world.is_cuda else rows
 
     def next(self) -> list[Tensor]:
-        """The micro-batches of the next step. Raises: what reading them raised."""
+        """Micro-batches of the next step, int32 (sequences, seq_len + 1), on the device.
+
+        Raises: whatever reading them raised.
+        """
         item = self.ready.get()
         if isinstance(item, Exception):
             raise item
@@ -830,14 +775,14 @@ class TokenBytes(NamedTuple):
 
     base: np.ndarray  # int16, bytes without the leading space
     leading_space: np.ndarray  # bool
-    boundary: np.ndarray  # bool: control, unknown and unused ids, after which a leading space is no byte
+    boundary: np.ndarray  # bool: control, unknown, unused; a leading space after it is no byte
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
-    """The SentencePiece model at `path`. Raises: DataError if it is missing or of another size."""
+    """The SentencePiece model at `path`. Raises: DataError if missing or of another size."""
     from sentencepiece import SentencePieceProcessor
     if not path.is_file():
-        raise DataError(f"{path}: tokenizer not found; set TOKENIZER_PATH or run tools/prepare_data.py")
+        raise DataError(f"{path}: no tokenizer; set TOKENIZER_PATH or run tools/prepare_data.py")
     try:
         tokenizer = SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
@@ -850,28 +795,27 @@ def load_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
 def token_bytes(tokenizer: SentencePieceProcessor) -> TokenBytes:
     """Bytes of decoded text that each token id stands for; control tokens count 0.
 
-    A leading U+2581 is one space byte unless the previous token is a boundary; `bytes_of_targets` adds it.
-    Raises: DataError if U+2581 is no piece of its own (its fallback bytes would count it as 3), or if a piece
-    holds it anywhere but in front.
+    A leading U+2581 is one space byte unless the previous token is a boundary; `bytes_of_targets`
+    adds it, never this table.
+    Raises: DataError if U+2581 is no piece of its own (its fallback bytes would count it as 3), or
+    if a piece holds it anywhere but in front.
     Example: pieces (U+2581)"caf", "<0xC3>", "<0xA9>" -> 3 and a leading space, 1, 1
     """
     size = tokenizer.vocab_size()
     table = TokenBytes(np.zeros(size, np.int16), np.zeros(size, bool), np.ones(size, bool))
     if tokenizer.is_unknown(tokenizer.piece_to_id(SPACE_MARK)):
-        raise DataError(f"tokenizer with {size} pieces has no piece U+2581; its byte counts would be wrong")
+        raise DataError(f"tokenizer of {size} pieces: U+2581 is none of them; bytes would be wrong")
     for token in range(size):
-        if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
-            continue
-        table.boundary[token] = False
-        if tokenizer.is_byte(token):
-            table.base[token] = 1
+        if any(kind(token) for kind in (tokenizer.is_control, tokenizer.is_unknown,
+                                        tokenizer.is_unused)):
             continue
         piece = tokenizer.id_to_piece(token)
         text = piece.removeprefix(SPACE_MARK)
         if SPACE_MARK in text:
-            raise DataError(f"tokenizer piece {token} ({piece!r}) holds U+2581 past its first character")
+            raise DataError(f"tokenizer piece {token} ({piece!r}) holds U+2581 inside")
+        table.boundary[token] = False
         table.leading_space[token] = text != piece
-        table.base[token] = len(text.encode())
+        table.base[token] = 1 if tokenizer.is_byte(token) else len(text.encode())
     return table
 
 
@@ -881,31 +825,30 @@ def bytes_of_targets(previous: np.ndarray, target: np.ndarray, table: TokenBytes
 
 
 class ValStream:
-    """The validation tokens in order, and the bytes of every target (a target is any token but the first).
+    """The validation tokens in order, and the bytes of every target: any token but the first.
 
-    With `whole_sequences` the tail that fills no sequence of `seq_len` is left out, as the published runs did.
+    A tail that fills no sequence of `seq_len` is left out, as the published runs did.
     """
 
-    def __init__(self, tokens: np.ndarray, table: TokenBytes, seq_len: int, whole_sequences: bool = True) -> None:
-        targets = tokens.size - 1
-        if whole_sequences:
-            targets = targets // seq_len * seq_len
-        if targets <= 0:
-            raise DataError(f"validation shards hold {tokens.size} tokens, fewer than EVAL_SEQ_LEN ({seq_len}) + 1")
-        self.tokens = np.ascontiguousarray(tokens[:targets + 1], dtype=np.int32)
-        self.num_targets = targets
+    def __init__(self, tokens: np.ndarray, table: TokenBytes, seq_len: int) -> None:
+        self.num_targets = max(0, tokens.size - 1) // seq_len * seq_len
+        if not self.num_targets:
+            raise DataError(f"validation shards hold {tokens.size} tokens, fewer than EVAL_SEQ_LEN "
+                            f"({seq_len}) + 1")
+        self.tokens = np.ascontiguousarray(tokens[:self.num_targets + 1], dtype=np.int32)
         self.num_documents = int((self.tokens == BOS_ID).sum())
         self.target_bytes = bytes_of_targets(self.tokens[:-1], self.tokens[1:], table)
         self.num_bytes = int(self.target_bytes.sum(dtype=np.int64))
-        if self.num_bytes == 0:
-            raise DataError(f"validation stream of {targets} targets stands for 0 bytes of text")
+        if not self.num_bytes:
+            raise DataError(f"validation stream of {self.num_targets} targets holds no text")
 
     @classmethod
     def load(cls, config: Config) -> ValStream:
         """The stream of the configured dataset. Raises: DataError."""
         table = token_bytes(load_tokenizer(config.tokenizer_file, config.vocab_size))
-        shards = [read_shard(p, config.vocab_size) for p in find_shards(config.dataset_dir, "val")]
-        return cls(np.concatenate(shards), table, config.eval_seq_len)
+        shards = find_shards(config.dataset_dir, "val")
+        tokens = np.concatenate([read_shard(path, config.vocab_size) for path in shards])
+        return cls(tokens, table, config.eval_seq_len)
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
@@ -913,46 +856,33 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
     return nats / (math.log(2) * num_bytes)
 
 
-def data_facts(config: Config, train_tokens: int, train_shards: int, val: ValStream) -> dict[str, object]:
-    """What the run read, with the keys of the result file."""
-    manifest_path = config.dataset_dir / "manifest.json"
-    manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
-    facts: dict[str, object] = {
-        "name": config.dataset_dir.name, "train_tokens": train_tokens, "train_shards": train_shards,
-        "tokenizer_sha256": hashlib.sha256(config.tokenizer_file.read_bytes()).hexdigest(),
-        "val_documents": val.num_documents, "val_targets": val.num_targets, "val_bytes": val.num_bytes,
-        "fingerprint": hashlib.sha256(val.tokens.tobytes()).hexdigest()[:16],
-    }
-    if "val_raw_bytes" in manifest:
-        facts["val_raw_bytes"] = manifest["val_raw_bytes"]
-    return facts
-
-
-# ======================================================================================================
+# ==================================================================================================
 # 4  Model
 #
-# Enters: token ids, a `DepthPlan`, optionally an adapter. Leaves: hidden states, or the nats of every target.
+# Enters: token ids, a `DepthPlan`, perhaps an adapter. Leaves: hidden states, or nats per target.
 #
 #   B batch   T tokens   D model width   H query heads   G key/value heads   K head width
 #   F hidden width of the MLP   V vocabulary   L physical blocks   N rows (B*T)
-# ======================================================================================================
+# ==================================================================================================
 
 NORM_EPS = torch.finfo(torch.float32).eps
 
 Site = Literal["qkv", "out", "up", "down", "head"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q_BTHK, k_BTGK, v_BTGK -> y_BTHK, causal
-Tap = Callable[[Site, Tensor, Tensor], Tensor]  # site, input and output of a linear layer -> the output to use
+Tap = Callable[[Site, Tensor, Tensor], Tensor]  # input and output of a layer -> output to use
 
 
 class Adapter(Protocol):
-    """Sees every linear layer of the forward pass and may change its output: low-rank adaptation, calibration."""
+    """Sees every linear layer of the forward pass and may change its output.
 
-    def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        """The output that takes the place of `y`; `visit` counts virtual layers, the head is visit -1."""
+    Low-rank adaptation and calibration are adapters. `visit` counts virtual layers; the head is -1.
+    """
+
+    def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor: ...
 
 
 class Visit(NamedTuple):
-    """One virtual layer: a physical block, which pass over it this is, and the skip that enters before it."""
+    """One virtual layer: a physical block, which pass over it, and the skip that precedes it."""
 
     block: int
     pass_number: int
@@ -966,52 +896,32 @@ class DepthPlan(NamedTuple):
     name: str
     visits: tuple[Visit, ...]
 
-    @property
-    def order(self) -> tuple[int, ...]:
-        """Physical blocks in order of visit."""
-        return tuple(v.block for v in self.visits)
-
-    @property
-    def num_encoder(self) -> int:
-        """Visits whose outputs are kept for skips."""
-        return len(self.visits) // 2
-
-    @property
-    def num_skips(self) -> int:
-        """Skip rows that this plan uses."""
-        return sum(v.skip_row >= 0 for v in self.visits)
-
     def describe(self) -> str:
         """Encoder and decoder halves, as the published logs write them."""
-        order = list(self.order)
-        return f"encoder:{order[:self.num_encoder]} decoder:{order[self.num_encoder:]}"
+        order, half = [v.block for v in self.visits], len(self.visits) // 2
+        return f"encoder:{order[:half]} decoder:{order[half:]}"
 
 
 def plan_from_order(name: str, order: Sequence[int]) -> DepthPlan:
-    """A U-Net over `order`: the first half are encoders, decoder j takes the output of the j-th last encoder.
+    """A U-Net over `order`: decoder j, in the second half, takes the j-th last encoder's output.
 
-    Example: order 0 1 2 3 4 -> encoders 0 1, decoders 2 (skip from 1), 3 (skip from 0), 4
+    Example: order 0 1 2 3 4 -> encoders 0 1; decoders 2 (skip from 1), 3 (skip from 0), 4
     """
-    num_encoder = len(order) // 2
-    seen: dict[int, int] = {}
-    visits = []
+    num_encoder, visits = len(order) // 2, []
     for position, block in enumerate(order):
         row = position - num_encoder
-        has_skip = 0 <= row < num_encoder
-        visits.append(Visit(block, seen.get(block, 0), row if has_skip else -1,
-                            num_encoder - 1 - row if has_skip else -1))
-        seen[block] = seen.get(block, 0) + 1
+        skip = (row, num_encoder - 1 - row) if 0 <= row < num_encoder else (-1, -1)
+        visits.append(Visit(block, list(order[:position]).count(block), *skip))
     return DepthPlan(name, tuple(visits))
 
 
 def depth_plans(config: Config) -> tuple[DepthPlan, ...]:
-    """The plans of a run, in the order in which training reaches them; evaluation uses the last one trained."""
-    blocks = list(range(config.num_layers))
+    """The plans of a run, in the order in which training reaches them."""
+    blocks, first, last = list(range(config.num_layers)), config.loop_start, config.loop_end + 1
     plans = (plan_from_order("unlooped", blocks),)
     if not config.num_loops:
         return plans
-    segment = blocks[config.loop_start:config.loop_end + 1]
-    looped = blocks[:config.loop_start] + segment * (config.num_loops + 1) + blocks[config.loop_end + 1:]
+    looped = blocks[:first] + blocks[first:last] * (config.num_loops + 1) + blocks[last:]
     return (*plans, plan_from_order("looped", looped))
 
 
@@ -1021,21 +931,17 @@ def plan_at(config: Config, progress: float) -> DepthPlan:
     return plans[-1] if progress >= config.enable_looping_at else plans[0]
 
 
-Residual = Literal["serial", "parallel"]
-
-
 class BlockForm(NamedTuple):
     """What is fixed about a block when it is compiled."""
 
     num_heads: int
     num_kv_heads: int
-    head_dim: int
-    residual: Residual
+    residual: Literal["serial", "parallel"]
     exclusive: bool  # exclusive self attention
 
 
 class BlockWeights(NamedTuple):
-    """Parameters of one physical block, matrices in the compute type."""
+    """Parameters of one physical block; matrices are in the compute type."""
 
     qkv: Tensor  # (H+2G)*K, D
     out: Tensor  # D, H*K
@@ -1056,19 +962,19 @@ class Rotary(NamedTuple):
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """`x` divided by its root mean square over the last dimension, computed in float32."""
+    """`x` over its root mean square along the last dimension, computed in float32."""
     return F.rms_norm(x.float(), (x.shape[-1],), eps=NORM_EPS).to(x.dtype)
 
 
 def rotary_tables(num_positions: int, rotated_dims: int, base: float) -> Rotary:
-    """Tables for positions 0 to `num_positions`; angles are computed in float64, where integers stay exact."""
-    frequency = base ** (-torch.arange(0, rotated_dims, 2, dtype=torch.float64) / rotated_dims)
-    angle = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequency)
+    """Tables for positions from 0; angles are float64, in which every position is exact."""
+    exponent = -torch.arange(0, rotated_dims, 2, dtype=torch.float64) / rotated_dims
+    angle = torch.outer(torch.arange(num_positions, dtype=torch.float64), base**exponent)
     return Rotary(angle.cos().float(), angle.sin().float())
 
 
 def rotate(x_BTHK: Tensor, rotary: Rotary) -> Tensor:
-    """Rotates the first dimensions of every head by its position; the others pass. Float32 in and out.
+    """Rotates the first dimensions of every head by its position; the others pass. Float32.
 
     Dimension i is paired with i + half: (a, b) -> (a cos + b sin, -a sin + b cos).
     """
@@ -1079,7 +985,7 @@ def rotate(x_BTHK: Tensor, rotary: Rotary) -> Tensor:
 
 
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
-    """Attention output without its component along the value at the same position (exclusive self attention)."""
+    """Attention output without its component along the value at the same position."""
     v = F.normalize(v_BTGK.float(), dim=-1, eps=1e-12).unsqueeze(3)
     y_BTGRK = y_BTHK.float().unflatten(2, (v.shape[2], -1))
     return (y_BTGRK - (y_BTGRK * v).sum(-1, keepdim=True) * v).flatten(2, 3).to(y_BTHK.dtype)
@@ -1094,12 +1000,11 @@ def linear(x: Tensor, w_OI: Tensor, site: Site, tap: Tap | None) -> Tensor:
 def attention(x_BTD: Tensor, w: BlockWeights, form: BlockForm, rotary: Rotary, attend: Attend,
               tap: Tap | None) -> Tensor:
     """Grouped-query attention with normalised, rotated, gained queries and keys."""
-    heads = form.num_heads + form.num_kv_heads
-    qkv = linear(x_BTD, w.qkv, "qkv", tap).unflatten(-1, (heads + form.num_kv_heads, form.head_dim))
-    qk, v_BTGK = qkv[:, :, :heads], qkv[:, :, heads:]
-    qk = rotate(rms_norm(qk.float()), rotary)
-    q_BTHK = (qk[:, :, :form.num_heads] * w.q_gain[:, None]).to(x_BTD.dtype)
-    k_BTGK = qk[:, :, form.num_heads:].to(x_BTD.dtype)
+    H, G = form.num_heads, form.num_kv_heads
+    qkv = linear(x_BTD, w.qkv, "qkv", tap).unflatten(-1, (H + 2 * G, -1))
+    qk = rotate(rms_norm(qkv[:, :, :H + G].float()), rotary)
+    q_BTHK = (qk[:, :, :H] * w.q_gain[:, None]).to(x_BTD.dtype)
+    k_BTGK, v_BTGK = qk[:, :, H:].to(x_BTD.dtype), qkv[:, :, H + G:]
     y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK)
     if form.exclusive:
         y_BTHK = exclude_self(y_BTHK, v_BTGK)
@@ -1108,19 +1013,20 @@ def attention(x_BTD: Tensor, w: BlockWeights, form: BlockForm, rotary: Rotary, a
 
 def mlp(x_BTD: Tensor, w: BlockWeights, tap: Tap | None) -> Tensor:
     """Two linear layers round the square of a leaky ReLU with slope 1/2."""
-    hidden = F.leaky_relu(linear(x_BTD, w.up, "up", tap), 0.5).square()
-    return linear(hidden, w.down, "down", tap)
+    hidden_BTF = F.leaky_relu(linear(x_BTD, w.up, "up", tap), 0.5).square()
+    return linear(hidden_BTF, w.down, "down", tap)
 
 
-def run_block(x_BTD: Tensor, x0_BTD: Tensor, w: BlockWeights, form: BlockForm, rotary: Rotary, attend: Attend,
-              tap: Tap | None = None) -> Tensor:
+def run_block(x_BTD: Tensor, x0_BTD: Tensor, w: BlockWeights, form: BlockForm, rotary: Rotary,
+              attend: Attend, tap: Tap | None = None) -> Tensor:
     """One block: mixes the residual stream with the embedding, then adds attention and MLP."""
-    mix, attn_scale, mlp_scale = (t.to(x_BTD.dtype) for t in (w.resid_mix, w.attn_scale, w.mlp_scale))
+    vectors = (w.resid_mix, w.attn_scale, w.mlp_scale, w.norm_scale)
+    mix, attn_scale, mlp_scale, norm_scale = (t.to(x_BTD.dtype) for t in vectors)
     u = mix[0] * x_BTD + mix[1] * x0_BTD
-    z = rms_norm(u) * w.norm_scale.to(u.dtype)
+    z = rms_norm(u) * norm_scale
     after = u + attn_scale * attention(z, w, form, rotary, attend, tap)
     if form.residual == "serial":
-        z = rms_norm(after) * w.norm_scale.to(u.dtype)
+        z = rms_norm(after) * norm_scale
     return after + mlp_scale * mlp(z, w, tap)
 
 
@@ -1130,49 +1036,51 @@ def softcapped_nll(logits_NV: Tensor, target_N: Tensor, cap: float) -> Tensor:
 
 
 class Matrix(NamedTuple):
-    """The matrices of one role in all blocks, a view (L, rows, columns) into a parameter."""
+    """The matrices of one role in all blocks: rows of a parameter stacked over blocks."""
 
-    role: str
-    kind: Literal["attention", "mlp"]
+    role: Literal["q", "k", "v", "out", "up", "down"]
     parameter: nn.Parameter
-    first_row: int
-    num_rows: int
+    rows: slice
 
-    def view(self, tensor: Tensor) -> Tensor:
-        """This role's share of `tensor`, which is the parameter, its gradient or its quantised form."""
-        return tensor[:, self.first_row:self.first_row + self.num_rows]
+    def view(self, stack: Tensor) -> Tensor:
+        """This role's share (L, rows, columns) of the parameter's values, gradient or integers."""
+        return stack[:, self.rows]
 
 
 class GPT(nn.Module):
-    """The language model. Parameters are float32 and stacked over blocks; the compute type is a constructor's choice.
+    """The language model. Parameters are float32, stacked over blocks; the compute type is free.
 
-    `forward` is the only forward pass of the program: training, calibration, every evaluation and test-time
-    training call it, and differ only in the plan and the adapter.
+    `forward` is the only forward pass of the program: training, calibration, every evaluation and
+    test-time training call it, and differ only in the plan and the adapter.
     """
 
-    def __init__(self, config: Config, attend: Attend, compute_dtype: torch.dtype = torch.float32) -> None:
+    norm_scale: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: Config, attend: Attend, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        layers, dim, heads = config.num_layers, config.model_dim, config.num_heads * config.head_dim
-        self.config, self.attend, self.compute_dtype = config, attend, compute_dtype
-        self.embed = nn.Parameter(torch.empty(config.vocab_size, dim))
-        self.qkv = nn.Parameter(torch.empty(layers, heads + 2 * config.kv_dim, dim))
-        self.out = nn.Parameter(torch.zeros(layers, dim, heads))
-        self.up = nn.Parameter(torch.empty(layers, config.mlp_dim, dim))
-        self.down = nn.Parameter(torch.zeros(layers, dim, config.mlp_dim))
-        self.attn_scale = nn.Parameter(torch.ones(layers, dim))
-        self.mlp_scale = nn.Parameter(torch.ones(layers, dim))
-        self.resid_mix = nn.Parameter(torch.stack([torch.ones(layers, dim), torch.zeros(layers, dim)], dim=1))
-        self.q_gain = nn.Parameter(torch.full((layers, config.num_heads), config.qk_gain_init))
-        num_skips = max(plan.num_skips for plan in depth_plans(config))
-        self.skip_weights = nn.Parameter(torch.ones(num_skips, dim))
-        self.skip_gates = nn.Parameter(torch.zeros(num_skips, dim))
-        depth = torch.arange(1, layers + 1).float()
-        self.register_buffer("norm_scale", depth.rsqrt() if config.ln_scale else torch.ones(layers), persistent=False)
+        L, D, heads = config.num_layers, config.model_dim, config.model_dim
+        num_skips = max(sum(v.skip_row >= 0 for v in p.visits) for p in depth_plans(config))
+        self.config, self.attend, self.dtype = config, attend, dtype
+        self.embed = nn.Parameter(torch.zeros(config.vocab_size, D))
+        self.qkv = nn.Parameter(torch.zeros(L, heads + 2 * config.kv_dim, D))
+        self.out = nn.Parameter(torch.zeros(L, D, heads))
+        self.up = nn.Parameter(torch.zeros(L, config.mlp_dim, D))
+        self.down = nn.Parameter(torch.zeros(L, D, config.mlp_dim))
+        self.attn_scale = nn.Parameter(torch.ones(L, D))
+        self.mlp_scale = nn.Parameter(torch.ones(L, D))
+        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(L, 1, D))
+        self.q_gain = nn.Parameter(torch.full((L, config.num_heads), config.qk_gain_init))
+        self.skip_weights = nn.Parameter(torch.ones(num_skips, D))
+        self.skip_gates = nn.Parameter(torch.zeros(num_skips, D))
+        depth = torch.arange(1.0, L + 1)
+        norm_scale = depth.rsqrt() if config.ln_scale else torch.ones(L)
         rotary = rotary_tables(max(config.train_seq_len, config.eval_seq_len),
                                config.rope_dims or config.head_dim, config.rope_base)
-        self.register_buffer("cos", rotary.cos, persistent=False)
-        self.register_buffer("sin", rotary.sin, persistent=False)
-        self.forms = tuple(block_form(config, block) for block in range(layers))
+        for name, table in (("norm_scale", norm_scale), ("cos", rotary.cos), ("sin", rotary.sin)):
+            self.register_buffer(name, table, persistent=False)
+        self.forms = tuple(block_form(config, block) for block in range(L))
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -1185,55 +1093,62 @@ class GPT(nn.Module):
                     nn.init.orthogonal_(w_OI, generator=generator)
 
     def matrices(self) -> list[Matrix]:
-        """The logical matrices, each role stacked over blocks."""
-        config = self.config
-        heads, kv = config.num_heads * config.head_dim, config.kv_dim
-        return [Matrix("q", "attention", self.qkv, 0, heads), Matrix("k", "attention", self.qkv, heads, kv),
-                Matrix("v", "attention", self.qkv, heads + kv, kv),
-                Matrix("out", "attention", self.out, 0, config.model_dim),
-                Matrix("up", "mlp", self.up, 0, config.mlp_dim), Matrix("down", "mlp", self.down, 0, config.model_dim)]
+        """The matrices that Muon trains, by role."""
+        heads, kv = self.config.model_dim, self.config.kv_dim
+        return [Matrix("q", self.qkv, slice(0, heads)),
+                Matrix("k", self.qkv, slice(heads, heads + kv)),
+                Matrix("v", self.qkv, slice(heads + kv, heads + 2 * kv)),
+                Matrix("out", self.out, slice(None)), Matrix("up", self.up, slice(None)),
+                Matrix("down", self.down, slice(None))]
 
     def vectors(self) -> dict[str, nn.Parameter]:
         """The small parameters, by name."""
-        names = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "skip_gates")
-        return {name: getattr(self, name) for name in names}
+        return {"attn_scale": self.attn_scale, "mlp_scale": self.mlp_scale,
+                "resid_mix": self.resid_mix, "q_gain": self.q_gain,
+                "skip_weights": self.skip_weights, "skip_gates": self.skip_gates}
+
+    def stacks(self) -> dict[str, nn.Parameter]:
+        """The tensors that are quantised, by name: matrices over blocks, and the embedding."""
+        return {"embed": self.embed, "qkv": self.qkv, "out": self.out, "up": self.up,
+                "down": self.down}
 
     def block_weights(self) -> list[BlockWeights]:
-        """The parameters of every block. Each stack is cast and unbound once, so that the backward pass builds one
-        gradient per stack instead of one full-size gradient per visit."""
-        matrices = [p.to(self.compute_dtype).unbind() for p in (self.qkv, self.out, self.up, self.down)]
-        vectors = [p.unbind() for p in (self.attn_scale, self.mlp_scale, self.resid_mix, self.q_gain, self.norm_scale)]
+        """The parameters of every block.
+
+        Each stack is cast and unbound once: indexing it on every visit would make the backward pass
+        build a full-size gradient per visit.
+        """
+        matrices = [p.to(self.dtype).unbind() for p in (self.qkv, self.out, self.up, self.down)]
+        vectors = [p.unbind() for p in (self.attn_scale, self.mlp_scale, self.resid_mix,
+                                        self.q_gain, self.norm_scale)]
         return [BlockWeights(*parts) for parts in zip(*matrices, *vectors, strict=True)]
 
     def hidden(self, ids_BT: Tensor, plan: DepthPlan, adapter: Adapter | None = None,
                block_runner: Callable[..., Tensor] = run_block) -> Tensor:
         """Normalised output of the last block, (B, T, D) in the compute type."""
-        weights = self.block_weights()
-        rotary = Rotary(typing.cast(Tensor, self.cos), typing.cast(Tensor, self.sin))
+        weights, rotary = self.block_weights(), Rotary(self.cos, self.sin)
         skip_weights, skip_gates = self.skip_weights.unbind(), self.skip_gates.sigmoid().unbind()
-        x = x0 = rms_norm(F.embedding(ids_BT, self.embed).to(self.compute_dtype))
+        x = x0 = rms_norm(F.embedding(ids_BT, self.embed).to(self.dtype))
         outputs: list[Tensor] = []
         for number, visit in enumerate(plan.visits):
             if visit.skip_row >= 0:
                 weight, gate = (t[visit.skip_row].to(x.dtype) for t in (skip_weights, skip_gates))
                 x = (1 - gate) * (weight * outputs[visit.skip_from]) + gate * x
-            x = block_runner(x, x0, weights[visit.block], self.forms[visit.block], rotary, self.attend,
-                             bind_tap(adapter, number, visit.block))
+            x = block_runner(x, x0, weights[visit.block], self.forms[visit.block], rotary,
+                             self.attend, bind_tap(adapter, number, visit.block))
             outputs.append(x)
         return rms_norm(x)
 
-    def logits(self, x_NTD: Tensor, adapter: Adapter | None = None) -> Tensor:
-        """Scores before the soft cap, (..., V) in the compute type."""
-        return linear(x_NTD, self.embed.to(self.compute_dtype), "head", bind_tap(adapter, -1, -1))
-
-    def forward(self, ids_BT: Tensor, target_BT: Tensor, plan: DepthPlan, adapter: Adapter | None = None,
-                first_scored: int = 0, block_runner: Callable[..., Tensor] = run_block) -> Tensor:
+    def forward(self, ids_BT: Tensor, target_BT: Tensor, plan: DepthPlan,
+                adapter: Adapter | None = None, first_scored: int = 0,
+                block_runner: Callable[..., Tensor] = run_block) -> Tensor:
         """Nats of the targets from position `first_scored` on, float32 (B, T - first_scored)."""
         x_BTD = self.hidden(ids_BT, plan, adapter, block_runner)[:, first_scored:]
-        logits_BTV = self.logits(x_BTD, adapter)
+        tap = bind_tap(adapter, -1, -1)
+        logits_NV = linear(x_BTD, self.embed.to(self.dtype), "head", tap).flatten(0, 1)
         target_BT = target_BT[:, first_scored:].long()
-        return softcapped_nll(logits_BTV.flatten(0, 1), target_BT.flatten(), self.config.logit_softcap) \
-            .view(target_BT.shape)
+        nats_N = softcapped_nll(logits_NV, target_BT.flatten(), self.config.logit_softcap)
+        return nats_N.view(target_BT.shape)
 
 
 def bind_tap(adapter: Adapter | None, visit: int, block: int) -> Tap | None:
@@ -1246,38 +1161,36 @@ def bind_tap(adapter: Adapter | None, visit: int, block: int) -> Tap | None:
 def block_form(config: Config, block: int) -> BlockForm:
     """The fixed part of one physical block."""
     parallel = 0 <= config.parallel_residual_start <= block
-    return BlockForm(config.num_heads, config.num_kv_heads, config.head_dim, "parallel" if parallel else "serial",
+    return BlockForm(config.num_heads, config.num_kv_heads, "parallel" if parallel else "serial",
                      block >= config.num_layers - config.xsa_last_n)
 
 
 def count_parameters(model: GPT) -> dict[str, tuple[int, int]]:
-    """(tensors, parameters) of each optimizer group, counted as the logical tensors of the published systems."""
-    layers = model.config.num_layers
+    """(tensors, parameters) per optimizer group, counted as the published systems' tensors."""
     matrices = [m.view(m.parameter) for m in model.matrices()]
-    per_block = [v for name, v in model.vectors().items() if not name.startswith("skip")]
-    skips = [v for name, v in model.vectors().items() if name.startswith("skip")]
-    return {
-        "embedding": (1, model.embed.numel()),
-        "matrix": (layers * len(matrices), sum(m.numel() for m in matrices)),
-        "vector": (layers * len(per_block) + len(skips), sum(v.numel() for v in per_block + skips)),
-    }
+    vectors = model.vectors()
+    skips = sum(name.startswith("skip") for name in vectors)
+    blocks = model.config.num_layers
+    return {"embedding": (1, model.embed.numel()),
+            "matrix": (blocks * len(matrices), sum(m.numel() for m in matrices)),
+            "vector": (blocks * (len(vectors) - skips) + skips,
+                       sum(v.numel() for v in vectors.values()))}
 
 
 def flops_per_token(config: Config, plan: DepthPlan) -> float:
-    """Forward and backward floating-point operations per training token; attention counts its causal half and a
-    backward pass of 2.5 times the forward one."""
-    matrix = (config.model_dim * (2 * config.model_dim + 2 * config.kv_dim + 2 * config.mlp_dim))
-    attention_forward = 2 * config.train_seq_len * config.model_dim
-    return len(plan.visits) * (6 * matrix + 3.5 * attention_forward) + 6 * config.vocab_size * config.model_dim
+    """Operations of one training token, forward and backward.
 
-
-# ------------------------------------------------------------------------------------------------------
-# Attention back-ends: one function, several kernels. The first that loads and agrees with float32 wins.
-# ------------------------------------------------------------------------------------------------------
+    Attention counts its causal half, and a backward pass of 2.5 times the forward one.
+    """
+    dim = config.model_dim
+    matrices = dim * (2 * dim + 2 * config.kv_dim + 2 * config.mlp_dim)
+    attention_forward = 2 * config.train_seq_len * dim
+    per_visit = 6 * matrices + 3.5 * attention_forward
+    return len(plan.visits) * per_visit + 6 * config.vocab_size * dim
 
 
 class AttentionBackend(NamedTuple):
-    """The kernel in use and why the ones before it were not."""
+    """The attention kernel in use, and why the ones before it are not."""
 
     name: str
     attend: Attend
@@ -1285,67 +1198,86 @@ class AttentionBackend(NamedTuple):
 
 
 def sdpa_attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
-    """Causal attention by PyTorch; which kernel runs is set by the process-wide flags of `load_sdpa`."""
+    """Causal attention by PyTorch; `load_sdpa` decides which of its kernels runs."""
     q, k, v = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return y.transpose(1, 2)
 
 
-def load_sdpa(kernel: str, device: torch.device) -> Attend:
-    """PyTorch attention pinned to one kernel. Raises: GolfError if the device cannot run it."""
-    if kernel != "math" and device.type != "cuda":
-        raise GolfError("needs a CUDA device")
+def load_sdpa(device: torch.device, kernel: str) -> Attend:
+    """PyTorch attention pinned to one kernel. Raises: GolfError without a CUDA device."""
     if device.type == "cuda":
+        # Process-wide flags, because a context manager would break the compiled graph.
         torch.backends.cuda.enable_cudnn_sdp(kernel == "cudnn")
         torch.backends.cuda.enable_flash_sdp(kernel == "flash")
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_math_sdp(kernel == "math")
+    elif kernel != "math":
+        raise GolfError("needs a CUDA device")
     return sdpa_attend
 
 
 def attention_error(attend: Attend, device: torch.device) -> float:
-    """Largest relative error of the output and the three gradients against float32 attention, on random input."""
+    """Largest relative error of output and gradients against float32, on random input."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 256, 8, 64), (2, 256, 4, 64), (2, 256, 4, 64), (2, 256, 8, 64))
-    q, k, v, dy = (torch.randn(s, generator=generator) for s in shapes)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    heads = (8, 4, 4, 8)
+    q, k, v, dy = (torch.randn(2, 256, n, 64, generator=generator) for n in heads)
 
-    def run(function: Attend, target: torch.device, kind: torch.dtype) -> list[Tensor]:
-        leaves = [t.to(target, kind).requires_grad_() for t in (q, k, v)]
+    def run(function: Attend, where: torch.device, kind: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(where, kind).requires_grad_() for t in (q, k, v)]
         y = function(*leaves)
-        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(target, kind))]
+        gradients = torch.autograd.grad(y, leaves, dy.to(where, kind))
+        return [t.detach().cpu().float() for t in (y, *gradients)]
 
     wanted = run(sdpa_attend, torch.device("cpu"), torch.float32)
-    found = run(attend, device, dtype)
-    return max(float((f.cpu().float() - w).norm() / w.norm()) for f, w in zip(found, wanted, strict=True))
+    found = run(attend, device, compute_dtype(device))
+    return max(float((f - w).norm() / w.norm()) for f, w in zip(found, wanted, strict=True))
 
 
 def choose_attention(name: str, device: torch.device) -> AttentionBackend:
-    """The named back-end, or with `auto` the first that works. Raises: ConfigError if none does."""
+    """The named back-end; with `auto` the first that loads and agrees with float32.
+
+    Raises: ConfigError if none does.
+    """
     loaders: dict[str, Callable[[torch.device], Attend]] = {
-        "fa3": load_fa3, "fa4": load_fa4, "cudnn": lambda d: load_sdpa("cudnn", d),
-        "flash": lambda d: load_sdpa("flash", d), "math": lambda d: load_sdpa("math", d)}
+        "fa3": load_fa3, "fa4": load_fa4,
+        **{k: functools.partial(load_sdpa, kernel=k) for k in ("cudnn", "flash", "math")}}
     rejected: dict[str, str] = {}
     tolerance = 0.02 if device.type == "cuda" else 1e-4
     for candidate in loaders if name == "auto" else (name,):
         try:
             attend = loaders[candidate](device)
             error = attention_error(attend, device)
-        except Exception as problem:
+            if error > tolerance or math.isnan(error):
+                raise GolfError(f"error {error:.1e} against float32, at most {tolerance:g}")
+        except Exception as problem:  # whatever a foreign library raises only loses the choice
             rejected[candidate] = f"{type(problem).__name__}: {problem}".split("\n")[0][:160]
-            continue
-        if error < tolerance:
+        else:
             return AttentionBackend(candidate, attend, rejected)
-        rejected[candidate] = f"relative error {error:.1e} against float32, at most {tolerance:g}"
-    raise ConfigError(f"ATTENTION={name}: " + "; ".join(f"{k} ({why})" for k, why in rejected.items()))
+    raise ConfigError(f"ATTENTION={name}: " + "; ".join(f"{k}: {v}" for k, v in rejected.items()))
 
 
-# ======================================================================================================
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where matrix units exist, float32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def maybe_compile(function: Callable[..., Tensor], config: Config) -> Callable[..., Tensor]:
+    """`function`, compiled to one graph where the settings ask for it."""
+    if not config.compile:
+        return function
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+# ==================================================================================================
 # 5  Optimizer
 #
-# Enters: gradients of this rank's share of the batch. Leaves: updated parameters, equal on all ranks. Matrices
-# go to Muon, whose momentum and orthogonalisation are shared out over the ranks; the rest goes to AdamW.
-# Schedules are functions of progress (0 to 1) or of the step, and of nothing else.
-# ======================================================================================================
+# Enters: gradients of this rank's share of a batch. Leaves: parameters, updated alike everywhere.
+# Matrices go to Muon, whose momentum and orthogonalisation are shared out over the ranks; the rest
+# goes to AdamW. Schedules are functions of progress (0 to 1) or of the step, and of nothing else.
+#
+#   M matrices of one shape, laid wide   R rows   C columns (R <= C)
+# ==================================================================================================
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -1358,17 +1290,18 @@ def lr_scale(progress: float, warmdown_frac: float, floor: float) -> float:
 def muon_momentum(step: int, config: Config) -> float:
     """Linear ramp from the warm-up start to the final momentum."""
     share = min(step / config.muon_momentum_warmup_steps, 1.0)
-    return config.muon_momentum_warmup_start + share * (config.muon_momentum - config.muon_momentum_warmup_start)
+    first = config.muon_momentum_warmup_start
+    return first + share * (config.muon_momentum - first)
 
 
 def orthogonalise(update_MRC: Tensor, iterations: int) -> Tensor:
-    """Each matrix of a stack (rows <= columns) moved towards the nearest semi-orthogonal one, in bf16.
+    """Each matrix of a stack moved towards the nearest semi-orthogonal one, in bf16.
 
-    Source: Newton-Schulz iteration of Muon (Jordan et al. 2024), quintic with coefficients (a, b, c).
+    Source: Newton-Schulz iteration of Muon (Jordan et al. 2024), a quintic in three coefficients.
     """
     a, b, c = NEWTON_SCHULZ
     x = update_MRC.bfloat16()
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -1376,9 +1309,9 @@ def orthogonalise(update_MRC: Tensor, iterations: int) -> Tensor:
 
 
 class MatrixGroup:
-    """All logical matrices of one shape, laid wide (rows <= columns), padded to a multiple of the world size.
+    """All logical matrices of one shape, laid wide and padded to a multiple of the world size.
 
-    Stacking equal shapes makes Newton-Schulz a handful of batched products; laying tall matrices on their side
+    Stacking makes Newton-Schulz a handful of batched products; laying tall matrices on their side
     lets both MLP matrices share a stack, so that the ranks get equal work.
     """
 
@@ -1386,212 +1319,177 @@ class MatrixGroup:
         self.matrices, self.world = tuple(matrices), world
         views = [m.view(m.parameter.data) for m in matrices]
         self.tall = [v.shape[1] > v.shape[2] for v in views]
-        self.counts = [v.shape[0] for v in views]
-        rows, columns = sorted(views[0].shape[1:])
-        total = sum(self.counts)
-        self.padded = -(-total // world.size) * world.size
-        share = self.padded // world.size
-        device = views[0].device
-        tall = torch.zeros(self.padded, dtype=torch.bool)
-        tall[:total] = torch.repeat_interleave(torch.tensor(self.tall), torch.tensor(self.counts))
-        mine = slice(world.rank * share, (world.rank + 1) * share)
-        self.tall_M11 = tall[mine, None, None].to(device)
-        self.momentum = torch.zeros(share, rows, columns, device=device)
+        self.counts = [len(v) for v in views]
+        share = -(-sum(self.counts) // world.size)
+        self.padding = share * world.size - sum(self.counts)
+        tall = torch.repeat_interleave(torch.tensor([*self.tall, False]),
+                                       torch.tensor([*self.counts, self.padding]))
+        self.tall_M11 = tall.split(share)[world.rank].view(-1, 1, 1).to(views[0].device)
+        self.momentum = views[0].new_zeros(share, *sorted(views[0].shape[1:]))
 
     def reduce_gradients(self) -> Tensor:
-        """This rank's share of the gradients, averaged over ranks, float32 (M, rows, columns)."""
-        parts = []
-        for matrix, tall in zip(self.matrices, self.tall, strict=True):
-            gradient = matrix.view(typing.cast(Tensor, matrix.parameter.grad))
-            parts.append(gradient.mT if tall else gradient)
-        padding = self.padded - sum(self.counts)
-        if padding:
-            parts.append(parts[0].new_zeros(padding, *parts[0].shape[1:]))
+        """This rank's share of the gradients, averaged over ranks, float32 (M, R, C)."""
+        gradients = [m.view(gradient_of(m.parameter)) for m in self.matrices]
+        parts = [g.mT if tall else g for g, tall in zip(gradients, self.tall, strict=True)]
+        parts.append(parts[0].new_zeros(self.padding, *parts[0].shape[1:]))
         return self.world.scatter_mean(torch.cat(parts))
 
     def step(self, gradient: Tensor, lr: float, momentum: float, config: Config) -> None:
-        """Momentum, row normalisation and orthogonalisation of this rank's share; then all ranks apply all shares."""
+        """Nesterov momentum, row normalisation, orthogonalisation; all ranks apply all shares."""
         self.momentum.mul_(momentum).add_(gradient)
-        update = gradient.add_(self.momentum, alpha=momentum)
-        if config.muon_row_normalize:
-            # A tall matrix lies on its side here: its rows are columns.
-            row_norm = update.norm(dim=2, keepdim=True).clamp_min(1e-7)
-            column_norm = update.norm(dim=1, keepdim=True).clamp_min(1e-7)
-            update = update / torch.where(self.tall_M11, column_norm, row_norm)
+        update = gradient.add(self.momentum, alpha=momentum)
+        if config.muon_row_normalize:  # the rows of a tall matrix lie as columns here
+            columns, rows = (torch.linalg.vector_norm(update, dim=d, keepdim=True) for d in (1, 2))
+            update = update / torch.where(self.tall_M11, columns, rows).clamp_min(1e-7)
         updates = self.world.gather(orthogonalise(update, config.muon_backend_steps))
-        first = 0
-        for matrix, tall, count in zip(self.matrices, self.tall, self.counts, strict=True):
+        parts = updates[:sum(self.counts)].split(self.counts)
+        for matrix, tall, part in zip(self.matrices, self.tall, parts, strict=True):
             view = matrix.view(matrix.parameter.data)
-            part = updates[first:first + count]
-            first += count
-            scale = math.sqrt(max(1.0, view.shape[1] / view.shape[2]))
-            view.mul_(1 - lr * config.muon_wd).sub_((part.mT if tall else part).float(), alpha=lr * scale)
+            scale = lr * math.sqrt(max(1.0, view.shape[1] / view.shape[2]))
+            part = part.mT if tall else part
+            view.mul_(1 - lr * config.muon_wd).sub_(part.float(), alpha=scale)
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """The gradient, which must be there."""
+    return typing.cast(Tensor, parameter.grad)
 
 
 class Optimizer:
-    """Muon for the matrices, AdamW for the embedding and the vectors, one global gradient clip for all."""
+    """Muon for the matrices, AdamW for the rest, one global gradient clip for all."""
 
     def __init__(self, model: GPT, config: Config, world: World) -> None:
         self.config, self.world = config, world
         shapes: dict[tuple[int, ...], list[Matrix]] = {}
         for matrix in model.matrices():
-            shapes.setdefault(tuple(sorted(matrix.view(matrix.parameter.data).shape[1:])), []).append(matrix)
+            shape = matrix.view(matrix.parameter.data).shape[1:]
+            shapes.setdefault(tuple(sorted(shape)), []).append(matrix)
         self.groups = [MatrixGroup(matrices, world) for matrices in shapes.values()]
-        self.replicated = [model.embed, *model.vectors().values()]
-        self.parameters = [*{id(m.parameter): m.parameter for m in model.matrices()}.values(), *self.replicated]
-        missing = {id(p) for p in model.parameters()} ^ {id(p) for p in self.parameters}
-        if missing:
-            raise TypeError(f"{len(missing)} parameters belong to no optimizer group")
+        vectors = list(model.vectors().values())
+        self.replicated = [model.embed, *vectors]
+        stacked = {id(m.parameter): m.parameter for m in model.matrices()}
+        self.parameters = [*stacked.values(), *self.replicated]
+        if sorted(map(id, self.parameters)) != sorted(map(id, model.parameters())):
+            raise TypeError("a parameter is in no optimizer group, or in two")
         self.adam = torch.optim.AdamW(
-            [{"params": [model.embed], "base_lr": config.tied_embed_lr, "weight_decay": config.embed_wd},
-             {"params": list(model.vectors().values()), "base_lr": config.scalar_lr, "weight_decay": config.adam_wd}],
+            [{"params": members, "base": base, "weight_decay": decay} for members, base, decay in (
+                ([model.embed], config.tied_embed_lr, config.embed_wd),
+                (vectors, config.scalar_lr, config.adam_wd))],
             lr=0.0, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=world.is_cuda)
 
     @torch.no_grad()
     def step(self, step: int, scale: float) -> Tensor:
-        """Applies the accumulated gradients at `scale` times the base learning rates and clears them.
+        """Applies the gradients at `scale` times the base learning rates and clears them.
 
-        Returns the gradient norm before clipping, 0-D on the device: nothing here waits for the device.
+        Returns the gradient norm before clipping, 0-D: nothing here waits for the device.
         """
-        shards = [group.reduce_gradients() for group in self.groups]
-        self.reduce_replicated()
-        norm = self.gradient_norm(shards)
-        gradients = [typing.cast(Tensor, p.grad) for p in self.replicated]
-        if self.config.grad_clip_norm > 0:
-            torch._foreach_mul_([*shards, *gradients], (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        for group in self.adam.param_groups:
-            group["lr"] = group["base_lr"] * scale
+        config = self.config
+        shares = [group.reduce_gradients() for group in self.groups]
+        replicated = [gradient_of(p) for p in self.replicated]
+        self.world.sum_all_(replicated, 1 / self.world.size)
+        squares = torch.stack(torch._foreach_norm(shares)).square().sum()
+        norm = (self.world.sum_(squares)
+                + torch.stack(torch._foreach_norm(replicated)).square().sum()).sqrt()
+        if config.grad_clip_norm:
+            factor = (config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([*shares, *replicated], factor)
+        for adam_group in self.adam.param_groups:
+            adam_group["lr"] = adam_group["base"] * scale
         self.adam.step()
-        momentum = muon_momentum(step, self.config)
-        for matrix_group, shard in zip(self.groups, shards, strict=True):
-            matrix_group.step(shard, self.config.matrix_lr * scale, momentum, self.config)
+        momentum = muon_momentum(step, config)
+        for group, share in zip(self.groups, shares, strict=True):
+            group.step(share, config.matrix_lr * scale, momentum, config)
         for parameter in self.parameters:
             parameter.grad = None
         return norm
 
-    def reduce_replicated(self) -> None:
-        """Averages the gradients outside Muon over ranks, in one collective."""
-        if self.world.size == 1:
-            return
-        gradients = [typing.cast(Tensor, p.grad) for p in self.replicated]
-        flat = self.world.mean_(torch.cat([g.flatten() for g in gradients]))
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-
-    def gradient_norm(self, shards: list[Tensor]) -> Tensor:
-        """L2 norm of the averaged gradient of all parameters."""
-        squares = torch.stack(torch._foreach_norm(shards)).square().sum()
-        own = torch.stack(torch._foreach_norm([typing.cast(Tensor, p.grad) for p in self.replicated])).square().sum()
-        return (self.world.sum_(squares) + own).sqrt()
-
 
 class WeightAverage:
-    """Exponential moving average of every parameter, float32, updated once a step."""
+    """Exponential moving average of every parameter, updated once a step."""
 
     def __init__(self, model: GPT, decay: float) -> None:
         self.decay = decay
-        self.source = [p.data for p in model.parameters()]
-        self.shadow = [p.clone() for p in self.source]
+        self.weights = [p.data for p in model.parameters()]
+        self.shadow = [p.clone() for p in self.weights]
 
     def update(self) -> None:
         """shadow = decay * shadow + (1 - decay) * weight."""
-        torch._foreach_lerp_(self.shadow, self.source, 1 - self.decay)
+        torch._foreach_lerp_(self.shadow, self.weights, 1 - self.decay)
 
     def apply(self) -> None:
         """Replaces the model's weights by their average."""
-        torch._foreach_copy_(self.source, self.shadow)
+        torch._foreach_copy_(self.weights, self.shadow)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 6  Training
 #
-# Enters: model, batches, clock. Leaves: averaged weights and calibration statistics, inside the time budget.
-# The host runs at most two steps ahead of the device and never waits for a value it does not need.
-# ======================================================================================================
+# Enters: model, batches, clock. Leaves: averaged weights and calibration statistics, in the time
+# budget. The host runs two steps ahead of the device and never waits for a value it does not need.
+# ==================================================================================================
 
-
-class StepPlan(NamedTuple):
-    """What all ranks do next: decided by rank 0's clock alone."""
-
-    progress: float
-    stop: bool
+STEPS_IN_FLIGHT = 2
 
 
 class TrainingClock:
-    """Budget of the training loop. Runs from the first step to the last read of training data, calibration
-    included; validation pauses it."""
+    """Budget of the training loop: from the first step to the last read of training data.
+
+    Validation pauses it. Rank 0's clock decides for all ranks.
+    """
 
     def __init__(self, config: Config, world: World, reserve_seconds: float) -> None:
+        budget = config.max_wallclock_seconds
         self.world, self.iterations = world, config.iterations
-        self.limit = config.max_wallclock_seconds - reserve_seconds if config.max_wallclock_seconds else 0.0
-        self.begin = time.perf_counter()
-        self.paused = 0.0
-        self.pause_begin = 0.0
+        self.limit = budget - reserve_seconds if budget else 0.0
+        self.begin, self.paused_at = time.perf_counter(), 0.0
         self.marks: deque[float] = deque(maxlen=9)
 
     def elapsed(self) -> float:
         """Seconds of training so far."""
-        return time.perf_counter() - self.begin - self.paused
+        return time.perf_counter() - self.begin
 
     def pause(self) -> None:
-        """Stops the clock; the caller has synchronised the device."""
-        self.pause_begin = time.perf_counter()
+        """Stops the clock; the device is idle."""
+        self.paused_at = time.perf_counter()
 
     def resume(self) -> None:
-        """Starts the clock again."""
-        self.paused += time.perf_counter() - self.pause_begin
+        """Starts it again."""
+        self.begin += time.perf_counter() - self.paused_at
         self.marks.clear()
 
-    def next_step(self, step: int, in_flight: int) -> StepPlan:
-        """Progress at which to run `step`, or that training must end so that the limit is never crossed.
+    def next_step(self, step: int, in_flight: int) -> tuple[float, bool]:
+        """Progress at which to run `step`, and whether to stop instead so as to keep the limit.
 
-        `in_flight` steps were given to the device and have not finished; each is expected to take as long as
-        the slowest of the last eight.
+        Each unfinished step is expected to take as long as the slowest of the last eight.
         """
-        now = self.elapsed()
-        self.marks.append(now)
         if not self.limit:
-            return StepPlan(min(1.0, step / self.iterations), step >= self.iterations)
-        slowest = max((b - a for a, b in zip(self.marks, list(self.marks)[1:], strict=False)), default=0.0)
-        stop = step >= self.iterations or now + (in_flight + 1) * slowest * 1.02 > self.limit
-        progress, stop_flag = self.world.decide(now / self.limit, float(stop))
-        return StepPlan(min(1.0, progress), bool(stop_flag))
+            return min(1.0, step / self.iterations), step >= self.iterations
+        self.marks.append(self.elapsed())
+        now = self.marks[-1]
+        slowest = max((b - a for a, b in itertools.pairwise(self.marks)), default=0.0)
+        ahead = now + 1.02 * slowest * (in_flight + 1)
+        stop = step >= self.iterations or ahead > self.limit
+        progress, stopped = self.world.decide(now / self.limit, float(stop))
+        return min(1.0, progress), bool(stopped)
 
 
 class StepRecord(NamedTuple):
-    """A step given to the device: its numbers arrive on the host when `done` is reached."""
+    """A step given to the device; its numbers are on the host once the last mark is reached."""
 
     step: int
     plan: DepthPlan
     progress: float
     scale: float
-    values: Tensor  # loss and gradient norm, on the host
-    marks: tuple[torch.cuda.Event, ...]  # begin, end of the micro-steps, end of the step; empty on CPU
-    seconds: tuple[float, float]  # the same without a device: micro-steps, step
+    values: Tensor  # loss and gradient norm
+    marks: tuple[torch.cuda.Event, ...]  # begin, end of micro-steps, end of step; empty on CPU
+    seconds: tuple[float, float]  # micro-steps and step, where there are no marks
 
 
 class TrainResult(NamedTuple):
-    """What training hands on."""
+    """What training hands on, besides the weights in the model."""
 
-    plan: DepthPlan  # the plan trained last
+    plan: DepthPlan  # the last one trained
     hessians: dict[str, Tensor]
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where matrix units exist, float32 elsewhere."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def build_model(config: Config, world: World, attend: Attend) -> GPT:
-    """A model with initial weights on this rank's device."""
-    model = GPT(config, attend, compute_dtype(world.device))
-    model.initialise(config.seed)
-    return model.to(world.device)
-
-
-def maybe_compile(function: Callable[..., Tensor], config: Config) -> Callable[..., Tensor]:
-    """`function`, compiled to one graph where the settings ask for it."""
-    return torch.compile(function, fullgraph=True, dynamic=False) if config.compile else function
 
 
 class Trainer:
@@ -1600,24 +1498,25 @@ class Trainer:
     def __init__(self, config: Config, world: World, log: RunLog, attend: Attend) -> None:
         self.config, self.world, self.log = config, world, log
         self.shape = batch_shape(config, world.size)
-        shards = [read_shard(p) for p in find_shards(config.dataset_dir, "train")]
-        self.loader = TrainLoader(shards, config.train_seq_len, config.seed, config.vocab_size)
-        self.model = build_model(config, world, attend)
+        shards = [read_shard(path) for path in find_shards(config.dataset_dir, "train")]
+        self.loader = TrainLoader(shards, config)
+        self.model = GPT(config, attend, compute_dtype(world.device))
+        self.model.initialise(config.seed)
+        self.model.to(world.device)
         self.optimizer = Optimizer(self.model, config, world)
-        self.losses = {plan: maybe_compile(self.loss_function(plan), config) for plan in depth_plans(config)}
+        self.losses = {plan: self.compiled_loss(plan) for plan in depth_plans(config)}
         self.flight: deque[StepRecord] = deque()
         self.micro_seconds: dict[str, list[float]] = {}
-        self.loss_curve: list[float] = []
-        self.loop_enabled_step = 0
+        self.last_loss = math.nan
 
-    def loss_function(self, plan: DepthPlan) -> Callable[..., Tensor]:
-        """Mean nats of a micro-batch under `plan`, ready to compile."""
+    def compiled_loss(self, plan: DepthPlan) -> Callable[..., Tensor]:
+        """Mean nats of a micro-batch under `plan`."""
         def loss(rows: Tensor) -> Tensor:
             return self.model(rows[:, :-1], rows[:, 1:], plan).mean()
-        return loss
+        return maybe_compile(loss, self.config)
 
     def forward_backward(self, plan: DepthPlan, batches: list[Tensor]) -> Tensor:
-        """Accumulates gradients over the micro-batches; the mean loss of this rank, 0-D on the device."""
+        """Accumulates gradients over micro-batches; this rank's mean loss, 0-D on the device."""
         total = torch.zeros((), device=self.world.device)
         for rows in batches:
             loss = self.losses[plan](rows) / len(batches)
@@ -1626,91 +1525,73 @@ class Trainer:
         return total
 
     def warm_up(self) -> float:
-        """Compiles everything that the clock will meet, on random tokens; returns the calibration reserve in seconds.
+        """Compiles what the clock will meet, on random tokens; the calibration reserve in seconds.
 
-        Weights and optimizer state afterwards are what they were before.
+        Weights and optimizer state are afterwards what they were before.
         """
         config = self.config
         weights = [p.detach().clone() for p in self.model.parameters()]
         generator = torch.Generator().manual_seed(0)
         size = (self.shape.sequences, config.train_seq_len + 1)
-        rows = torch.randint(config.vocab_size, size, generator=generator, dtype=torch.int32).to(self.world.device)
+        rows = torch.randint(config.vocab_size, size, generator=generator, dtype=torch.int32)
+        rows = rows.to(self.world.device)
         for plan in depth_plans(config):
             with self.log.phase(f"warm_up {plan.name}"):
                 for _ in range(config.warmup_steps):
                     self.forward_backward(plan, [rows])
                 self.optimizer.step(0, 0.0)
                 self.world.synchronize()
-        reserve = self.time_calibration(rows)
         torch._foreach_copy_([p.data for p in self.model.parameters()], weights)
         self.optimizer = Optimizer(self.model, config, self.world)
-        return reserve
-
-    def time_calibration(self, rows: Tensor) -> float:
-        """Seconds to keep for calibration: measured on one batch, never below the configured reserve."""
-        hessians = Hessians(self.model)
         seconds = 0.0
-        for _ in range(2):
-            self.world.synchronize()
+        for _ in range(2):  # the second is warm
             begin = time.perf_counter()
-            collect(hessians, rows, depth_plans(self.config)[-1])
+            collect(Hessians(self.model), rows, depth_plans(config)[-1])
             self.world.synchronize()
             seconds = time.perf_counter() - begin
-        expected = 1.15 * seconds * calibration_share(self.config, self.world, self.shape) + 0.2
-        return self.world.maximum(max(self.config.gptq_reserve_seconds, expected))
+        needed = 1.15 * seconds * calibration_share(config, self.world, self.shape) + 0.2
+        slowest = self.world.combine(torch.tensor(needed), dist.ReduceOp.MAX).item()
+        return max(config.gptq_reserve_seconds, slowest)
 
-    def run(self, validate: Callable[[GPT, DepthPlan, str], None]) -> TrainResult:
-        """The timed loop, averaging and calibration. `validate` scores the model as it stands, off the clock."""
+    def run(self, validate: Callable[[int, DepthPlan, bool], None]) -> TrainResult:
+        """The timed loop, averaging and calibration.
+
+        `validate(step, plan, is_last)` scores the model as it stands, off the clock.
+        """
         config, log = self.config, self.log
         reserve = self.warm_up()
+        log.put("train", startup_seconds=round(time.time() - log.started, 1))
+        log.line(f"gptq:reserving {reserve:.1f}s of {config.max_wallclock_seconds:g}s")
         average = WeightAverage(self.model, config.ema_decay)
         stream = BatchStream(self.loader, self.shape, self.world)
-        log.put("train", startup_seconds=round(time.time() - log.started, 1))
-        log.line(f"calibration: reserving {reserve:.1f}s of {config.max_wallclock_seconds:g}s")
         self.world.barrier()
-        if self.world.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
         clock = TrainingClock(config, self.world, reserve)
-        step, plan, stopped = 0, depth_plans(config)[0], False
+        step, stopped, plan, loop_step = 0, False, depth_plans(config)[0], 0
         try:
             while not stopped:
-                self.drain(2)
-                decision = clock.next_step(step, len(self.flight))
-                stopped = decision.stop
-                if self.validation_due(step, stopped):
+                self.drain(STEPS_IN_FLIGHT)
+                progress, stopped = clock.next_step(step, len(self.flight))
+                if config.val_loss_every and (stopped or step % config.val_loss_every == 0):
                     self.drain(0)
                     clock.pause()
-                    validate(self.model, plan, "raw" if stopped else "step")
+                    validate(step, plan, stopped)
                     clock.resume()
                 if not stopped:
-                    plan = self.enter_plan(step, plan, decision.progress)
-                    self.take_step(step, plan, decision.progress, stream.next())
+                    if plan_at(config, progress) != plan:
+                        plan, loop_step = plan_at(config, progress), step + 1
+                        log.event("plan", step=step + 1, plan=plan.name, progress=progress)
+                        log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
+                                 f"{plan.describe()}")
+                    self.take_step(step, plan, progress, stream.next())
                     average.update()
                     step += 1
         finally:
             stream.close()
         self.drain(0)
-        if self.world.is_cuda:
-            log.put("train", peak_mib=torch.cuda.max_memory_allocated() >> 20)
         average.apply()
         hessians = self.calibrate(plan)
-        self.summarise(step, clock, plan)
+        self.summarise(step, clock.elapsed(), loop_step)
         return TrainResult(plan, hessians)
-
-    def validation_due(self, step: int, stopped: bool) -> bool:
-        """Whether to validate before `step`."""
-        every = self.config.val_loss_every
-        return bool(every) and (stopped or step % every == 0)
-
-    def enter_plan(self, step: int, current: DepthPlan, progress: float) -> DepthPlan:
-        """The plan for this step; says so when it changes."""
-        plan = plan_at(self.config, progress)
-        if plan != current or step == 0:
-            self.log.event("plan", step=step, plan=plan.name, progress=round(progress, 4))
-            if step:
-                self.loop_enabled_step = step
-                self.log.line(f"layer_loop:enabled step:{step} frac:{progress:.3f} {plan.describe()}")
-        return plan
 
     def take_step(self, step: int, plan: DepthPlan, progress: float, batches: list[Tensor]) -> None:
         """Gives one optimizer step to the device."""
@@ -1724,92 +1605,90 @@ class Trainer:
         if cuda:
             marks[1].record()
         micro_seconds = time.perf_counter() - begin
-        norm = self.optimizer.step(step, scale)
-        values = torch.stack([loss, norm])
+        values = torch.stack([loss, self.optimizer.step(step, scale)])
         if cuda:
-            host = torch.empty(2, pin_memory=True)
-            values = host.copy_(values, non_blocking=True)
+            values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
             marks[2].record()
         seconds = (micro_seconds, time.perf_counter() - begin)
-        self.flight.append(StepRecord(step, plan, progress, scale, values, marks, seconds))
+        self.flight.append(StepRecord(step + 1, plan, progress, scale, values, marks, seconds))
 
     def drain(self, most_in_flight: int) -> None:
-        """Waits until at most that many steps are unfinished and takes in the numbers of the finished ones."""
+        """Waits until at most that many steps are unfinished; takes in the finished ones.
+
+        Raises: TrainingError if one of their numbers is not finite.
+        """
         while len(self.flight) > most_in_flight:
             record = self.flight.popleft()
+            micro, whole = record.seconds
             if record.marks:
-                record.marks[-1].synchronize()
-            self.take_in(record)
+                begin, middle, end = record.marks
+                end.synchronize()
+                micro, whole = (begin.elapsed_time(mark) / 1e3 for mark in (middle, end))
+            self.last_loss, norm = record.values.tolist()
+            if not (math.isfinite(self.last_loss) and math.isfinite(norm)):
+                raise TrainingError(f"step {record.step} on rank {self.world.rank}: train_loss="
+                                    f"{self.last_loss} and gradient norm={norm} must be finite")
+            self.micro_seconds.setdefault(record.plan.name, []).append(micro)
+            if record.step <= 5 or record.step % self.config.train_log_every == 0:
+                self.log_step(record, norm, whole)
 
-    def take_in(self, record: StepRecord) -> None:
-        """Checks, keeps and logs the numbers of a finished step. Raises: TrainingError if they are not finite."""
-        loss, norm = record.values.tolist()
-        step = record.step + 1
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(f"step {step} on rank {self.world.rank}: train_loss={loss}, gradient norm={norm}; "
-                                "both must be finite")
-        micro, whole = record.seconds
-        if record.marks:
-            micro = record.marks[0].elapsed_time(record.marks[1]) / 1e3
-            whole = record.marks[0].elapsed_time(record.marks[2]) / 1e3
-        self.micro_seconds.setdefault(record.plan.name, []).append(micro)
-        self.loss_curve.append(loss)
-        if step <= 5 or step % self.config.train_log_every == 0:
-            tokens = self.config.train_batch_tokens
-            self.log.event("train", step=step, train_loss=loss, gradient_norm=norm, lr_scale=record.scale,
-                           tok_s=round(tokens / whole), plan=record.plan.name, progress=round(record.progress, 5),
-                           mem_mib=torch.cuda.memory_allocated() >> 20 if record.marks else 0)
-            self.log.line(f"{step}/{self.config.iterations} train_loss: {loss:.4f} "
-                          f"step_time: {1e3 * whole:.1f}ms tok/s: {tokens / whole:.0f}")
+    def log_step(self, record: StepRecord, norm: float, seconds: float) -> None:
+        """Writes the numbers of a finished step."""
+        tok_s = self.config.train_batch_tokens / seconds
+        memory = torch.cuda.memory_allocated() >> 20 if record.marks else 0
+        self.log.event("train", step=record.step, train_loss=self.last_loss, gradient_norm=norm,
+                       lr_scale=record.scale, tok_s=round(tok_s), plan=record.plan.name,
+                       progress=round(record.progress, 5), mem_mib=memory)
+        self.log.line(f"{record.step}/{self.config.iterations} train_loss: {self.last_loss:.4f} "
+                      f"step_time: {1e3 * seconds:.1f}ms tok/s: {tok_s:.0f}")
 
     def calibrate(self, plan: DepthPlan) -> dict[str, Tensor]:
-        """Second moments of every linear layer's input over training windows, summed over ranks."""
-        hessians = Hessians(self.model)
+        """Second moments of every linear layer's input over training windows and all ranks."""
         begin = time.perf_counter()
+        hessians = Hessians(self.model)
         for number in range(calibration_share(self.config, self.world, self.shape)):
             first = (number * self.world.size + self.world.rank) * self.shape.sequences
-            rows = torch.from_numpy(self.loader.read(first, self.shape.sequences)).to(self.world.device)
-            collect(hessians, rows, plan)
+            rows = torch.from_numpy(self.loader.read(first, self.shape.sequences))
+            collect(hessians, rows.to(self.world.device), plan)
         moments = {name: self.world.sum_(h) for name, h in hessians.moments.items()}
         self.world.synchronize()
-        self.log.put("quantisation", seconds_hessians=round(time.perf_counter() - begin, 2))
-        self.log.line(f"calibration: {len(moments)} Hessians in {time.perf_counter() - begin:.1f}s")
+        seconds = time.perf_counter() - begin
+        self.log.put("quantisation", seconds_hessians=round(seconds, 2))
+        self.log.line(f"GPTQ:collected {len(moments)} Hessians in {seconds:.1f}s")
         return moments
 
-    def summarise(self, steps: int, clock: TrainingClock, plan: DepthPlan) -> None:
-        """Writes the training section of the result. Raises: BudgetError after the result knows it."""
-        config = self.config
-        seconds, tokens = clock.elapsed(), steps * config.train_batch_tokens
-        by_plan = {name: round(config.train_batch_tokens / float(np.median(times)))
+    def summarise(self, steps: int, seconds: float, loop_step: int) -> None:
+        """Writes the training section of the result."""
+        config, log = self.config, self.log
+        tokens = steps * config.train_batch_tokens
+        per_rank = config.train_batch_tokens
+        by_plan = {name: round(per_rank / float(np.median(times)))
                    for name, times in self.micro_seconds.items()}
-        data_seconds = max(seconds, 1e-9)
-        self.log.put("train", steps=steps, seconds=round(seconds, 3), tokens=tokens, tok_s_by_plan=by_plan,
-                     ms_per_step=round(1e3 * seconds / max(steps, 1), 3), tok_s=round(tokens / data_seconds),
-                     loop_enabled_step=self.loop_enabled_step, final_plan=plan.name,
-                     final_loss=self.loss_curve[-1] if self.loss_curve else None)
-        self.log.put("data", passes=round(tokens / self.loader.num_tokens, 3))
-        self.log.put("clocks", training_seconds=round(seconds, 3),
-                     training_budget_seconds=config.max_wallclock_seconds)
-        if config.max_wallclock_seconds and seconds > config.max_wallclock_seconds:
-            self.log.put("clocks", training_budget_crossed=True)
-            self.log.warn(f"training took {seconds:.1f}s, over MAX_WALLCLOCK_SECONDS "
-                          f"({config.max_wallclock_seconds:g})")
-        self.log.line(f"training: {steps} steps, {seconds:.1f}s, {tokens / data_seconds:.0f} tok/s, "
-                      f"micro-steps only {by_plan}")
+        peak = torch.cuda.max_memory_allocated() >> 20 if self.world.is_cuda else 0
+        log.put("train", steps=steps, seconds=round(seconds, 3), tokens=tokens,
+                ms_per_step=round(1e3 * seconds / max(steps, 1), 3), tok_s=round(tokens / seconds),
+                tok_s_by_plan=by_plan, loop_enabled_step=loop_step, final_loss=self.last_loss,
+                peak_mib=peak)
+        log.put("data", passes=round(tokens / self.loader.num_tokens, 3))
+        log.put("clocks", training_seconds=round(seconds, 3),
+                training_budget_seconds=config.max_wallclock_seconds)
+        if 0 < config.max_wallclock_seconds < seconds:
+            log.warn(f"training took {seconds:.1f}s, MAX_WALLCLOCK_SECONDS is "
+                     f"{config.max_wallclock_seconds:g}")
+        log.line(f"training: {steps} steps in {seconds:.1f}s, {tokens / seconds:.0f} tok/s, "
+                 f"micro-steps only {by_plan}, peak {peak} MiB")
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 7  Quantisation
 #
-# Enters: averaged weights and Hessians (second moments of the inputs of every linear layer). Leaves: integers
-# with one scale per row. "6 bits" names a range; what decides the size is the step, a multiple of the row's
-# standard deviation, because the integers are entropy coded.
+# Enters: averaged weights and Hessians (second moments of every linear layer's inputs). Leaves:
+# integers with one scale per row. "6 bits" names a range; what decides the size is the step, a
+# multiple of the row's standard deviation, because the integers are entropy coded.
 #
 #   R rows (outputs)   C columns (inputs)
-# ======================================================================================================
+# ==================================================================================================
 
-# Which site feeds each stacked tensor; the embedding is the head and sees the final norm.
-SITE_OF: dict[str, Site] = {"qkv": "qkv", "out": "out", "up": "up", "down": "down", "embed": "head"}
 SMALLEST_SCALE = 2.0**-24  # of float16
 
 
@@ -1825,12 +1704,17 @@ class Hessians:
 
     def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Adds the second moments of `x` and returns `y`."""
-        rows = x.flatten(0, -2).float()
-        name = f"{site}.{block}" if block >= 0 else site
+        x_NC = x.flatten(0, -2).float()
+        name = hessian_name(site, block)
         if name not in self.moments:
-            self.moments[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
-        self.moments[name].addmm_(rows.T, rows)
+            self.moments[name] = x_NC.new_zeros(x_NC.shape[1], x_NC.shape[1])
+        self.moments[name].addmm_(x_NC.T, x_NC)
         return y
+
+
+def hessian_name(stack: str, block: int) -> str:
+    """The site that feeds a block of a stack; the embedding is the head."""
+    return "head" if block < 0 or stack == "embed" else f"{stack}.{block}"
 
 
 @torch.no_grad()
@@ -1841,42 +1725,33 @@ def collect(hessians: Hessians, rows: Tensor, plan: DepthPlan) -> None:
 
 
 def calibration_share(config: Config, world: World, shape: BatchShape) -> int:
-    """Calibration batches of one rank, so that all ranks together read the configured number of tokens."""
-    wanted = config.gptq_calibration_batches * (config.micro_batch_tokens // config.train_seq_len)
-    return -(-wanted // (shape.sequences * world.size))
+    """Calibration batches of one rank, so that all ranks together read the configured tokens."""
+    per_batch = config.micro_batch_tokens // config.train_seq_len
+    sequences = config.gptq_calibration_batches * per_batch
+    return -(-sequences // (shape.sequences * world.size))
 
 
 class QuantRule(NamedTuple):
     """How one tensor class is quantised."""
 
-    bits: int
-    clip_sigmas: float
-
-    @property
-    def max_level(self) -> int:
-        """Largest integer."""
-        return 2**(self.bits - 1) - 1
+    max_level: int  # largest integer
+    clip_sigmas: float  # the value it stands for, in standard deviations of the row
 
 
-def quant_rule(config: Config, tensor: str, widen: float = 1.0) -> QuantRule:
+def quant_rule(config: Config, stack: str, widen: float = 1.0) -> QuantRule:
     """The rule of a stacked tensor; `widen` multiplies its clip width."""
-    if tensor == "embed":
-        return QuantRule(config.embed_bits, config.embed_clip_sigmas * widen)
-    return QuantRule(config.matrix_bits, config.matrix_clip_sigmas * widen)
+    bits, sigmas = ((config.embed_bits, config.embed_clip_sigmas) if stack == "embed" else
+                    (config.matrix_bits, config.matrix_clip_sigmas))
+    return QuantRule(2**(bits - 1) - 1, sigmas * widen)
 
 
 def row_scales(w_RC: Tensor, rule: QuantRule) -> Tensor:
-    """Step size of every row, float16 (R,): the clip width in standard deviations over the largest integer.
+    """Step size of every row, float16 (R,).
 
-    A wider clip means a larger step: fewer bytes, more error. The rounded scale is the one that quantises.
+    A wider clip means a larger step: fewer bytes, more error. The rounded scale also quantises.
     """
-    scale_R = rule.clip_sigmas * w_RC.float().std(dim=1, correction=1) / rule.max_level
-    return scale_R.clamp(SMALLEST_SCALE, 65_504).half()
-
-
-def round_to_nearest(w_RC: Tensor, scale_R: Tensor, max_level: int) -> Tensor:
-    """Nearest integers, int8, without error feedback."""
-    return (w_RC / scale_R.float()[:, None]).round().clamp(-max_level, max_level).to(torch.int8)
+    scale_R = rule.clip_sigmas * w_RC.float().std(dim=1) / rule.max_level
+    return scale_R.nan_to_num(0.0).clamp(SMALLEST_SCALE, 65_504).half()
 
 
 def dequantise(q_RC: Tensor, scale_R: Tensor) -> Tensor:
@@ -1885,17 +1760,16 @@ def dequantise(q_RC: Tensor, scale_R: Tensor) -> Tensor:
 
 
 def inverse_factor(hessian_CC: Tensor, damp: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped Hessian, float32.
+    """Upper Cholesky factor of the inverse of the damped Hessian.
 
-    Damping is raised tenfold until the factorisation succeeds. Raises: TrainingError for a Hessian that is not
-    finite.
+    Damping is raised tenfold until the factorisation succeeds. Raises: TrainingError if the Hessian
+    is not finite.
     """
     if not bool(torch.isfinite(hessian_CC).all()):
         raise TrainingError("a calibration Hessian is not finite")
-    mean = hessian_CC.diagonal().mean()
-    eye = torch.eye(len(hessian_CC), device=hessian_CC.device)
+    ridge = torch.eye(len(hessian_CC), device=hessian_CC.device) * hessian_CC.diagonal().mean()
     while True:
-        lower, failed = torch.linalg.cholesky_ex(hessian_CC + damp * mean * eye)
+        lower, failed = torch.linalg.cholesky_ex(hessian_CC + damp * ridge)
         if not bool(failed):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not bool(failed):
@@ -1903,113 +1777,114 @@ def inverse_factor(hessian_CC: Tensor, damp: float) -> Tensor:
         damp *= 10
 
 
-def gptq(w_RC: Tensor, hessian_CC: Tensor, scale_R: Tensor, max_level: int, damp: float, block: int = 128) -> Tensor:
-    """Integers, int8 (R, C), that keep W x close for inputs with second moments `hessian_CC`.
+def gptq(w_RC: Tensor, hessian_CC: Tensor, scale_R: Tensor, max_level: int, damp: float,
+         block: int = 128) -> Tensor:
+    """Integers, int8 (R, C), that keep W x close for inputs with the given second moments.
 
-    Columns are rounded one by one, most important first; the error of each is spread over those to come.
-    Source: GPTQ (Frantar et al. 2022), with descending-diagonal order.
+    Columns are rounded one by one, the most important first; the error of each is spread over those
+    to come. Source: GPTQ (Frantar et al. 2022), with columns in order of descending diagonal.
     """
-    w, hessian = w_RC.float().clone(), hessian_CC.float().clone()
+    w, hessian, scale = w_RC.float().clone(), hessian_CC.float().clone(), scale_R.float()
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1.0
     w[:, dead] = 0.0
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    w, hessian = w[:, order], hessian[order][:, order]
-    factor = inverse_factor(hessian, damp)
-    scale = scale_R.float()
+    w = w[:, order]
+    factor = inverse_factor(hessian[order][:, order], damp)
     q = torch.empty_like(w)
     for first in range(0, w.shape[1], block):
         last = min(first + block, w.shape[1])
         errors = torch.empty_like(w[:, first:last])
         for j in range(first, last):
-            level = (w[:, j] / scale).round().clamp(-max_level, max_level)
-            error = (w[:, j] - level * scale) / factor[j, j]
+            q[:, j] = (w[:, j] / scale).round().clamp(-max_level, max_level)
+            error = (w[:, j] - q[:, j] * scale) / factor[j, j]
             w[:, j:last] -= torch.outer(error, factor[j, j:last])
-            q[:, j], errors[:, j - first] = level, error
+            errors[:, j - first] = error
         w[:, last:] -= errors @ factor[first:last, last:]
     return q[:, torch.argsort(order)].to(torch.int8)
 
 
 class QuantisedModel(NamedTuple):
-    """Everything an artifact holds: integers with row scales, and small tensors kept in float16. All on the CPU."""
+    """Everything an artifact holds, on the CPU."""
 
-    integers: dict[str, tuple[Tensor, Tensor]]  # name -> int8 (..., R, C), float16 (..., R)
-    small: dict[str, Tensor]
+    integers: dict[str, Tensor]  # int8 (..., R, C)
+    scales: dict[str, Tensor]  # float16 (..., R)
+    vectors: dict[str, Tensor]  # float16
 
 
-def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float = 1.0) -> QuantisedModel:
-    """Quantises every stacked tensor; each rank solves its share of the blocks and all ranks get all integers."""
-    integers = {}
-    for name, site in SITE_OF.items():
-        stack = typing.cast(Tensor, getattr(model, name)).detach()
+def quantise(model: GPT, hessians: dict[str, Tensor], world: World,
+             widen: float = 1.0) -> QuantisedModel:
+    """Quantises every stack; each rank solves its share of the blocks, and all get the integers."""
+    integers, all_scales, config = {}, {}, model.config
+    for name, parameter in model.stacks().items():
+        rule, stack = quant_rule(config, name, widen), parameter.detach()
         stack_LRC = stack if stack.dim() == 3 else stack[None]
-        rule = quant_rule(model.config, name, widen)
         scales = torch.stack([row_scales(w_RC, rule) for w_RC in stack_LRC])
         levels = torch.zeros(stack_LRC.shape, dtype=torch.int8, device=stack.device)
-        for block, w_RC in enumerate(stack_LRC):
-            if block % world.size == world.rank:
-                hessian = hessians[f"{site}.{block}" if stack.dim() == 3 else site]
-                levels[block] = gptq(w_RC, hessian, scales[block], rule.max_level, model.config.gptq_damp)
-        levels = world.sum_(levels).view(stack.shape)
-        integers[name] = (levels.cpu(), scales.view(stack.shape[:-1]).cpu())
-    return QuantisedModel(integers, {name: v.detach().half().cpu() for name, v in model.vectors().items()})
+        for block in range(world.rank, len(stack_LRC), world.size):
+            levels[block] = gptq(stack_LRC[block], hessians[hessian_name(name, block)],
+                                 scales[block], rule.max_level, config.gptq_damp)
+        integers[name] = world.sum_(levels).view(stack.shape).cpu()
+        all_scales[name] = scales.view(stack.shape[:-1]).cpu()
+    vectors = {name: v.detach().half().cpu() for name, v in model.vectors().items()}
+    return QuantisedModel(integers, all_scales, vectors)
 
 
+@torch.no_grad()
 def restore_weights(model: GPT, quantised: QuantisedModel) -> None:
-    """Sets the model's parameters to what the artifact stands for."""
-    with torch.no_grad():
-        for name, (levels, scales) in quantised.integers.items():
-            getattr(model, name).copy_(dequantise(levels, scales))
-        for name, value in quantised.small.items():
-            getattr(model, name).copy_(value)
+    """Sets the model's parameters to what the integers stand for."""
+    for name, parameter in model.stacks().items():
+        parameter.copy_(dequantise(quantised.integers[name], quantised.scales[name]))
+    for name, vector in model.vectors().items():
+        vector.copy_(quantised.vectors[name])
 
 
 def tensor_report(model: GPT, quantised: QuantisedModel) -> list[dict[str, object]]:
-    """Entropy in bits per weight and relative error of every quantised tensor."""
+    """Entropy in bits per weight and relative error of every stack."""
     rows: list[dict[str, object]] = []
-    for name, (levels, scales) in quantised.integers.items():
-        w = typing.cast(Tensor, getattr(model, name)).detach().float().cpu()
-        error = (w - dequantise(levels, scales)).norm() / w.norm()
-        rows.append({"name": name, "bits": round(entropy_bits(levels) / levels.numel(), 4),
+    for name, parameter in model.stacks().items():
+        q, w = quantised.integers[name], parameter.detach().float().cpu()
+        error = (w - dequantise(q, quantised.scales[name])).norm() / w.norm()
+        rows.append({"name": name, "bits": round(entropy_bits(q) / q.numel(), 4),
                      "error": round(float(error), 5)})
     return rows
 
 
 def entropy_bits(levels: Tensor) -> float:
-    """Order-0 entropy of a stack of integers in bits, one histogram per matrix."""
+    """Order-0 entropy of a stack of integers in bits, with one histogram per matrix."""
     total = 0.0
     for matrix in levels if levels.dim() == 3 else levels[None]:
-        counts = torch.bincount(matrix.flatten().int() + 128, minlength=256).double()
+        counts = torch.bincount(matrix.flatten().int() + 128).double()
         counts = counts[counts > 0]
         total += float((counts * (counts.sum().log2() - counts.log2())).sum())
     return total
 
 
-def gaussian_bits(rule: QuantRule) -> float:
-    """Bits per weight of Gaussian rows under `rule`: differential entropy less the logarithm of the step."""
-    return 0.5 * math.log2(2 * math.pi * math.e) - math.log2(rule.clip_sigmas / rule.max_level)
-
-
 def estimate_artifact_bytes(config: Config) -> int:
-    """Bytes of program and model to expect before training, assuming Gaussian weights."""
-    layers, dim = config.num_layers, config.model_dim
-    matrix = layers * dim * (2 * dim + 2 * config.kv_dim + 2 * config.mlp_dim)
-    scales = layers * (3 * dim + 2 * config.kv_dim + config.mlp_dim) + config.vocab_size
-    bits = matrix * gaussian_bits(quant_rule(config, "up"))
-    bits += config.vocab_size * dim * gaussian_bits(quant_rule(config, "embed"))
+    """Bytes of program and model to expect before training, as if rows were Gaussian.
+
+    Bits per weight are the differential entropy less the logarithm of the step.
+    """
+    with torch.device("meta"):
+        model = GPT(config, sdpa_attend)
     coder_loss = {"brotli": 1.014, "lzma": 1.08}[config.compressor]
-    return int(bits / 8 * coder_loss + 1.33 * scales + 8 * layers * dim + len(packed_program()))
+    total = float(len(packed_program()))
+    for name, stack in model.stacks().items():
+        rule = quant_rule(config, name)
+        bits = 0.5 * math.log2(2 * math.pi * math.e) - math.log2(rule.clip_sigmas / rule.max_level)
+        total += coder_loss * stack.numel() * max(bits, 0.05) / 8 + 1.33 * stack[..., 0].numel()
+    return int(total + 1.5 * sum(v.numel() for v in model.vectors().values()))
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 8  Artifact
 #
-# Enters: a `QuantisedModel`. Leaves: one flat file, and back. Nothing in it is executed, every size is declared
-# and checked before memory is taken, and a checksum covers every byte. Here too is the packed program, whose
-# bytes count beside the model's.
+# Enters: a `QuantisedModel`. Leaves: one flat file, and back. Nothing in it is executed, every size
+# is declared and checked before memory is taken, and a checksum covers every byte. Here too is the
+# packed program, whose bytes count beside the model's.
 #
-#   magic, lengths of the header | header: compressed JSON | streams | first 16 bytes of the SHA-256 of all before
-# ======================================================================================================
+#   magic, lengths of the header | compressed JSON header | streams | start of the SHA-256 of it all
+# ==================================================================================================
 
 ARTIFACT_MAGIC = b"GOLF\x00\x01\r\n"
 CHECKSUM_BYTES = 16
@@ -2017,132 +1892,9 @@ MOST_HEADER_BYTES = 1 << 20
 MOST_ELEMENTS = 1 << 31
 
 # Settings without which the weights mean something else.
-MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_base",
-                  "rope_dims", "ln_scale", "xsa_last_n", "parallel_residual_start", "logit_softcap", "num_loops",
-                  "loop_start", "loop_end")
-
-
-class Artifact(NamedTuple):
-    """What an artifact file says."""
-
-    settings: dict[str, float]
-    plan: str
-    preset: str
-    model: QuantisedModel
-
-
-def compress(data: bytes, codec: str) -> bytes:
-    """`data` as `codec` stores it."""
-    if codec == "lzma":
-        return lzma.compress(data, preset=6)
-    import brotli
-    return typing.cast(bytes, brotli.compress(data, quality=11, lgwin=24))
-
-
-def decompress(data: bytes, codec: str, size: int) -> bytes:
-    """The inverse of `compress`; never produces more than `size` bytes, give or take one.
-
-    Raises: ArtifactError unless exactly `size` bytes come out and all of `data` is used.
-    """
-    try:
-        if codec == "lzma":
-            decoder = lzma.LZMADecompressor()
-            out = decoder.decompress(data, size + 1)
-            complete = decoder.eof and not decoder.unused_data
-        else:
-            out, complete = decompress_brotli(data, size)
-    except Exception as error:
-        raise ArtifactError(f"artifact: a {codec} stream does not decode: {error}") from None
-    if len(out) != size or not complete:
-        raise ArtifactError(f"artifact: a {codec} stream holds {len(out)} bytes or more, declared {size}")
-    return out
-
-
-def decompress_brotli(data: bytes, size: int) -> tuple[bytes, bool]:
-    """At most `size` + 1 bytes of a brotli stream, and whether it ended there."""
-    import brotli
-    decoder = brotli.Decompressor()
-    out = bytearray()
-    while not decoder.is_finished() and len(out) <= size:
-        piece = decoder.process(b"" if out else data, output_buffer_limit=size + 1 - len(out))
-        if not piece:
-            break
-        out += piece
-    return bytes(out), bool(decoder.is_finished())
-
-
-def require_compressor(config: Config) -> None:
-    """Raises ConfigError where the codec is missing, before time is spent on a model that could not be stored."""
-    if config.compressor == "brotli":
-        try:
-            import brotli
-        except ImportError:
-            raise ConfigError("COMPRESSOR=brotli needs the package brotli: pip install 'brotli>=1.2'") from None
-        if not hasattr(brotli.Decompressor, "can_accept_more_data"):
-            raise ConfigError("COMPRESSOR=brotli needs brotli 1.2 or newer: pip install -U brotli")
-
-
-class TensorEntry(NamedTuple):
-    """One line of the tensor table. Integers of a stack are one stream per matrix; all float16 tensors share the
-    last stream, low bytes first, because exponents compress and mantissas do not."""
-
-    name: str
-    kind: Literal["int8", "float16"]
-    shape: tuple[int, ...]
-
-    @property
-    def num_elements(self) -> int:
-        """Product of the shape."""
-        return math.prod(self.shape)
-
-    def part_bytes(self) -> list[int]:
-        """Bytes of each integer stream before compression."""
-        parts = self.shape[0] if len(self.shape) == 3 else 1
-        return [self.num_elements // parts] * parts
-
-
-def tensor_table(settings: Mapping[str, float]) -> list[TensorEntry]:
-    """The tensors that a model with these settings has, in file order, without building it."""
-    layers, dim, vocab, heads, kv_heads, loops = (int(settings[k]) for k in (
-        "num_layers", "model_dim", "vocab_size", "num_heads", "num_kv_heads", "num_loops"))
-    head_dim, mlp_dim = dim // heads, int(settings["mlp_mult"] * dim)
-    segment = int(settings["loop_end"] - settings["loop_start"] + 1)
-    skips = (layers + loops * segment) // 2
-    shapes = {"embed": (vocab, dim), "qkv": (layers, (heads + 2 * kv_heads) * head_dim, dim),
-              "out": (layers, dim, heads * head_dim), "up": (layers, mlp_dim, dim), "down": (layers, dim, mlp_dim)}
-    small = {"attn_scale": (layers, dim), "mlp_scale": (layers, dim), "resid_mix": (layers, 2, dim),
-             "q_gain": (layers, heads), "skip_weights": (skips, dim), "skip_gates": (skips, dim)}
-    return [*(TensorEntry(name, "int8", shape) for name, shape in shapes.items()),
-            *(TensorEntry(f"{name}.scale", "float16", shape[:-1]) for name, shape in shapes.items()),
-            *(TensorEntry(name, "float16", shape) for name, shape in small.items())]
-
-
-def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) -> bytes:
-    """The artifact file. Raises: TypeError if the tensors are not those of the configured model."""
-    settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
-    table = tensor_table(settings)
-    tensors = {**{name: levels for name, (levels, _) in quantised.integers.items()},
-               **{f"{name}.scale": scale for name, (_, scale) in quantised.integers.items()}, **quantised.small}
-    raw: list[bytes] = []
-    floats = []
-    for entry in table:
-        array = tensors.pop(entry.name).contiguous().numpy()
-        if array.shape != entry.shape or str(array.dtype) != entry.kind:
-            raise TypeError(f"{entry.name} is {array.dtype} {array.shape}, the table says {entry}")
-        if entry.kind == "int8":
-            raw += [part.tobytes() for part in array.reshape(len(entry.part_bytes()), -1)]
-        else:
-            floats.append(array.astype("<f2").view(np.uint8).reshape(-1, 2))
-    if tensors:
-        raise TypeError(f"tensors without a place in the artifact: {', '.join(tensors)}")
-    raw.append(np.ascontiguousarray(np.concatenate(floats).T).tobytes())
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        streams = list(pool.map(lambda data: compress(data, config.compressor), raw))
-    header = json.dumps({"settings": settings, "plan": plan.name, "preset": config.preset, "codec": config.compressor,
-                         "streams": [len(s) for s in streams]}, separators=(",", ":")).encode()
-    packed = lzma.compress(header, lzma.FORMAT_ALONE)
-    body = ARTIFACT_MAGIC + struct.pack("<II", len(packed), len(header)) + packed + b"".join(streams)
-    return body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES]
+MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
+                  "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "parallel_residual_start",
+                  "logit_softcap", "num_loops", "loop_start", "loop_end")
 
 
 class Header(NamedTuple):
@@ -2155,196 +1907,304 @@ class Header(NamedTuple):
     streams: list[int]  # compressed bytes of each
 
 
+class Artifact(NamedTuple):
+    """What an artifact file says."""
+
+    header: Header
+    model: QuantisedModel
+
+
+def compress(data: bytes, codec: str) -> bytes:
+    """`data` as `codec` stores it."""
+    if codec == "lzma":
+        return lzma.compress(data, preset=6)
+    import brotli
+    return typing.cast(bytes, brotli.compress(data, quality=11, lgwin=24))
+
+
+def decompress(data: bytes, codec: str, size: int) -> bytes:
+    """The inverse of `compress`. Raises: ArtifactError unless exactly `size` bytes come out.
+
+    No more than one byte over `size` is ever produced.
+    """
+    try:
+        if codec == "lzma":
+            decoder = lzma.LZMADecompressor()
+            out, complete = decoder.decompress(data, size + 1), decoder.eof
+        else:
+            out, complete = decompress_brotli(data, size)
+    except Exception as error:
+        raise ArtifactError(f"artifact: a {codec} stream does not decode: {error}") from None
+    if len(out) != size or not complete:
+        raise ArtifactError(f"artifact: a {codec} stream gives {len(out)}+ bytes, not {size}")
+    return out
+
+
+def decompress_brotli(data: bytes, size: int) -> tuple[bytes, bool]:
+    """At most `size` + 1 bytes of a brotli stream, and whether it ended there."""
+    import brotli
+    decoder, out, given = brotli.Decompressor(), bytearray(), data
+    while not decoder.is_finished() and len(out) <= size:
+        piece = decoder.process(given, output_buffer_limit=size + 1 - len(out))
+        if not piece and not given:
+            break
+        out, given = out + piece, b""
+    return bytes(out), bool(decoder.is_finished())
+
+
+def require_compressor(config: Config) -> None:
+    """Raises ConfigError where the codec is missing, before time goes into a model for it."""
+    if config.compressor == "brotli":
+        try:
+            from brotli import Decompressor
+        except ImportError:
+            raise ConfigError("COMPRESSOR=brotli needs: pip install 'brotli>=1.2'") from None
+        if not hasattr(Decompressor, "can_accept_more_data"):
+            raise ConfigError("COMPRESSOR=brotli needs brotli 1.2: pip install -U 'brotli>=1.2'")
+
+
+def expected_shapes(config: Config) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
+    """Shapes of a model's integers and of its float16 tensors, in file order; takes no memory."""
+    with torch.device("meta"):
+        model = GPT(config, sdpa_attend)
+    integers = {name: p.shape for name, p in model.stacks().items()}
+    floats = {f"{name}.scale": shape[:-1] for name, shape in integers.items()}
+    return integers, floats | {name: p.shape for name, p in model.vectors().items()}
+
+
+def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) -> bytes:
+    """The artifact file: one stream per matrix of integers, and one for all float16 values."""
+    integers, floats = expected_shapes(config)
+    tensors = quantised.vectors | {f"{k}.scale": v for k, v in quantised.scales.items()}
+    raw = []
+    for name, shape in integers.items():
+        stack = quantised.integers[name].view(shape).numpy()
+        raw += [matrix.tobytes() for matrix in (stack if stack.ndim == 3 else stack[None])]
+    parts = [tensors[name].view(shape).numpy().ravel() for name, shape in floats.items()]
+    values = np.concatenate(parts)
+    # Low bytes first, then high bytes: exponents compress, mantissas do not.
+    raw.append(values.astype("<f2").view(np.uint8).reshape(-1, 2).T.tobytes())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        streams = list(pool.map(functools.partial(compress, codec=config.compressor), raw))
+    settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
+    lengths = [len(stream) for stream in streams]
+    header = Header(settings, plan.name, config.preset, config.compressor, lengths)
+    text = json.dumps(header._asdict(), separators=(",", ":")).encode()
+    packed = lzma.compress(text, lzma.FORMAT_ALONE)
+    frame = struct.pack("<II", len(packed), len(text))
+    body = b"".join([ARTIFACT_MAGIC, frame, packed, *streams])
+    return body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES]
+
+
 def decode_header(data: bytes) -> tuple[Header, int]:
-    """The header of an artifact whose checksum holds, and where its streams begin. Raises: ArtifactError."""
+    """The header of an intact file, and where its streams begin. Raises: ArtifactError."""
     start = len(ARTIFACT_MAGIC) + 8
-    if not data.startswith(ARTIFACT_MAGIC):
-        raise ArtifactError(f"artifact: begins with {data[:8]!r}, not {ARTIFACT_MAGIC!r}")
-    if len(data) < start + CHECKSUM_BYTES:
-        raise ArtifactError(f"artifact: {len(data)} bytes is shorter than its frame ({start + CHECKSUM_BYTES})")
+    if not data.startswith(ARTIFACT_MAGIC) or len(data) < start + CHECKSUM_BYTES:
+        raise ArtifactError(f"artifact: {len(data)} bytes that begin with {data[:8]!r}, expected "
+                            f"{start + CHECKSUM_BYTES} or more with {ARTIFACT_MAGIC!r} in front")
     if hashlib.sha256(data[:-CHECKSUM_BYTES]).digest()[:CHECKSUM_BYTES] != data[-CHECKSUM_BYTES:]:
         raise ArtifactError("artifact: checksum does not match; the file is damaged or incomplete")
-    packed_bytes, header_bytes = struct.unpack_from("<II", data, len(ARTIFACT_MAGIC))
-    if header_bytes > MOST_HEADER_BYTES or start + packed_bytes + CHECKSUM_BYTES > len(data):
-        raise ArtifactError(f"artifact: header of {header_bytes} bytes, at most {MOST_HEADER_BYTES}")
+    packed_bytes, text_bytes = struct.unpack_from("<II", data, len(ARTIFACT_MAGIC))
+    end = start + packed_bytes
+    if text_bytes > MOST_HEADER_BYTES or end + CHECKSUM_BYTES > len(data):
+        raise ArtifactError(f"artifact: header of {text_bytes} bytes, at most {MOST_HEADER_BYTES}")
     try:
         decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=1 << 26)
-        header = Header(**json.loads(decoder.decompress(data[start:start + packed_bytes], header_bytes + 1)))
-        well_formed = (header.codec in typing.get_args(Compressor) and isinstance(header.settings, dict)
+        header = Header(**json.loads(decoder.decompress(data[start:end], text_bytes + 1)))
+        well_formed = (header.codec in ("brotli", "lzma") and isinstance(header.settings, dict)
                        and all(type(n) is int and n >= 0 for n in header.streams)
                        and isinstance(header.plan, str) and isinstance(header.preset, str))
     except Exception as error:
-        raise ArtifactError(f"artifact: header cannot be read: {type(error).__name__}") from None
-    if not well_formed or start + packed_bytes + sum(header.streams) + CHECKSUM_BYTES != len(data):
+        raise ArtifactError(f"artifact: unreadable header ({type(error).__name__})") from None
+    if not well_formed or end + sum(header.streams) + CHECKSUM_BYTES != len(data):
         raise ArtifactError("artifact: its streams do not add up to the file")
-    return header, start + packed_bytes
+    return header, end
 
 
 def decode_artifact(data: bytes) -> Artifact:
-    """The contents of an artifact file. Raises: ArtifactError for anything but a whole, well-formed file."""
+    """The contents of a whole, well-formed file. Raises: ArtifactError for anything else."""
     header, position = decode_header(data)
-    settings = check_settings(header.settings)
-    table = tensor_table(settings)
-    sizes = [n for entry in table if entry.kind == "int8" for n in entry.part_bytes()]
-    num_floats = sum(entry.num_elements for entry in table if entry.kind == "float16")
+    integers, floats = expected_shapes(stored_config(header.settings))
+    sizes = [shape[-2:].numel() for shape in integers.values() for _ in range(shape[:-2].numel())]
+    num_floats = sum(shape.numel() for shape in floats.values())
     if sum(sizes) + num_floats > MOST_ELEMENTS or len(sizes) + 1 != len(header.streams):
-        raise ArtifactError(f"artifact: {sum(sizes)} weights in {len(header['streams'])} streams, expected "
+        raise ArtifactError(f"artifact: {sum(sizes)} weights in {len(header.streams)} streams, not "
                             f"{len(sizes) + 1} streams and at most {MOST_ELEMENTS} weights")
     raw = []
     for length, size in zip(header.streams, [*sizes, 2 * num_floats], strict=True):
         raw.append(decompress(data[position:position + length], header.codec, size))
         position += length
-    floats = np.ascontiguousarray(np.frombuffer(raw.pop(), np.uint8).reshape(2, -1).T).view("<f2").ravel()
-    tensors: dict[str, Tensor] = {}
-    first = 0
-    for entry in table:
-        if entry.kind == "int8":
-            count = len(entry.part_bytes())
-            values = np.frombuffer(b"".join(raw[:count]), np.int8)
-            del raw[:count]
-        else:
-            values = floats[first:first + entry.num_elements]
-            first += entry.num_elements
-        tensors[entry.name] = torch.from_numpy(values.reshape(entry.shape).copy())
-    integers = {e.name: (tensors.pop(e.name), tensors.pop(f"{e.name}.scale")) for e in table if e.kind == "int8"}
-    return Artifact(settings, header.plan, header.preset, QuantisedModel(integers, tensors))
+    planes = np.frombuffer(raw.pop(), np.uint8).reshape(2, -1)
+    values = torch.from_numpy(planes.T.copy().view("<f2").ravel())
+    parts = values.split([shape.numel() for shape in floats.values()])
+    tensors = {name: p.view(shape) for (name, shape), p in zip(floats.items(), parts, strict=True)}
+    levels = torch.frombuffer(bytearray(b"".join(raw)), dtype=torch.int8)
+    stacks = levels.split([shape.numel() for shape in integers.values()])
+    quantised = QuantisedModel(
+        {name: s.view(shape) for (name, shape), s in zip(integers.items(), stacks, strict=True)},
+        {name: tensors.pop(f"{name}.scale") for name in integers}, tensors)
+    return Artifact(header, quantised)
 
 
-def check_settings(settings: dict[str, float]) -> dict[str, float]:
-    """The model settings of a header, complete, typed and in range. Raises: ArtifactError."""
-    if set(settings) != set(MODEL_SETTINGS):
-        raise ArtifactError(f"artifact: settings {sorted(set(settings) ^ set(MODEL_SETTINGS))} missing or unknown")
+def stored_config(settings: dict[str, float]) -> Config:
+    """The configuration with a header's model settings. Raises: ArtifactError."""
     types = typing.get_type_hints(Config)
+    if set(settings) != set(MODEL_SETTINGS):
+        raise ArtifactError(f"artifact: {set(settings) ^ set(MODEL_SETTINGS)} missing or unknown")
+    for name, value in settings.items():
+        if type(value) is not types[name]:
+            raise ArtifactError(f"artifact: {name}={value!r} is not of type {types[name].__name__}")
     try:
-        for name, value in settings.items():
-            if type(value) is not types[name] and not (types[name] is float and type(value) is int):
-                raise ConfigError(f"{name} is not of type {types[name].__name__}")
-        Config(**settings)  # type: ignore[arg-type]
+        return Config(**settings)  # type: ignore[arg-type]
     except ConfigError as error:
         raise ArtifactError(f"artifact: {error}") from None
-    return dict(settings)
 
 
-def load_artifact(path: Path, config: Config, world: World, attend: Attend) -> tuple[GPT, DepthPlan]:
-    """The model and depth plan that the file at `path` stands for. Raises: ArtifactError."""
+def read_artifact(path: Path) -> bytes:
+    """The bytes of an artifact file. Raises: ArtifactError if it cannot be read."""
     try:
-        artifact = decode_artifact(path.read_bytes())
+        return path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
-    for name, value in artifact.settings.items():
+
+
+def load_artifact(path: Path, config: Config, world: World,
+                  attend: Attend) -> tuple[GPT, DepthPlan]:
+    """The model and the depth plan that the file at `path` stands for. Raises: ArtifactError."""
+    header, quantised = decode_artifact(read_artifact(path))
+    for name, value in header.settings.items():
         if value != getattr(config, name):
-            raise ArtifactError(f"{path}: was made with {name.upper()}={value} (PRESET={artifact.preset}), but the "
+            raise ArtifactError(f"{path}: {name.upper()}={value} (PRESET={header.preset}), but the "
                                 f"settings say {getattr(config, name)}")
     plans = {plan.name: plan for plan in depth_plans(config)}
-    if artifact.plan not in plans:
-        raise ArtifactError(f"{path}: depth plan {artifact.plan!r} is not one of {', '.join(plans)}")
+    if header.plan not in plans:
+        raise ArtifactError(f"{path}: depth plan {header.plan!r} is not one of {', '.join(plans)}")
     model = GPT(config, attend, compute_dtype(world.device)).to(world.device)
-    restore_weights(model, artifact.model)
-    return model, plans[artifact.plan]
+    restore_weights(model, quantised)
+    return model, plans[header.plan]
 
 
 def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: World,
                log: RunLog) -> tuple[QuantisedModel, bytes]:
-    """Quantises and encodes so that program and model fit ARTIFACT_CAP_BYTES.
+    """Integers and file such that program and model fit ARTIFACT_CAP_BYTES.
 
-    With FIT, clips that are too narrow are widened by one factor, found by bisection on the measured size.
+    With FIT, clips that are too narrow are widened by one factor: first by the size that a Gaussian
+    would lose, then by bisection, always on the measured size.
     Raises: ArtifactError if the artifact does not fit.
     """
     config, code_bytes = model.config, len(packed_program())
-    too_narrow, fits, widen = 1.0, 0.0, 1.0
-    best: tuple[QuantisedModel, bytes] | None = None
-    for _ in range(16):
-        quantised, blob = quantise_and_encode(model, hessians, plan, world, log, widen)
-        total = code_bytes + int(world.decide(len(blob))[0])
-        if total <= config.artifact_cap_bytes:
-            best, fits = (quantised, blob), widen
-            if widen == 1.0 or config.artifact_cap_bytes - total < 4000:
-                break
+    cap, weights = config.artifact_cap_bytes, sum(p.numel() for p in model.stacks().values())
+    too_narrow, widen, best = 0.0, 1.0, None
+    best_widen = math.inf
+    for _ in range(20):
+        begin = time.perf_counter()
+        quantised = quantise(model, hessians, world, widen)
+        solved = time.perf_counter()
+        blob = encode_artifact(quantised, config, plan) if world.is_main else b""
+        log.put("quantisation", seconds_solve=round(solved - begin, 2),
+                seconds_encode=round(time.perf_counter() - solved, 2))
+        over = int(world.decide(code_bytes + len(blob))[0]) - cap
+        if over <= 0:
+            best, best_widen = (quantised, blob), widen
         else:
             too_narrow = widen
-            log.line(f"fit: {total:,} bytes at clip width x{widen:.4f}, {total - config.artifact_cap_bytes:,} over")
-            if not config.fit:
-                raise ArtifactError(f"artifact is {total:,} bytes, {total - config.artifact_cap_bytes:,} over "
-                                    f"ARTIFACT_CAP_BYTES ({config.artifact_cap_bytes:,}); FIT=1 widens the clips")
-        if fits and fits / too_narrow < 1.0005:
+            log.line(f"fit: {over:,} bytes over the cap at clips x{widen:.4f}")
+        if (over > 0 and not config.fit) or widen == best_widen == 1.0 or -3000 < over <= 0:
             break
-        excess_bits = 8 * (total - config.artifact_cap_bytes + 1500) / (total - code_bytes) * 3.5
-        guess = widen * 2**max(-2.0, min(2.0, excess_bits))
-        inside = too_narrow < guess < fits if fits else guess > too_narrow
-        widen = guess if inside else (math.sqrt(too_narrow * fits) if fits else too_narrow * 2)
+        guess = widen * 2**max(-3.0, min(3.0, 8 * (over + 1500) / weights))
+        inside = too_narrow < guess < best_widen
+        widen = guess if inside else math.sqrt(max(too_narrow, 1.0) * min(best_widen, 4 * widen))
+        if max(widen, best_widen) / min(widen, too_narrow or widen) < 1.0003:
+            break
     if best is None:
-        raise ArtifactError(f"artifact does not fit ARTIFACT_CAP_BYTES ({config.artifact_cap_bytes:,}) even with clips "
-                            f"x{too_narrow:.0f}; the packed program alone is {code_bytes:,} bytes")
-    if fits != 1.0:
-        log.warn(f"the preset's clip widths do not fit the cap: widened x{fits:.4f}")
-    log.put("quantisation", clip_widening=round(fits, 5))
+        hint = f"even with clips x{too_narrow:.0f}" if config.fit else "FIT=1 would widen the clips"
+        raise ArtifactError(f"artifact is {over:,} bytes over ARTIFACT_CAP_BYTES ({cap:,}), "
+                            f"{code_bytes:,} of them the program; {hint}")
+    if best_widen != 1.0:
+        log.warn(f"the preset's clip widths do not fit the cap: widened x{best_widen:.4f}")
+    log.put("quantisation", clip_widening=round(best_widen, 5))
     return best
 
 
-def quantise_and_encode(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: World, log: RunLog,
-                        widen: float) -> tuple[QuantisedModel, bytes]:
-    """One pass from weights to file; only rank 0 encodes, the others return an empty file."""
-    begin = time.perf_counter()
-    quantised = quantise(model, hessians, world, widen)
-    solved = time.perf_counter()
-    blob = encode_artifact(quantised, model.config, plan) if world.is_main else b""
-    log.put("quantisation", seconds_solve=round(solved - begin, 2),
-            seconds_encode=round(time.perf_counter() - solved, 2))
-    return quantised, blob
-
-
-def save_artifact(path: Path, blob: bytes, quantised: QuantisedModel, model: GPT, log: RunLog) -> None:
+def save_artifact(path: Path, blob: bytes, quantised: QuantisedModel, model: GPT,
+                  log: RunLog) -> None:
     """Writes the artifact and says where its bytes go."""
     write_atomically(path, blob)
-    config, code_bytes = model.config, len(packed_program())
+    cap, code_bytes = model.config.artifact_cap_bytes, len(packed_program())
     total = code_bytes + len(blob)
-    weights = sum(levels.numel() for levels, _ in quantised.integers.values())
-    log.put("artifact", code_bytes=code_bytes, model_bytes=len(blob), total_bytes=total,
-            cap_bytes=config.artifact_cap_bytes, unused_bytes=config.artifact_cap_bytes - total,
-            sha256=hashlib.sha256(blob).hexdigest(), codec=config.compressor, path=str(path))
+    sizes: dict[str, object] = {"code_bytes": code_bytes, "model_bytes": len(blob),
+                                "total_bytes": total}
+    log.put("artifact", **sizes, cap_bytes=cap, unused_bytes=cap - total, path=str(path),
+            sha256=hashlib.sha256(blob).hexdigest(), codec=model.config.compressor)
+    weights = sum(q.numel() for q in quantised.integers.values())
     log.put("quantisation", bits_per_weight=round(8 * len(blob) / weights, 4),
             by_tensor=tensor_report(model, quantised))
-    log.event("artifact", code_bytes=code_bytes, model_bytes=len(blob), total_bytes=total)
-    log.line(f"artifact_bytes = {code_bytes:,} code + {len(blob):,} model = {total:,} / "
-             f"{config.artifact_cap_bytes:,}")
+    log.event("artifact", **sizes)
+    log.line(f"artifact_bytes = {code_bytes:,} code + {len(blob):,} model = {total:,} / {cap:,}")
+
+
+PACKED_MEMBER = "source"
+PACKED_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+
+# Runs the program inside its archive. The line cache gets the text, because tracebacks,
+# torch.compile and Triton read the source of what they compile.
+PACKED_STUB = """import linecache, lzma
+s = lzma.decompress(__loader__.get_data("source"), lzma.FORMAT_RAW, None, %r).decode()
+linecache.cache["<train_gpt>"] = len(s), None, s.splitlines(True), "<train_gpt>"
+exec(compile(s, "<train_gpt>", "exec"))
+"""
 
 
 def strip_source(source: str) -> str:
-    """The same program without comments, docstrings and annotations of variables nobody reads at run time."""
+    """The same program without comments, docstrings and annotations nobody reads, indented by one.
+
+    Operators registered by a decorator derive their signature from annotations and keep them.
+    """
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(
-                    first.value.value, str):
-                node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree) + "\n"
+            node.body = node.body[bool(ast.get_docstring(node)):] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+            node.returns = None
+            for argument in [*node.args.args, *node.args.kwonlyargs]:
+                argument.annotation = None
+    lines = [(line, line.lstrip(" ")) for line in ast.unparse(tree).split("\n")]
+    return "".join(" " * ((len(line) - len(text)) // 4) + text + "\n" for line, text in lines)
 
 
 def pack_program(source: str) -> bytes:
-    """A zip that Python runs like the script: equal sources give equal bytes, and tracebacks, compilers and Triton
-    find the source text through the loader."""
+    """A zip that Python runs like the script. Equal sources give equal bytes."""
+    data = lzma.compress(strip_source(source).encode(), lzma.FORMAT_RAW, filters=PACKED_FILTERS)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        member = zipfile.ZipInfo("__main__.py")
-        member.create_system = 3
-        archive.writestr(member, strip_source(source), zipfile.ZIP_DEFLATED, 9)
+        for name, content, method in ((PACKED_MEMBER, data, zipfile.ZIP_STORED), (
+                "__main__.py", (PACKED_STUB % PACKED_FILTERS).encode(), zipfile.ZIP_DEFLATED)):
+            member = zipfile.ZipInfo(name)  # its fixed date makes the archive reproducible
+            member.create_system = 3
+            archive.writestr(member, content, method, 9)
     return buffer.getvalue()
 
 
-# ======================================================================================================
+def unpack_program(path: Path) -> str:
+    """The source inside a packed program."""
+    with zipfile.ZipFile(path) as archive:
+        data = archive.read(PACKED_MEMBER)
+    return lzma.decompress(data, lzma.FORMAT_RAW, filters=PACKED_FILTERS).decode()
+
+
+# ==================================================================================================
 # 9  Evaluation
 #
-# Enters: a model and the validation stream. Leaves: nats per target in a ledger, and their total in bits per
-# byte. Target t is token t+1 of the stream, predicted from tokens up to t.
-# ======================================================================================================
+# Enters: a model and the validation stream. Leaves: nats per target in a ledger, and their total in
+# bits per byte. Target t is token t+1 of the stream, predicted from tokens up to t.
+# ==================================================================================================
 
 
 class ScoreLedger:
     """Every target's score, taken exactly once.
 
-    `released` hands out tokens for adaptation only after their scores are in; `total_nats` refuses to add up an
-    incomplete ledger. With several ranks, `agree` says between which targets all of them have finished.
+    `released` hands out tokens for adaptation only after their scores are final; `total_nats`
+    refuses an incomplete ledger. `agree` makes final what all ranks have scored.
     """
 
     def __init__(self, stream: ValStream, world: World) -> None:
@@ -2358,13 +2218,16 @@ class ScoreLedger:
 
         Raises: LegalityError if one of them was scored before.
         """
-        positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
-        if (self.scored[positions] | self.final[positions]).any() or np.unique(positions).size != positions.size:
-            raise LegalityError(f"targets between {positions.min()} and {positions.max()} were scored before")
+        spans = zip(starts, counts, strict=True)
+        positions = np.concatenate([np.arange(start, start + n) for start, n in spans])
+        again = (self.scored[positions] | self.final[positions]).any()
+        if again or np.unique(positions).size != positions.size:
+            raise LegalityError(f"a target between {positions.min()} and {positions.max()} was "
+                                "scored before")
         self.scored[positions] = 1
-        keep = torch.from_numpy(np.arange(nats_BS.shape[1])[None, :] < counts[:, None])
-        rows = nats_BS[:len(starts)]
-        self.nats[torch.from_numpy(positions).to(rows.device)] = rows[keep.to(rows.device)].float()
+        rows_BS = nats_BS[:len(starts)]
+        keep_BS = torch.from_numpy(np.arange(rows_BS.shape[1]) < counts[:, None]).to(rows_BS.device)
+        self.nats[torch.from_numpy(positions).to(rows_BS.device)] = rows_BS[keep_BS].float()
 
     def agree(self, first: int, last: int) -> None:
         """Makes the scores of all ranks for targets `first` to `last` final.
@@ -2372,28 +2235,28 @@ class ScoreLedger:
         Raises: LegalityError if two ranks scored the same target.
         """
         flags = torch.from_numpy(self.scored[first:last].copy())
-        if self.world.size > 1:
-            dist.all_reduce(flags, group=self.world.control)
-        if bool((flags > 1).any()):
-            raise LegalityError(f"targets between {first} and {last} were scored by two ranks")
+        if bool((self.world.combine(flags, dist.ReduceOp.SUM) > 1).any()):
+            raise LegalityError(f"a target between {first} and {last} was scored by two ranks")
         self.final[first:last] = flags.numpy()
 
     def released(self, first: int, last: int) -> np.ndarray:
-        """Tokens whose scores are final, int32 (last - first + 1): inputs first..last-1 and targets first..last-1.
+        """Inputs and targets `first` to `last`, int32 (last - first + 1), their scores final.
 
         Raises: LegalityError if one of those targets has no final score.
         """
-        missing = int((self.final[first:last] == 0).sum())
-        if missing:
-            raise LegalityError(f"{missing} targets between {first} and {last} are not scored yet")
+        self.require_final(first, last)
         return self.stream.tokens[first:last + 1]
 
-    def total_nats(self) -> float:
-        """Sum over all targets and ranks, in float64. Raises: LegalityError if a score is missing."""
-        self.agree(0, self.stream.num_targets)
-        missing = int((self.final == 0).sum())
+    def require_final(self, first: int, last: int) -> None:
+        """Raises LegalityError unless every target from `first` to `last` has a final score."""
+        missing = int((self.final[first:last] == 0).sum())
         if missing:
-            raise LegalityError(f"{missing} of {self.final.size} targets were never scored")
+            raise LegalityError(f"{missing} targets between {first} and {last} are not scored")
+
+    def total_nats(self) -> float:
+        """Sum over all targets and ranks, in float64. Raises: LegalityError if one is missing."""
+        self.agree(0, self.final.size)
+        self.require_final(0, self.final.size)
         return float(self.world.sum_(self.nats.double().sum()).item())
 
 
@@ -2411,7 +2274,8 @@ class Windows(NamedTuple):
     def share(self, world: World) -> Windows:
         """This rank's contiguous share."""
         count = len(self.starts)
-        return self.select(slice(count * world.rank // world.size, count * (world.rank + 1) // world.size))
+        first, last = (count * r // world.size for r in (world.rank, world.rank + 1))
+        return self.select(slice(first, last))
 
 
 def plain_windows(num_targets: int, seq_len: int) -> Windows:
@@ -2421,18 +2285,14 @@ def plain_windows(num_targets: int, seq_len: int) -> Windows:
 
 
 def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
-    """Windows every `stride` targets; the first scores all its targets, the others their last `stride`.
+    """Windows every `stride` targets; the first scores all of its own, the others the last ones.
 
-    Example: 10 targets, seq_len 4, stride 2 -> windows 0-4, 2-6, 4-8, 6-10 score 0-4, 4-6, 6-8, 8-10
+    Example: 10 targets, seq_len 4, stride 2 -> windows at 0, 2, 4, 6 score 0-4, 4-6, 6-8, 8-10
     """
     context = seq_len - stride
     starts = np.arange(0, max(num_targets - context, 1), stride)
-    return Windows(starts, np.where(starts == 0, 0, starts + context), np.minimum(starts + seq_len, num_targets))
-
-
-def chunk_of(windows: Windows, chunk_tokens: int, num_targets: int) -> np.ndarray:
-    """Adaptation chunk that each window's first scored target belongs to."""
-    return np.minimum(windows.first_scored // chunk_tokens, num_chunks(num_targets, chunk_tokens) - 1)
+    first_scored = np.where(starts == 0, 0, starts + context)
+    return Windows(starts, first_scored, np.minimum(starts + seq_len, num_targets))
 
 
 def num_chunks(num_targets: int, chunk_tokens: int) -> int:
@@ -2441,36 +2301,35 @@ def num_chunks(num_targets: int, chunk_tokens: int) -> int:
 
 
 class Scorer:
-    """Runs windows through a model and commits their scores. The one way from a model to a number.
+    """Runs windows through a model and commits their scores: the one way from a model to a number.
 
-    Batches have one shape, the last one padded, so that a compiled model is compiled once.
+    All batches have one shape, the last one padded, so that a compiled model is compiled once.
     """
 
     def __init__(self, model: GPT, plan: DepthPlan, stream: ValStream, world: World) -> None:
-        config = model.config
         self.model, self.plan, self.stream, self.world = model, plan, stream, world
-        self.seq_len = config.eval_seq_len
-        self.rows = max(1, config.val_batch_tokens // config.eval_seq_len)
-        self.block_runner = maybe_compile(run_block, config)
+        self.block_runner = maybe_compile(run_block, model.config)
         self.tokens = torch.from_numpy(stream.tokens).to(world.device)
 
     @torch.no_grad()
     def score(self, windows: Windows, ledger: ScoreLedger) -> None:
-        """Scores windows in order; windows that skip equally many positions go through the head together."""
-        skipped = windows.first_scored - windows.starts
+        """Scores windows in order; those that skip equally many positions share batches."""
+        skipped, rows = windows.first_scored - windows.starts, self.model.config.eval_rows
         for skip in np.unique(skipped):
             group = windows.select(skipped == skip)
-            for first in range(0, len(group.starts), self.rows):
-                self.score_batch(group.select(slice(first, first + self.rows)), int(skip), ledger)
+            for first in range(0, len(group.starts), rows):
+                self.score_batch(group.select(slice(first, first + rows)), int(skip), ledger)
 
     def score_batch(self, windows: Windows, skip: int, ledger: ScoreLedger) -> None:
-        """Scores at most one batch of windows that all skip their first `skip` positions."""
-        starts = np.zeros(self.rows, dtype=np.int64)
-        starts[:len(windows.starts)] = windows.starts
-        offsets = torch.arange(self.seq_len + 1, device=self.world.device)
-        index = (torch.from_numpy(starts).to(self.world.device)[:, None] + offsets).clamp_(max=len(self.tokens) - 1)
-        rows = self.tokens[index]
-        nats = self.model(rows[:, :-1], rows[:, 1:], self.plan, first_scored=skip, block_runner=self.block_runner)
+        """Scores at most one batch of windows, all without their first `skip` positions."""
+        config = self.model.config
+        starts = np.zeros((config.eval_rows, 1), dtype=np.int64)
+        starts[:len(windows.starts), 0] = windows.starts
+        offsets = torch.arange(config.eval_seq_len + 1, device=self.world.device)
+        index = torch.from_numpy(starts).to(self.world.device) + offsets
+        rows = self.tokens[index.clamp_(max=len(self.tokens) - 1)]
+        nats = self.model(rows[:, :-1], rows[:, 1:], self.plan, first_scored=skip,
+                          block_runner=self.block_runner)
         ledger.commit(windows.first_scored, windows.stops - windows.first_scored, nats)
 
 
@@ -2483,7 +2342,7 @@ class Score(NamedTuple):
 
 
 def evaluate(scorer: Scorer, windows: Windows) -> Score:
-    """Scores a fixed model on all windows."""
+    """The score of a fixed model on all windows."""
     begin = time.perf_counter()
     ledger = ScoreLedger(scorer.stream, scorer.world)
     scorer.score(windows.share(scorer.world), ledger)
@@ -2493,109 +2352,100 @@ def evaluate(scorer: Scorer, windows: Windows) -> Score:
 def finish_score(ledger: ScoreLedger, begin: float) -> Score:
     """The score of a complete ledger whose evaluation began at `begin`."""
     nats, stream = ledger.total_nats(), ledger.stream
-    return Score(nats / stream.num_targets, bits_per_byte(nats, stream.num_bytes), time.perf_counter() - begin)
+    bits = bits_per_byte(nats, stream.num_bytes)
+    return Score(nats / stream.num_targets, bits, time.perf_counter() - begin)
 
 
 def log_score(log: RunLog, key: str, label: str, score: Score) -> None:
-    """Writes a score to all three files, under its key and under the label that the published logs use."""
+    """Writes a score under its key, and in the text under the label that published logs use."""
     log.put("bpb", **{key: score.bits})
     log.put("nats", **{key: score.nats})
     log.put("eval_seconds", **{key: round(score.seconds, 2)})
-    log.event("eval", label=key, val_loss=score.nats, val_bpb=score.bits, seconds=round(score.seconds, 3))
-    log.line(f"{label} val_loss:{score.nats:.8f} val_bpb:{score.bits:.8f} eval_time:{1e3 * score.seconds:.0f}ms")
+    log.event("eval", label=key, val_loss=score.nats, val_bpb=score.bits,
+              seconds=round(score.seconds, 3))
+    log.line(f"{label} val_loss:{score.nats:.8f} val_bpb:{score.bits:.8f} "
+             f"eval_time:{1e3 * score.seconds:.0f}ms")
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 10  Test-time training
 #
-# Enters: a model from an artifact and the validation stream. Leaves: its score when it learns from every chunk
-# after, and only after, that chunk was scored. The ledger enforces the order.
-# ======================================================================================================
+# Enters: a model from an artifact and the validation stream. Leaves: its score when it learns from
+# every chunk after, and only after, that chunk was scored. The ledger enforces the order.
+# ==================================================================================================
 
 
 class ChunkLearner:
     """Full-weight SGD on tokens that the ledger released."""
 
-    def __init__(self, model: GPT, plan: DepthPlan, world: World, block_runner: Callable[..., Tensor]) -> None:
-        self.model, self.plan, self.world, self.block_runner = model, plan, world, block_runner
-        self.config = model.config
-        self.parameters = list(model.parameters())
-        self.sgd = torch.optim.SGD(self.parameters, lr=self.config.ttt_lr, momentum=self.config.ttt_momentum)
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer, self.config, self.world = scorer, scorer.model.config, scorer.world
+        self.parameters = list(scorer.model.parameters())
+        self.sgd = torch.optim.SGD(self.parameters, lr=0.0, momentum=self.config.ttt_momentum)
 
     def adapt(self, tokens: np.ndarray, lr: float) -> None:
         """All epochs on one released chunk; a tail shorter than a sequence is left out."""
         seq_len = self.config.eval_seq_len
-        count = (tokens.size - 1) // seq_len
-        rows = torch.from_numpy(np.stack([tokens[i * seq_len:(i + 1) * seq_len + 1] for i in range(count)])
-                                if count else np.empty((0, seq_len + 1), np.int32))
-        for group in self.sgd.param_groups:
-            group["lr"] = lr
-        per_batch = max(1, self.config.val_batch_tokens // seq_len)
-        for _ in range(self.config.ttt_epochs):
-            for batch in rows.split(per_batch):
+        rows = torch.from_numpy(tokens).unfold(0, seq_len + 1, seq_len) \
+            if tokens.size > seq_len else torch.empty(0, seq_len + 1, dtype=torch.int32)
+        self.sgd.param_groups[0]["lr"] = lr
+        for batch in rows.split(self.config.eval_rows) * self.config.ttt_epochs:
+            if len(batch):
                 self.descend(batch)
 
     def descend(self, batch: Tensor) -> None:
         """One step on the mean over the batch, shared out over ranks.
 
-        Every rank runs the same number of rows and joins the collective; rows that only pad count nothing.
+        Every rank runs equally many rows and joins the collective; padding rows weigh nothing.
         """
         world, total = self.world, len(batch)
         share = -(-total // world.size)
         mine = batch[world.rank * share:(world.rank + 1) * share]
-        weight = torch.zeros(share, 1)
-        weight[:len(mine)] = 1.0 / (total * (batch.shape[1] - 1))
         rows = torch.zeros(share, batch.shape[1], dtype=batch.dtype)
         rows[:len(mine)] = mine
-        rows, weight = rows.to(world.device), weight.to(world.device)
-        nats = self.model(rows[:, :-1], rows[:, 1:], self.plan, block_runner=self.block_runner)
-        (nats * weight).sum().backward()
-        self.reduce_and_clip()
+        weight_B1 = torch.zeros(share, 1)
+        weight_B1[:len(mine)] = 1 / (total * (batch.shape[1] - 1))
+        rows, weight_B1 = rows.to(world.device), weight_B1.to(world.device)
+        nats = self.scorer.model(rows[:, :-1], rows[:, 1:], self.scorer.plan,
+                                 block_runner=self.scorer.block_runner)
+        (nats * weight_B1).sum().backward()
+        world.sum_all_([gradient_of(p) for p in self.parameters])
+        if self.config.ttt_grad_clip:
+            nn.utils.clip_grad_norm_(self.parameters, self.config.ttt_grad_clip)
         self.sgd.step()
         self.sgd.zero_grad()
 
-    def reduce_and_clip(self) -> None:
-        """Sums the gradients over ranks in one collective and clips their global norm."""
-        gradients = [typing.cast(Tensor, p.grad) for p in self.parameters]
-        if self.world.size > 1:
-            flat = self.world.sum_(torch.cat([g.flatten() for g in gradients]))
-            parts = flat.split([g.numel() for g in gradients])
-            torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
-        if self.config.ttt_grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.ttt_grad_clip)
-
 
 def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
-    """Scores all windows chunk by chunk; after each chunk the model learns from it.
+    """The score of a model that learns from every chunk once all its targets are scored.
 
-    The last chunk is scored only. The learning rate falls along a cosine over the chunks that are learnt from.
+    The last chunk is scored only. The learning rate falls along a cosine over the chunks.
     """
-    config, stream, world = scorer.model.config, scorer.stream, scorer.world
-    begin = time.perf_counter()
-    ledger = ScoreLedger(stream, world)
-    learner = ChunkLearner(scorer.model, scorer.plan, world, scorer.block_runner)
-    chunk_tokens, targets = config.ttt_chunk_tokens, stream.num_targets
-    chunks, total = chunk_of(windows, chunk_tokens, targets), num_chunks(targets, chunk_tokens)
-    for chunk in range(total):
-        first, last = chunk * chunk_tokens, min((chunk + 1) * chunk_tokens, targets)
-        scorer.score(windows.select(chunks == chunk).share(world), ledger)  # 1. predict with the weights as they are
+    config, num_targets = scorer.model.config, scorer.stream.num_targets
+    begin, size = time.perf_counter(), config.ttt_chunk_tokens
+    ledger, learner = ScoreLedger(scorer.stream, scorer.world), ChunkLearner(scorer)
+    last_chunk = num_chunks(num_targets, size) - 1
+    chunk_of_window = np.minimum(windows.first_scored // size, last_chunk)
+    for chunk in range(last_chunk + 1):
+        first, last = chunk * size, min((chunk + 1) * size, num_targets)
+        of_chunk = windows.select(chunk_of_window == chunk)
+        scorer.score(of_chunk.share(scorer.world), ledger)  # 1. predict with the present weights
         ledger.agree(first, last)  # 2. final: a second score raises
-        if chunk + 1 < total:
-            lr = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / (total - 1)))
-            learner.adapt(ledger.released(first, last), lr)  # 3. learn, from final tokens only
+        if chunk < last_chunk:
+            lr = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
+            learner.adapt(ledger.released(first, last), lr)  # 3. learn from final tokens only
     return finish_score(ledger, begin)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 11  Main
 #
-# The story: settings, checks before any paid time, training, quantisation, one file, and from there on only that
-# file. Every error a user can act on ends the program with one line.
-# ======================================================================================================
+# The story: checks before any paid time, training, quantisation, one file, and from there on only
+# that file. Every error that a user can act on ends the program with one line.
+# ==================================================================================================
 
 OFFICIAL_VAL_TARGETS = 40_540_160
-RECORD_WORLD_SIZE = 8
-RECORD_ATTENTION = ("fa3", "fa4", "cudnn")
+RECORD_RANKS = 8
 
 
 class Setup(NamedTuple):
@@ -2606,105 +2456,123 @@ class Setup(NamedTuple):
     log: RunLog
     attend: Attend
     val: ValStream
-    strict: bool  # the run claims the 10min_16mb track
 
 
-def resolve_track(config: Config, world: World, val: ValStream, attention: str) -> bool:
-    """Whether the run is on the 10min_16mb track. Raises: ConfigError if it claims that but cannot be."""
+def resolve_track(config: Config, world: World, val: ValStream, attention_name: str) -> str:
+    """The track of the run. Raises: ConfigError if it claims 10min_16mb and cannot be on it."""
     official = val.num_targets == OFFICIAL_VAL_TARGETS
-    if config.track == "non_record" or (config.track == "auto" and not (world.size == RECORD_WORLD_SIZE and official)):
-        return False
+    if config.track == "non_record" or (
+            config.track == "auto" and not (official and world.size == RECORD_RANKS)):
+        return "non_record"
+    compiled = config.compile and not os.environ.get("TORCH_COMPILE_DISABLE")
     rules = (
-        (world.size == RECORD_WORLD_SIZE, "WORLD_SIZE", world.size, RECORD_WORLD_SIZE),
+        (world.size == RECORD_RANKS, "WORLD_SIZE", world.size, RECORD_RANKS),
         (official, "validation targets", val.num_targets, OFFICIAL_VAL_TARGETS),
-        (config.compile and not os.environ.get("TORCH_COMPILE_DISABLE"), "COMPILE", int(config.compile), 1),
-        (attention in RECORD_ATTENTION, "ATTENTION", attention, " or ".join(RECORD_ATTENTION)),
-        (0 < config.max_wallclock_seconds <= 600, "MAX_WALLCLOCK_SECONDS", config.max_wallclock_seconds, "at most 600"),
-        (config.max_eval_seconds <= 600, "MAX_EVAL_SECONDS", config.max_eval_seconds, "at most 600"),
+        (compiled, "COMPILE", 0, 1),
+        (attention_name not in ("flash", "math"), "ATTENTION", attention_name, "fa3, fa4 or cudnn"),
+        (0 < config.max_wallclock_seconds <= 600, "MAX_WALLCLOCK_SECONDS",
+         config.max_wallclock_seconds, "at most 600"),
+        (config.max_eval_seconds <= 600, "MAX_EVAL_SECONDS", config.max_eval_seconds,
+         "at most 600"),
         (config.artifact_cap_bytes <= 16_000_000, "ARTIFACT_CAP_BYTES", config.artifact_cap_bytes,
          "at most 16000000"),
     )
     for holds, name, value, bound in rules:
         if not holds:
             raise ConfigError(f"TRACK=10min_16mb: {name}={value} must be {bound}")
-    return True
+    return "10min_16mb"
 
 
 def prepare(config: Config, world: World) -> Setup:
-    """Everything that can fail before paid time: settings against files, packages, attention, logs."""
+    """Everything that can fail before paid time: files, packages, attention, logs."""
     torch.set_float32_matmul_precision("high")
     batch_shape(config, world.size)
     require_compressor(config)
     val = ValStream.load(config)
-    if not config.eval_only:
-        for path in find_shards(config.dataset_dir, "train"):
-            read_shard(path)
+    if config.eval_only:
+        decode_artifact(read_artifact(Path(config.eval_only)))
+    else:
+        TrainLoader([read_shard(p) for p in find_shards(config.dataset_dir, "train")], config)
     backend = choose_attention(config.attention, world.device)
-    strict = resolve_track(config, world, val, backend.name)
+    track = resolve_track(config, world, val, backend.name)
     log = RunLog(config, world)
     source, packed = program_source(), packed_program()
-    track = "10min_16mb" if strict else "non_record"
-    log.result |= {"run_id": log.run_id, "track": track, "preset": config.preset, "seed": config.seed,
-                   "world_size": world.size, "config_hash": config.config_hash, "started": utc_text(log.started),
+    facts = environment_facts(world)
+    typing.cast("dict[str, object]", facts["versions"])["attention_backend"] = backend.name
+    log.result |= {"run_id": log.run_id, "track": track, "preset": config.preset,
+                   "seed": config.seed, "world_size": world.size, "config_hash": config.config_hash,
                    "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
-                   "packed_sha256": hashlib.sha256(packed).hexdigest(), "config": asdict(config),
-                   "differs": config.differs(), "hardware": hardware_facts(world),
-                   "versions": version_facts() | {"attention_backend": backend.name}}
-    log.event("start", run_id=log.run_id, preset=config.preset, seed=config.seed, config_hash=config.config_hash)
+                   "packed_sha256": hashlib.sha256(packed).hexdigest(),
+                   "started": utc_text(log.started), "config": asdict(config),
+                   "differs": config.differs(), **facts}
+    log.event("start", run_id=log.run_id, config=asdict(config), **facts)
     log.line(source, console=False)
-    log.line(f"run {log.run_id}: PRESET={config.preset}, differs from preset: {config.differs() or 'nothing'}")
-    log.line(f"versions: {log.result['versions']} hardware: {log.result['hardware']}")
-    log.line(f"source: {len(source.encode()):,} bytes sha256 {log.result['source_sha256']}; packed: {len(packed):,} "
-             f"bytes sha256 {log.result['packed_sha256']}")
-    log.line(f"attention: {backend.name}" + "".join(f"; not {name}: {why}" for name, why in backend.rejected.items()))
-    log.line(f"compile: {'torch.compile' if config.compile else 'eager'} | world size {world.size} | track {track}")
-    return Setup(config, world, log, backend.attend, val, strict)
+    log.line(f"run {log.run_id} | PRESET={config.preset} differs: {config.differs() or 'nothing'}")
+    log.line(f"versions: {facts['versions']} hardware: {facts['hardware']}")
+    log.line(f"source: {len(source.encode()):,} bytes sha256 {log.result['source_sha256']} | "
+             f"packed: {len(packed):,} bytes sha256 {log.result['packed_sha256']}")
+    log.line(f"attention: {backend.name}"
+             + "".join(f" | not {name}: {why}" for name, why in backend.rejected.items()))
+    mode = "torch.compile" if config.compile else "eager"
+    log.line(f"track: {track} | world size: {world.size} | execution: {mode}")
+    log_data(config, log, val)
+    return Setup(config, world, log, backend.attend, val)
 
 
-def describe_data(setup: Setup, trainer: Trainer) -> None:
-    """Logs what the run reads and trains."""
-    config, log, val = setup.config, setup.log, setup.val
-    log.result["data"] = data_facts(config, trainer.loader.num_tokens, len(trainer.loader.shards), val)
-    groups = count_parameters(trainer.model)
-    total = sum(count for _, count in groups.values())
-    log.put("model", parameters=total, groups={name: list(pair) for name, pair in groups.items()})
-    log.line(f"train_shards: {len(trainer.loader.shards)} | train_tokens: {trainer.loader.num_tokens:,} | "
-             f"val_tokens: {val.num_targets} (predictions) | val_bytes: {val.num_bytes} | model_params:{total}")
+def log_data(config: Config, log: RunLog, val: ValStream) -> None:
+    """Writes the data section of the result."""
+    manifest = config.dataset_dir / "manifest.json"
+    facts = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    raw_bytes = facts.get("val_raw_bytes")
+    tokenizer = hashlib.sha256(config.tokenizer_file.read_bytes()).hexdigest()
+    log.put("data", name=config.dataset_dir.name, tokenizer_sha256=tokenizer,
+            val_documents=val.num_documents, val_targets=val.num_targets, val_bytes=val.num_bytes,
+            fingerprint=hashlib.sha256(val.tokens.tobytes()).hexdigest()[:16],
+            **({"val_raw_bytes": raw_bytes} if raw_bytes else {}))
+    log.line(f"val_tokens: {val.num_targets} (predictions) | val_bytes: {val.num_bytes} | "
+             f"val_raw_bytes: {raw_bytes or 'not in the manifest'}")
 
 
 def train_to_artifact(setup: Setup) -> Path:
     """Trains, quantises and writes the artifact; its path."""
-    config, world, log, attend, val, _ = setup
+    config, world, log, attend, val = setup
     trainer = Trainer(config, world, log, attend)
-    describe_data(setup, trainer)
+    shards, tokens = len(trainer.loader.shards), trainer.loader.num_tokens
+    groups = count_parameters(trainer.model)
+    total = sum(count for _, count in groups.values())
+    log.put("data", train_tokens=tokens, train_shards=shards)
+    log.put("model", parameters=total, groups={name: list(pair) for name, pair in groups.items()})
+    log.line(f"train_shards: {shards} | train_tokens: {tokens} | model_params:{total}")
 
-    def validate(model: GPT, plan: DepthPlan, key: str) -> None:
-        score = evaluate(Scorer(model, plan, val, world), plain_windows(val.num_targets, config.eval_seq_len))
-        log.event("val", step=len(trainer.loss_curve), label=key, val_loss=score.nats, val_bpb=score.bits)
-        log.line(f"{len(trainer.loss_curve)}/{config.iterations} val_loss: {score.nats:.4f} val_bpb: {score.bits:.4f}")
-        if key == "raw":
-            log_score(log, key, "raw weights", score)
+    def score(plan: DepthPlan) -> Score:
+        windows = plain_windows(val.num_targets, config.eval_seq_len)
+        return evaluate(Scorer(trainer.model, plan, val, world), windows)
 
-    begin = time.perf_counter()
+    def validate(step: int, plan: DepthPlan, is_last: bool) -> None:
+        result = score(plan)
+        log.event("val", step=step, label="raw", val_loss=result.nats, val_bpb=result.bits)
+        log.line(f"{step}/{config.iterations} val_loss: {result.nats:.4f} "
+                 f"val_bpb: {result.bits:.4f}")
+        if is_last:
+            log_score(log, "raw", "final raw weights", result)
+
     trained = trainer.run(validate)
-    training_seconds = typing.cast("dict[str, float]", log.result["clocks"])["training_seconds"]
     begin = time.perf_counter()
     with float32_products():
         quantised, blob = fit_to_cap(trainer.model, trained.hessians, trained.plan, world, log)
     path = log.folder / "artifact.bin"
     if world.is_main:
         save_artifact(path, blob, quantised, trainer.model, log)
-    log.put("clocks", train_to_artifact_seconds=round(training_seconds + time.perf_counter() - begin, 3))
-    score = evaluate(Scorer(trainer.model, trained.plan, val, world),
-                     plain_windows(val.num_targets, config.eval_seq_len))
-    log_score(log, "averaged", "pre-quantization post-ema", score)
+    whole = log.section("clocks")["training_seconds"] + time.perf_counter() - begin
+    log.put("clocks", train_to_artifact_seconds=round(whole, 3))
+    log_score(log, "averaged", "pre-quantization post-ema", score(trained.plan))
     world.barrier()
     return path
 
 
 @contextlib.contextmanager
 def float32_products() -> Iterator[None]:
-    """Matrix products in full float32 inside a block: error feedback cancels too finely for tf32."""
+    """Matrix products in full float32: error feedback cancels too finely for tf32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -2714,77 +2582,83 @@ def float32_products() -> Iterator[None]:
 
 
 def evaluate_artifact(setup: Setup, path: Path) -> None:
-    """Scores what the file at `path` stands for. The strict clock runs from opening it to the last score."""
-    config, world, log, attend, val, _ = setup
+    """Scores what the file at `path` stands for; the last evaluation is the headline.
+
+    The strict clock runs from opening the file to the last score, the lenient one over the
+    headline's evaluation alone.
+    """
+    config, world, log, attend, val = setup
     begin = time.perf_counter()
     model, plan = load_artifact(path, config, world, attend)
-    scorer = Scorer(model, plan, val, world)
-    score = evaluate(scorer, plain_windows(val.num_targets, config.eval_seq_len))
-    log_score(log, "quantised", "quantized", score)
-    headline = "quantised"
-    lenient = score.seconds
+    scorer, targets = Scorer(model, plan, val, world), val.num_targets
+    headline, score = "quantised", evaluate(scorer, plain_windows(targets, config.eval_seq_len))
+    log_score(log, headline, "quantized", score)
     if config.sliding_window_enabled:
-        windows = sliding_windows(val.num_targets, config.eval_seq_len, config.eval_stride)
+        windows = sliding_windows(targets, config.eval_seq_len, config.eval_stride)
         headline, score = "sliding", evaluate(scorer, windows)
         log_score(log, headline, "quantized_sliding_window", score)
         if config.ttt_enabled:
-            log.line(f"ttt:start chunks={num_chunks(val.num_targets, config.ttt_chunk_tokens)} "
+            log.line(f"ttt:start chunks={num_chunks(targets, config.ttt_chunk_tokens)} "
                      f"ttt_lr={config.ttt_lr} ttt_epochs={config.ttt_epochs}")
             headline, score = "ttt_sgd", evaluate_adapting(scorer, windows)
             log_score(log, headline, "quantized_ttt", score)
-        lenient = score.seconds
-    strict_seconds = time.perf_counter() - begin
-    per_target = score.seconds * world.size / val.num_targets
-    projected = strict_seconds - score.seconds + per_target * OFFICIAL_VAL_TARGETS / RECORD_WORLD_SIZE
-    log.put("clocks", eval_seconds_strict=round(strict_seconds, 2), eval_seconds_lenient=round(lenient, 2),
-            eval_budget_seconds=config.max_eval_seconds, projected_full_eval_seconds_8gpu=round(projected, 1))
+    strict = time.perf_counter() - begin
+    scaled = score.seconds * (OFFICIAL_VAL_TARGETS / RECORD_RANKS) / (targets / world.size)
+    log.put("clocks", eval_seconds_strict=round(strict, 2),
+            eval_seconds_lenient=round(score.seconds, 2),
+            eval_budget_seconds=config.max_eval_seconds,
+            projected_full_eval_seconds_8gpu=round(strict - score.seconds + scaled, 1))
     log.result |= {"headline": headline, "val_bpb": score.bits, "val_loss": score.nats}
 
 
-def report_outcome(setup: Setup) -> None:
+def report_outcome(log: RunLog) -> None:
     """Adds the quantisation gap and prints the result table."""
-    log = setup.log
-    bpb = typing.cast("dict[str, float]", log.result["bpb"])
+    bpb, nats, seconds = (log.section(name) for name in ("bpb", "nats", "eval_seconds"))
     if "averaged" in bpb:
         log.put("quantisation", gap_bpb=bpb["quantised"] - bpb["averaged"])
-    seconds = typing.cast("dict[str, float]", log.result["eval_seconds"])
-    nats = typing.cast("dict[str, float]", log.result["nats"])
     log.line(f"{'evaluation':<14}{'BPB':>10}{'nats':>10}{'seconds':>10}")
     for key in bpb:
         mark = "  <- headline" if key == log.result["headline"] else ""
         log.line(f"{key:<14}{bpb[key]:>10.5f}{nats[key]:>10.5f}{seconds[key]:>10.1f}{mark}")
-    log.line(f"clocks: {log.result['clocks']}")
+    log.line(f"clocks: {log.section('clocks')}")
     log.line(f"result: {log.result_path}")
 
 
-def crossed_budget(setup: Setup) -> str:
-    """What a run on the record track did not keep, or nothing."""
-    clocks = typing.cast("dict[str, float]", setup.log.result["clocks"])
-    if clocks.get("training_seconds", 0) > setup.config.max_wallclock_seconds > 0:
-        return f"training took {clocks['training_seconds']}s, budget {setup.config.max_wallclock_seconds}s"
-    if clocks["eval_seconds_strict"] > setup.config.max_eval_seconds:
-        return f"evaluation took {clocks['eval_seconds_strict']}s, budget {setup.config.max_eval_seconds}s"
+def crossed_budget(config: Config, log: RunLog) -> str:
+    """The budget that the run did not keep, or nothing."""
+    clocks = log.section("clocks")
+    for clock, setting in (("training_seconds", "max_wallclock_seconds"),
+                           ("eval_seconds_strict", "max_eval_seconds")):
+        seconds, budget = clocks.get(clock, 0.0), getattr(config, setting)
+        if 0 < budget < seconds:
+            return f"{setting.upper()}={budget:g} was crossed: {seconds:.1f}s"
     return ""
 
 
 def describe_config(config: Config, world: World) -> str:
-    """Settings, topology, parameters, floating-point operations and expected bytes, as text."""
+    """Settings, topology, parameters, operations and expected bytes, as text."""
     lines = [f"{name.upper()}={int(value) if isinstance(value, bool) else value}"
              for name, value in asdict(config).items()]
-    lines += [f"differs from preset: {config.differs() or 'nothing'}", f"config hash: {config.config_hash}"]
+    lines.append(f"config hash {config.config_hash}, differs: {config.differs() or 'nothing'}")
     for plan in depth_plans(config):
-        lines.append(f"plan {plan.name}: {plan.describe()} {flops_per_token(config, plan) / 1e6:.1f} MFLOP per token")
+        lines.append(f"plan {plan.name}: {plan.describe()} "
+                     f"{flops_per_token(config, plan) / 1e6:.1f} MFLOP per training token")
         for number, visit in enumerate(plan.visits):
             form = block_form(config, visit.block)
-            skip = f", skip row {visit.skip_row} from visit {visit.skip_from}" if visit.skip_row >= 0 else ""
-            lines.append(f"  visit {number:>2}: block {visit.block} pass {visit.pass_number} {form.residual}"
-                         f"{' xsa' if form.exclusive else ''}{skip}")
-    groups = count_parameters(GPT(config, sdpa_attend))
-    lines += [f"{name}: {tensors} tensors, {count:,} parameters" for name, (tensors, count) in groups.items()]
+            skip = f", skip {visit.skip_row} from visit {visit.skip_from}"
+            lines.append(f"  visit {number:>2}: block {visit.block} pass {visit.pass_number} "
+                         f"{form.residual}{' xsa' if form.exclusive else ''}"
+                         f"{skip if visit.skip_row >= 0 else ''}")
+    with torch.device("meta"):
+        groups = count_parameters(GPT(config, sdpa_attend))
+    lines += [f"{name}: {tensors} tensors, {count:,} parameters"
+              for name, (tensors, count) in groups.items()]
     shape = batch_shape(config, world.size)
     lines += [f"total: {sum(count for _, count in groups.values()):,} parameters",
-              f"batch: world size {world.size} x {shape.micro_steps} micro-steps x {shape.sequences} sequences",
-              f"expected artifact: {estimate_artifact_bytes(config):,} of {config.artifact_cap_bytes:,} bytes"]
+              f"batch: {world.size} ranks x {shape.micro_steps} micro-steps x {shape.sequences} "
+              f"sequences x {config.train_seq_len} tokens",
+              f"expected artifact: {estimate_artifact_bytes(config):,} of "
+              f"{config.artifact_cap_bytes:,} bytes"]
     return "\n".join(lines)
 
 
@@ -2796,30 +2670,32 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
         return {}
     with world.process_group():
         setup = prepare(config, world)
+        log = setup.log
         try:
             path = Path(config.eval_only) if config.eval_only else train_to_artifact(setup)
             # From here on only the artifact exists.
             evaluate_artifact(setup, path)
-            report_outcome(setup)
+            report_outcome(log)
         except BaseException as error:
-            setup.log.finish("partial", f"{type(error).__name__}: {error}")
+            log.finish("partial", f"{type(error).__name__}: {error}")
             raise
-        crossed = crossed_budget(setup)
-        result = setup.log.finish("complete", crossed or "finished")
-        if crossed and setup.strict:
-            raise BudgetError(crossed)
+        crossed = crossed_budget(config, log)
+        result = log.finish("complete", crossed or "finished")
+        if crossed and log.result["track"] == "10min_16mb":
+            raise LegalityError(crossed)
         return result
 
 
 def command_line(arguments: Sequence[str]) -> int:
-    """Runs the program or a sub-command; the exit code."""
+    """Runs the program or its sub-command; the exit code."""
     try:
-        if arguments[:1] == ["pack"] and len(arguments) == 2:
+        if len(arguments) == 2 and arguments[0] == "pack":
             packed = packed_program()
             write_atomically(Path(arguments[1]), packed)
-            print(f"{arguments[1]}: {len(packed):,} bytes, sha256 {hashlib.sha256(packed).hexdigest()}")
+            print(f"{arguments[1]}: {len(packed):,} bytes, {hashlib.sha256(packed).hexdigest()}")
         elif arguments:
-            print(__doc__, file=sys.stderr)
+            print("usage: train_gpt.py [pack OUT]; settings are environment variables, "
+                  "PRINT_CONFIG=1 shows them", file=sys.stderr)
             return 2
         else:
             main()
@@ -2829,21 +2705,18 @@ def command_line(arguments: Sequence[str]) -> int:
     return 0
 
 
-# ======================================================================================================
+# ==================================================================================================
 # 12  Kernels
 #
-# Attention libraries behind one signature. Each loader imports what it needs, so that a machine without the
-# library only loses the choice.
-# ======================================================================================================
+# Attention libraries behind one signature. Each loader imports what it needs, so that a machine
+# without the library only loses the choice.
+# ==================================================================================================
 
 
 def require_capability(device: torch.device, *majors: int) -> None:
     """Raises GolfError unless the device is a GPU of one of these compute-capability majors."""
-    if device.type != "cuda":
-        raise GolfError("needs a CUDA device")
-    major, minor = torch.cuda.get_device_capability(device)
-    if major not in majors:
-        raise GolfError(f"compute capability {major}.{minor}, needs major {' or '.join(map(str, majors))}")
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in majors:
+        raise GolfError(f"needs a GPU of compute capability {' or '.join(map(str, majors))}")
 
 
 def load_fa3(device: torch.device) -> Attend:
@@ -2852,8 +2725,8 @@ def load_fa3(device: torch.device) -> Attend:
     from flash_attn_interface import flash_attn_func
 
     def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
-        result = flash_attn_func(q_BTHK, k_BTGK, v_BTGK, causal=True)
-        return result[0] if isinstance(result, tuple) else result
+        y = flash_attn_func(q_BTHK, k_BTGK, v_BTGK, causal=True)
+        return y[0] if isinstance(y, tuple) else y
 
     return attend
 
@@ -2866,8 +2739,8 @@ def load_fa4(device: torch.device) -> Attend:
 
 
 @functools.cache
-def fa4_operator() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Causal attention as a differentiable operator: q, k, v -> y (B, T, H, K) and log-sum-exp (B, H, T)."""
+def fa4_operator() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Causal attention, differentiable: q, k, v -> y (B, T, H, K) and log-sum-exp (B, H, T)."""
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
     @torch.library.custom_op("golf::fa4_forward", mutates_args=())
@@ -2877,8 +2750,8 @@ def fa4_operator() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
 
     @forward.register_fake
     def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-            (q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+        B, T, H, _ = q.shape
+        return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
 
     @torch.library.custom_op("golf::fa4_backward", mutates_args=())
     def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor,
@@ -2889,7 +2762,7 @@ def fa4_operator() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     @backward.register_fake
     def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor,
           log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))  # type: ignore[return-value]
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
     def save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...],
              output: tuple[Tensor, Tensor]) -> None:
@@ -2898,10 +2771,11 @@ def fa4_operator() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     def differentiate(ctx: torch.autograd.function.FunctionCtx, dy: Tensor,
                       _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         saved = ctx.saved_tensors  # type: ignore[attr-defined]
-        return typing.cast("tuple[Tensor, Tensor, Tensor]", backward(dy.contiguous(), *saved))
+        dq, dk, dv = backward(dy.contiguous(), *saved)
+        return dq, dk, dv
 
     forward.register_autograd(differentiate, setup_context=save)
-    return typing.cast("Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]", forward)
+    return forward
 
 
 if __name__ == "__main__":
