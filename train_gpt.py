@@ -23,7 +23,6 @@ import difflib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import lzma
 import math
@@ -118,7 +117,7 @@ class Config:
     train_batch_tokens: int = within(786_432, 8, 1 << 30)  # per optimizer step, all ranks
     micro_batch_tokens: int = within(98_304, 8, 1 << 24)  # most in one forward pass of one rank
     # Model
-    num_layers: int = within(11, 1, 256)  # physical blocks
+    num_layers: int = within(11, 2, 256)  # physical blocks
     model_dim: int = within(512, 8, 16_384)
     num_heads: int = within(8, 1, 256)
     num_kv_heads: int = within(4, 1, 256)
@@ -489,8 +488,8 @@ class RunLog:
                 or not self.run_id.isascii() or self.run_id.startswith("."):
             raise ConfigError(f"RUN_ID={self.run_id!r} may hold only letters, digits, . _ and -")
         try:
-            for folder in (self.result_path.parent, self.folder):
-                folder.mkdir(parents=True, exist_ok=True)
+            self.result_path.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True)
             for suffix in (".txt", ".jsonl"):
                 self.files.append(self.result_path.with_name(self.run_id + suffix).open("x"))
         except FileExistsError as error:
@@ -1442,7 +1441,8 @@ class TrainingClock:
         self.world, self.iterations = world, config.iterations
         self.limit = budget - reserve_seconds if budget else 0.0
         self.begin, self.paused_at = time.perf_counter(), 0.0
-        self.marks: deque[float] = deque(maxlen=9)
+        self.last_mark = math.nan
+        self.intervals: deque[float] = deque(maxlen=8)
 
     def elapsed(self) -> float:
         """Seconds of training so far."""
@@ -1455,7 +1455,7 @@ class TrainingClock:
     def resume(self) -> None:
         """Starts it again."""
         self.begin += time.perf_counter() - self.paused_at
-        self.marks.clear()
+        self.last_mark = math.nan
 
     def next_step(self, step: int, in_flight: int) -> tuple[float, bool]:
         """Progress at which to run `step`, and whether to stop instead so as to keep the limit.
@@ -1464,10 +1464,11 @@ class TrainingClock:
         """
         if not self.limit:
             return min(1.0, step / self.iterations), step >= self.iterations
-        self.marks.append(self.elapsed())
-        now = self.marks[-1]
-        slowest = max((b - a for a, b in itertools.pairwise(self.marks)), default=0.0)
-        ahead = now + 1.02 * slowest * (in_flight + 1)
+        now = self.elapsed()
+        if not math.isnan(self.last_mark):
+            self.intervals.append(now - self.last_mark)
+        self.last_mark = now
+        ahead = now + 1.02 * max(self.intervals, default=0.0) * (in_flight + 1)
         stop = step >= self.iterations or ahead > self.limit
         progress, stopped = self.world.decide(now / self.limit, float(stop))
         return min(1.0, progress), bool(stopped)
@@ -1551,6 +1552,9 @@ class Trainer:
             seconds = time.perf_counter() - begin
         needed = 1.15 * seconds * calibration_share(config, self.world, self.shape) + 0.2
         slowest = self.world.combine(torch.tensor(needed), dist.ReduceOp.MAX).item()
+        if 0 < config.max_wallclock_seconds <= slowest:
+            raise ConfigError(f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g} must be above "
+                              f"the {slowest:.1f}s that GPTQ_CALIBRATION_BATCHES takes here")
         return max(config.gptq_reserve_seconds, slowest)
 
     def run(self, validate: Callable[[int, DepthPlan, bool], None]) -> TrainResult:
@@ -1601,7 +1605,8 @@ class Trainer:
         begin = time.perf_counter()
         if cuda:
             marks[0].record()
-        loss = self.forward_backward(plan, batches)
+        with torch._dynamo.config.patch(error_on_recompile=True):  # the error names the guard
+            loss = self.forward_backward(plan, batches)
         if cuda:
             marks[1].record()
         micro_seconds = time.perf_counter() - begin
@@ -2486,9 +2491,13 @@ def resolve_track(config: Config, world: World, val: ValStream, attention_name: 
 def prepare(config: Config, world: World) -> Setup:
     """Everything that can fail before paid time: files, packages, attention, logs."""
     torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = 64  # plans, block forms, and batch shapes of evaluations
     batch_shape(config, world.size)
     require_compressor(config)
     val = ValStream.load(config)
+    if len(packed_program()) >= config.artifact_cap_bytes:
+        raise ConfigError(f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes} must be above the packed "
+                          f"program alone ({len(packed_program())})")
     if config.eval_only:
         decode_artifact(read_artifact(Path(config.eval_only)))
     else:
@@ -2699,7 +2708,7 @@ def command_line(arguments: Sequence[str]) -> int:
             return 2
         else:
             main()
-    except GolfError as error:
+    except (GolfError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
