@@ -1440,21 +1440,19 @@ class TrainingClock:
         budget = config.max_wallclock_seconds
         self.world, self.iterations = world, config.iterations
         self.limit = budget - reserve_seconds if budget else 0.0
-        self.begin, self.paused_at = time.perf_counter(), 0.0
-        self.last_mark = math.nan
+        self.begin, self.last_mark = time.perf_counter(), math.nan
         self.intervals: deque[float] = deque(maxlen=8)
 
     def elapsed(self) -> float:
         """Seconds of training so far."""
         return time.perf_counter() - self.begin
 
-    def pause(self) -> None:
-        """Stops the clock; the device is idle."""
-        self.paused_at = time.perf_counter()
-
-    def resume(self) -> None:
-        """Starts it again."""
-        self.begin += time.perf_counter() - self.paused_at
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps a block, entered with an idle device, off the clock."""
+        begin = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - begin
         self.last_mark = math.nan
 
     def next_step(self, step: int, in_flight: int) -> tuple[float, bool]:
@@ -1484,13 +1482,6 @@ class StepRecord(NamedTuple):
     values: Tensor  # loss and gradient norm
     marks: tuple[torch.cuda.Event, ...]  # begin, end of micro-steps, end of step; empty on CPU
     seconds: tuple[float, float]  # micro-steps and step, where there are no marks
-
-
-class TrainResult(NamedTuple):
-    """What training hands on, besides the weights in the model."""
-
-    plan: DepthPlan  # the last one trained
-    hessians: dict[str, Tensor]
 
 
 class Trainer:
@@ -1553,12 +1544,13 @@ class Trainer:
         needed = 1.15 * seconds * calibration_share(config, self.world, self.shape) + 0.2
         slowest = self.world.combine(torch.tensor(needed), dist.ReduceOp.MAX).item()
         if 0 < config.max_wallclock_seconds <= slowest:
-            raise ConfigError(f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g} must be above "
-                              f"the {slowest:.1f}s that GPTQ_CALIBRATION_BATCHES takes here")
+            raise ConfigError(f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g} must be "
+                              f"over the {slowest:.1f}s that GPTQ_CALIBRATION_BATCHES takes here")
         return max(config.gptq_reserve_seconds, slowest)
 
-    def run(self, validate: Callable[[int, DepthPlan, bool], None]) -> TrainResult:
-        """The timed loop, averaging and calibration.
+    def run(self, validate: Callable[[int, DepthPlan, bool], None]
+            ) -> tuple[DepthPlan, dict[str, Tensor]]:
+        """The timed loop, averaging and calibration; the plan trained last and the Hessians.
 
         `validate(step, plan, is_last)` scores the model as it stands, off the clock.
         """
@@ -1569,7 +1561,7 @@ class Trainer:
         average = WeightAverage(self.model, config.ema_decay)
         stream = BatchStream(self.loader, self.shape, self.world)
         self.world.barrier()
-        clock = TrainingClock(config, self.world, reserve)
+        self.clock = clock = TrainingClock(config, self.world, reserve)
         step, stopped, plan, loop_step = 0, False, depth_plans(config)[0], 0
         try:
             while not stopped:
@@ -1577,9 +1569,8 @@ class Trainer:
                 progress, stopped = clock.next_step(step, len(self.flight))
                 if config.val_loss_every and (stopped or step % config.val_loss_every == 0):
                     self.drain(0)
-                    clock.pause()
-                    validate(step, plan, stopped)
-                    clock.resume()
+                    with clock.paused():
+                        validate(step, plan, stopped)
                 if not stopped:
                     if plan_at(config, progress) != plan:
                         plan, loop_step = plan_at(config, progress), step + 1
@@ -1595,7 +1586,7 @@ class Trainer:
         average.apply()
         hessians = self.calibrate(plan)
         self.summarise(step, clock.elapsed(), loop_step)
-        return TrainResult(plan, hessians)
+        return plan, hessians
 
     def take_step(self, step: int, plan: DepthPlan, progress: float, batches: list[Tensor]) -> None:
         """Gives one optimizer step to the device."""
@@ -1642,7 +1633,7 @@ class Trainer:
         tok_s = self.config.train_batch_tokens / seconds
         memory = torch.cuda.memory_allocated() >> 20 if record.marks else 0
         self.log.event("train", step=record.step, train_loss=self.last_loss, gradient_norm=norm,
-                       lr_scale=record.scale, tok_s=round(tok_s), plan=record.plan.name,
+                       train_seconds=round(self.clock.elapsed(), 3), lr_scale=record.scale, tok_s=round(tok_s), plan=record.plan.name,
                        progress=round(record.progress, 5), mem_mib=memory)
         self.log.line(f"{record.step}/{self.config.iterations} train_loss: {self.last_loss:.4f} "
                       f"step_time: {1e3 * seconds:.1f}ms tok/s: {tok_s:.0f}")
@@ -2300,11 +2291,6 @@ def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
     return Windows(starts, first_scored, np.minimum(starts + seq_len, num_targets))
 
 
-def num_chunks(num_targets: int, chunk_tokens: int) -> int:
-    """Adaptation chunks in a stream."""
-    return -(-num_targets // chunk_tokens)
-
-
 class Scorer:
     """Runs windows through a model and commits their scores: the one way from a model to a number.
 
@@ -2429,7 +2415,7 @@ def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     config, num_targets = scorer.model.config, scorer.stream.num_targets
     begin, size = time.perf_counter(), config.ttt_chunk_tokens
     ledger, learner = ScoreLedger(scorer.stream, scorer.world), ChunkLearner(scorer)
-    last_chunk = num_chunks(num_targets, size) - 1
+    last_chunk = (num_targets - 1) // size
     chunk_of_window = np.minimum(windows.first_scored // size, last_chunk)
     for chunk in range(last_chunk + 1):
         first, last = chunk * size, min((chunk + 1) * size, num_targets)
@@ -2496,8 +2482,8 @@ def prepare(config: Config, world: World) -> Setup:
     require_compressor(config)
     val = ValStream.load(config)
     if len(packed_program()) >= config.artifact_cap_bytes:
-        raise ConfigError(f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes} must be above the packed "
-                          f"program alone ({len(packed_program())})")
+        raise ConfigError(f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes} must be above the bytes "
+                          f"of the packed program ({len(packed_program())})")
     if config.eval_only:
         decode_artifact(read_artifact(Path(config.eval_only)))
     else:
@@ -2565,29 +2551,19 @@ def train_to_artifact(setup: Setup) -> Path:
         if is_last:
             log_score(log, "raw", "final raw weights", result)
 
-    trained = trainer.run(validate)
+    plan, hessians = trainer.run(validate)
     begin = time.perf_counter()
-    with float32_products():
-        quantised, blob = fit_to_cap(trainer.model, trained.hessians, trained.plan, world, log)
+    # Full float32 products from here on: error feedback cancels too finely for tf32.
+    torch.set_float32_matmul_precision("highest")
+    quantised, blob = fit_to_cap(trainer.model, hessians, plan, world, log)
     path = log.folder / "artifact.bin"
     if world.is_main:
         save_artifact(path, blob, quantised, trainer.model, log)
     whole = log.section("clocks")["training_seconds"] + time.perf_counter() - begin
     log.put("clocks", train_to_artifact_seconds=round(whole, 3))
-    log_score(log, "averaged", "pre-quantization post-ema", score(trained.plan))
+    log_score(log, "averaged", "pre-quantization post-ema", score(plan))
     world.barrier()
     return path
-
-
-@contextlib.contextmanager
-def float32_products() -> Iterator[None]:
-    """Matrix products in full float32: error feedback cancels too finely for tf32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def evaluate_artifact(setup: Setup, path: Path) -> None:
@@ -2607,7 +2583,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         headline, score = "sliding", evaluate(scorer, windows)
         log_score(log, headline, "quantized_sliding_window", score)
         if config.ttt_enabled:
-            log.line(f"ttt:start chunks={num_chunks(targets, config.ttt_chunk_tokens)} "
+            log.line(f"ttt:start chunks={-(-targets // config.ttt_chunk_tokens)} "
                      f"ttt_lr={config.ttt_lr} ttt_epochs={config.ttt_epochs}")
             headline, score = "ttt_sgd", evaluate_adapting(scorer, windows)
             log_score(log, headline, "quantized_ttt", score)
