@@ -276,10 +276,9 @@ RETIRED = {
     "MUON_BETA2": "it never had an effect; Muon reads MUON_MOMENTUM",
     "ROPE_TRAIN_SEQ_LEN": "it never had an effect; positions follow TRAIN_SEQ_LEN",
     **dict.fromkeys(("ETLB_ENABLED", "ETLB_LR", "ETLB_STEPS", "ETLB_CLIP"),
-                    "the evaluation that it named never existed; use TTT_ENABLED, TTT_LR, ..."),
-    **dict.fromkeys(("EMBED_LR", "HEAD_LR", "TIE_EMBEDDINGS"),
-                    "the head is always tied; use TIED_EMBED_LR"),
-    "EMBEDDING_DIM": "the embedding is as wide as the model; use MODEL_DIM",
+                    "what it named never existed; use TTT_ENABLED and its settings"),
+    **dict.fromkeys(("EMBED_LR", "HEAD_LR", "TIE_EMBEDDINGS", "EMBEDDING_DIM"),
+                    "head and embedding are one, MODEL_DIM wide; use TIED_EMBED_LR"),
     "SKIP_GATES_ENABLED": "skips are always gated; remove it",
     "CONTROL_TENSOR_NAME_PATTERNS": "parameters belong to typed groups; remove it",
 }
@@ -602,9 +601,7 @@ def environment_facts(world: World) -> dict[str, object]:
 # that only the seed decides, and the validation stream with the bytes every target stands for.
 # ==================================================================================================
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-SHARD_HEADER_INTS = 256
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 BOS_ID = 1
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a leading space
 
@@ -623,11 +620,9 @@ def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
         raise DataError(f"{path}: {actual} bytes, shorter than a header ({4 * SHARD_HEADER_INTS})")
     magic, version, count = (int(n) for n in header[:3])
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise DataError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} and "
-                        f"{SHARD_VERSION}")
+        raise DataError(f"{path}: magic {magic} version {version}, not {SHARD_MAGIC} {SHARD_VERSION}")
     if count < 0 or actual != 4 * SHARD_HEADER_INTS + 2 * count:
-        raise DataError(f"{path}: {actual} bytes, but the header announces {count} tokens "
-                        f"({4 * SHARD_HEADER_INTS + 2 * count} bytes)")
+        raise DataError(f"{path}: {actual} bytes, but the header announces {count} tokens")
     if count == 0:
         return np.empty(0, dtype="<u2")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
@@ -805,8 +800,7 @@ def token_bytes(tokenizer: SentencePieceProcessor) -> TokenBytes:
     if tokenizer.is_unknown(tokenizer.piece_to_id(SPACE_MARK)):
         raise DataError(f"tokenizer of {size} pieces: U+2581 is none of them; bytes would be wrong")
     for token in range(size):
-        if any(kind(token) for kind in (tokenizer.is_control, tokenizer.is_unknown,
-                                        tokenizer.is_unused)):
+        if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
             continue
         piece = tokenizer.id_to_piece(token)
         text = piece.removeprefix(SPACE_MARK)
@@ -1077,7 +1071,7 @@ class GPT(nn.Module):
         norm_scale = depth.rsqrt() if config.ln_scale else torch.ones(L)
         rotary = rotary_tables(max(config.train_seq_len, config.eval_seq_len),
                                config.rope_dims or config.head_dim, config.rope_base)
-        for name, table in (("norm_scale", norm_scale), ("cos", rotary.cos), ("sin", rotary.sin)):
+        for name, table in {"norm_scale": norm_scale, **rotary._asdict()}.items():
             self.register_buffer(name, table, persistent=False)
         self.forms = tuple(block_form(config, block) for block in range(L))
 
@@ -1633,8 +1627,9 @@ class Trainer:
         tok_s = self.config.train_batch_tokens / seconds
         memory = torch.cuda.memory_allocated() >> 20 if record.marks else 0
         self.log.event("train", step=record.step, train_loss=self.last_loss, gradient_norm=norm,
-                       train_seconds=round(self.clock.elapsed(), 3), lr_scale=record.scale, tok_s=round(tok_s), plan=record.plan.name,
-                       progress=round(record.progress, 5), mem_mib=memory)
+                       train_seconds=round(self.clock.elapsed(), 3), lr_scale=record.scale,
+                       tok_s=round(tok_s), plan=record.plan.name, mem_mib=memory,
+                       progress=round(record.progress, 5))
         self.log.line(f"{record.step}/{self.config.iterations} train_loss: {self.last_loss:.4f} "
                       f"step_time: {1e3 * seconds:.1f}ms tok/s: {tok_s:.0f}")
 
