@@ -620,7 +620,8 @@ def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
         raise DataError(f"{path}: {actual} bytes, shorter than a header ({4 * SHARD_HEADER_INTS})")
     magic, version, count = (int(n) for n in header[:3])
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise DataError(f"{path}: magic {magic} version {version}, not {SHARD_MAGIC} {SHARD_VERSION}")
+        raise DataError(f"{path}: magic and version {magic} {version}, not {SHARD_MAGIC} "
+                        f"{SHARD_VERSION}")
     if count < 0 or actual != 4 * SHARD_HEADER_INTS + 2 * count:
         raise DataError(f"{path}: {actual} bytes, but the header announces {count} tokens")
     if count == 0:
