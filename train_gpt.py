@@ -26,6 +26,7 @@ import io
 import json
 import lzma
 import math
+import operator
 import os
 import platform
 import struct
@@ -320,33 +321,31 @@ def reject_unknown_variables(env: Mapping[str, str]) -> None:
             raise ConfigError(f"unknown setting {variable}; did you mean {near[0]}?")
 
 
+RELATIONS: dict[str, Callable[[float, float], bool]] = {
+    "a multiple of": lambda a, b: a % b == 0, "at most": operator.le, "at least": operator.ge,
+    "below": operator.lt, "above": operator.gt}
+
+
 def check_consistency(config: Config) -> None:
     """Raises ConfigError for the first two settings that contradict each other."""
-    c, looped = config, bool(config.num_loops)
-    rules = (
-        (c.model_dim % c.num_heads == 0, "model_dim", "a multiple of", "num_heads"),
-        (c.num_heads % c.num_kv_heads == 0, "num_heads", "a multiple of", "num_kv_heads"),
-        (c.head_dim % 2 == 0, "model_dim", "even per head of", "num_heads"),
-        (c.rope_dims <= c.head_dim, "rope_dims", "at most MODEL_DIM /", "num_heads"),
-        (c.rope_dims % 2 == 0, "rope_dims", "even, not", "rope_dims"),
-        (not looped or c.loop_start <= c.loop_end, "loop_start", "at most", "loop_end"),
-        (not looped or c.loop_end < c.num_layers, "loop_end", "below", "num_layers"),
-        (c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens", "a multiple of",
-         "train_seq_len"),
-        (c.micro_batch_tokens >= c.train_seq_len, "micro_batch_tokens", "at least",
-         "train_seq_len"),
-        (c.eval_stride <= c.eval_seq_len, "eval_stride", "at most", "eval_seq_len"),
-        (c.ttt_chunk_tokens % c.eval_seq_len == 0, "ttt_chunk_tokens", "a multiple of",
-         "eval_seq_len"),
-        (c.max_wallclock_seconds == 0 or c.max_wallclock_seconds > c.gptq_reserve_seconds,
-         "max_wallclock_seconds", "0 or above", "gptq_reserve_seconds"),
-        (c.sliding_window_enabled or not c.ttt_enabled, "ttt_enabled", "0 without",
-         "sliding_window_enabled"),
-    )
-    for holds, name, relation, other in rules:
-        if not holds:
-            raise ConfigError(f"{name.upper()}={getattr(c, name)} must be {relation} "
-                              f"{other.upper()} ({getattr(c, other)})")
+    rules: list[tuple[str, str, str | int]] = [
+        ("model_dim", "a multiple of", "num_heads"), ("head_dim", "a multiple of", 2),
+        ("num_heads", "a multiple of", "num_kv_heads"), ("rope_dims", "at most", "head_dim"),
+        ("rope_dims", "a multiple of", 2), ("micro_batch_tokens", "at least", "train_seq_len"),
+        ("train_batch_tokens", "a multiple of", "train_seq_len"),
+        ("ttt_chunk_tokens", "a multiple of", "eval_seq_len"),
+        ("eval_stride", "at most", "eval_seq_len")]
+    if config.num_loops:
+        rules += [("loop_start", "at most", "loop_end"), ("loop_end", "below", "num_layers")]
+    if config.max_wallclock_seconds:
+        rules.append(("max_wallclock_seconds", "above", "gptq_reserve_seconds"))
+    if config.ttt_enabled:
+        rules.append(("ttt_enabled", "at most", "sliding_window_enabled"))
+    for name, relation, other in rules:
+        value, bound = getattr(config, name), getattr(config, str(other), other)
+        if not RELATIONS[relation](value, bound):
+            raise ConfigError(f"{name.upper()}={value} must be {relation} {str(other).upper()} "
+                              f"({bound})")
 
 
 # ==================================================================================================
