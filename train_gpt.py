@@ -342,7 +342,8 @@ def check_consistency(config: Config) -> None:
     if config.ttt_enabled:
         rules.append(("ttt_enabled", "at most", "sliding_window_enabled"))
     for name, relation, other in rules:
-        value, bound = getattr(config, name), getattr(config, str(other), other)
+        value = getattr(config, name)
+        bound = other if isinstance(other, int) else getattr(config, other)
         if not RELATIONS[relation](value, bound):
             raise ConfigError(f"{name.upper()}={value} must be {relation} {str(other).upper()} "
                               f"({bound})")
