@@ -1443,7 +1443,8 @@ class TrainingClock:
         self.last_mark = now
         ahead = now + 1.02 * max(self.intervals, default=0.0) * (in_flight + 1)
         stop = step >= self.iterations or ahead > self.limit
-        progress, stopped = self.world.decide(now / self.limit, float(stop))
+        progress = max(now / self.limit, step / self.iterations)
+        progress, stopped = self.world.decide(progress, float(stop))
         return min(1.0, progress), bool(stopped)
 
 
@@ -2412,6 +2413,7 @@ def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
 # ==================================================================================================
 
 OFFICIAL_VAL_TARGETS = 40_540_160
+OFFICIAL_VAL_BYTES = range(151_070_000, 151_090_000)  # tokenizers truncate at different places
 RECORD_RANKS = 8
 
 
@@ -2464,11 +2466,11 @@ def prepare(config: Config, world: World) -> Setup:
         decode_artifact(read_artifact(Path(config.eval_only)))
     else:
         TrainLoader([read_shard(p) for p in find_shards(config.dataset_dir, "train")], config)
+    facts = {**environment_facts(world), "data": data_facts(config, val)}
     backend = choose_attention(config.attention, world.device)
     track = resolve_track(config, world, val, backend.name)
     log = RunLog(config, world)
     source, packed = program_source(), packed_program()
-    facts = environment_facts(world)
     typing.cast("dict[str, object]", facts["versions"])["attention_backend"] = backend.name
     log.result |= {"run_id": log.run_id, "track": track, "preset": config.preset,
                    "seed": config.seed, "world_size": world.size, "config_hash": config.config_hash,
@@ -2486,22 +2488,30 @@ def prepare(config: Config, world: World) -> Setup:
              + "".join(f" | not {name}: {why}" for name, why in backend.rejected.items()))
     mode = "torch.compile" if config.compile else "eager"
     log.line(f"track: {track} | world size: {world.size} | execution: {mode}")
-    log_data(config, log, val)
+    log.line(f"val_tokens: {val.num_targets} (predictions) | val_bytes: {val.num_bytes} | data: "
+             f"{facts['data']}")
     return Setup(config, world, log, backend.attend, val)
 
 
-def log_data(config: Config, log: RunLog, val: ValStream) -> None:
-    """Writes the data section of the result."""
-    manifest = config.dataset_dir / "manifest.json"
-    facts = json.loads(manifest.read_text()) if manifest.is_file() else {}
-    raw_bytes = facts.get("val_raw_bytes")
-    tokenizer = hashlib.sha256(config.tokenizer_file.read_bytes()).hexdigest()
-    log.put("data", name=config.dataset_dir.name, tokenizer_sha256=tokenizer,
-            val_documents=val.num_documents, val_targets=val.num_targets, val_bytes=val.num_bytes,
-            fingerprint=hashlib.sha256(val.tokens.tobytes()).hexdigest()[:16],
-            **({"val_raw_bytes": raw_bytes} if raw_bytes else {}))
-    log.line(f"val_tokens: {val.num_targets} (predictions) | val_bytes: {val.num_bytes} | "
-             f"val_raw_bytes: {raw_bytes or 'not in the manifest'}")
+def data_facts(config: Config, val: ValStream) -> dict[str, object]:
+    """The data section of the result. Raises: DataError if tokenizer and shards do not match."""
+    path, digest = config.dataset_dir / "manifest.json", hashlib.sha256
+    try:
+        manifest = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+    tokenizer = digest(config.tokenizer_file.read_bytes()).hexdigest()
+    if manifest.get("tokenizer_sha256", tokenizer) != tokenizer:
+        raise DataError(f"{config.tokenizer_file}: sha256 {tokenizer[:16]}, but {path} says the "
+                        f"shards were written with {manifest['tokenizer_sha256'][:16]}")
+    if val.num_targets == OFFICIAL_VAL_TARGETS and val.num_bytes not in OFFICIAL_VAL_BYTES:
+        raise DataError(f"{config.dataset_dir}: the official targets stand for {val.num_bytes} "
+                        f"bytes, must be in {OFFICIAL_VAL_BYTES}")
+    raw = {"val_raw_bytes": manifest["val_raw_bytes"]} if "val_raw_bytes" in manifest else {}
+    return {"name": config.dataset_dir.name, "tokenizer_sha256": tokenizer,
+            "val_documents": val.num_documents, "val_targets": val.num_targets,
+            "fingerprint": digest(val.tokens.tobytes()).hexdigest()[:16],
+            "val_bytes": val.num_bytes, **raw}
 
 
 def train_to_artifact(setup: Setup) -> Path:
