@@ -167,7 +167,7 @@ class Config:
     embed_clip_sigmas: float = within(20.0, 0.5, 1000)
     gptq_calibration_batches: int = within(64, 1, 10**5)  # of micro_batch_tokens, all ranks
     gptq_damp: float = within(0.01, 1e-6, 1)  # of the mean Hessian diagonal
-    compressor: Literal["brotli", "lzma"] = "brotli"
+    compressor: Literal["brotli", "ans"] = "brotli"
     fit: bool = True  # widen the clips until the artifact fits its cap
     artifact_cap_bytes: int = within(16_000_000, 1000, 10**12)  # packed program and model file
     # Evaluation
@@ -1840,7 +1840,7 @@ def estimate_artifact_bytes(config: Config) -> int:
     """
     with torch.device("meta"):
         model = GPT(config, sdpa_attend)
-    coder_loss = {"brotli": 1.014, "lzma": 1.08}[config.compressor]
+    coder_loss = {"brotli": 1.014, "ans": 1.001}[config.compressor]
     total = float(len(packed_program()))
     for name, stack in model.stacks().items():
         rule = quant_rule(config, name)
@@ -1863,6 +1863,14 @@ ARTIFACT_MAGIC = b"GOLF\x00\x01\r\n"
 CHECKSUM_BYTES = 16
 MOST_HEADER_BYTES = 1 << 20
 MOST_ELEMENTS = 1 << 31
+
+SLOTS = 1 << 15  # the sum of a context's frequencies
+CONTEXTS = 64
+CLASS_SHIFT = 20  # leaves eight classes per octave of a float32
+FIRST_CLASS = 0x3F800000 >> CLASS_SHIFT  # a magnitude of one 16th
+
+LevelTables = tuple[np.ndarray, np.ndarray]
+Visitor = Callable[[np.ndarray, np.ndarray, LevelTables], np.ndarray]
 
 # Settings without which the weights mean something else.
 MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
@@ -1887,29 +1895,23 @@ class Artifact(NamedTuple):
     model: QuantisedModel
 
 
-def compress(data: bytes, codec: str) -> bytes:
-    """`data` as `codec` stores it."""
-    if codec == "lzma":
-        return lzma.compress(data, preset=6)
+def compress(data: bytes) -> bytes:
+    """`data` as a brotli stream."""
     import brotli
     return typing.cast(bytes, brotli.compress(data, quality=11, lgwin=24))
 
 
-def decompress(data: bytes, codec: str, size: int) -> bytes:
+def decompress(data: bytes, size: int) -> bytes:
     """The inverse of `compress`. Raises: ArtifactError unless exactly `size` bytes come out.
 
     No more than one byte over `size` is ever produced.
     """
     try:
-        if codec == "lzma":
-            decoder = lzma.LZMADecompressor()
-            out, complete = decoder.decompress(data, size + 1), decoder.eof
-        else:
-            out, complete = decompress_brotli(data, size)
+        out, complete = decompress_brotli(data, size)
     except Exception as error:
-        raise ArtifactError(f"artifact: a {codec} stream does not decode: {error}") from None
+        raise ArtifactError(f"artifact: a brotli stream does not decode: {error}") from None
     if len(out) != size or not complete:
-        raise ArtifactError(f"artifact: a {codec} stream gives {len(out)}+ bytes, not {size}")
+        raise ArtifactError(f"artifact: a brotli stream gives {len(out)}+ bytes, not {size}")
     return out
 
 
@@ -1945,20 +1947,168 @@ def expected_shapes(config: Config) -> tuple[dict[str, torch.Size], dict[str, to
     return integers, floats | {name: p.shape for name, p in model.vectors().items()}
 
 
+def level_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies (contexts, levels), none of them zero, and each with its start, packed."""
+    freq = counts * (SLOTS - counts.shape[1]) // counts.sum(1, keepdims=True) + 1
+    freq[np.arange(CONTEXTS), counts.argmax(1)] += SLOTS - freq.sum(1)
+    return freq, (freq << 16 | freq.cumsum(1) - freq).astype(np.uint32).ravel()
+
+
+def bell_counts(low: int, size: int) -> np.ndarray:
+    """What is expected of every context before any level is known: a bell of its magnitude."""
+    magnitude = (np.arange(CONTEXTS, dtype=np.int32) + FIRST_CLASS << CLASS_SHIFT).view(np.float32)
+    ratio = np.arange(low, low + size, dtype=np.float32) * 16 / magnitude[:, None]
+    tail = 1 + ratio * ratio / 23
+    for _ in range(3):
+        tail = tail * tail
+    counts = (4096 / tail).astype(np.int64) + 1
+    return counts * 256 // counts.sum(1, keepdims=True)
+
+
+def walk_levels(levels_LRC: np.ndarray, low: int, size: int, visit: Visitor) -> None:
+    """Lets `visit` see, or set, every level of a stack, given what a decoder knows by then.
+
+    A context is the magnitude to expect: that of the column so far, times what the row has shown in
+    the parts to the left. To know those, each part of the columns runs one row behind the part
+    before it. Integers and single float32 operations give the same contexts on every machine.
+    """
+    L, R, C = levels_LRC.shape
+    num_parts = min(8, C)
+    edges = np.arange(num_parts + 1) * C // num_parts
+    parts = [slice(*pair) for pair in itertools.pairwise(edges)]
+    lag = np.repeat(np.arange(num_parts), np.diff(edges))
+    skewed = np.zeros((R + num_parts - 1, L, C), np.int8)
+    for k, part in enumerate(parts):
+        skewed[k:k + R, :, part] = levels_LRC[:, :, part].transpose(1, 0, 2)
+    counts, column = bell_counts(low, size), np.zeros((L, C), np.int32)
+    tables, patience, fresh, waiting = level_tables(counts), 2048, [], 0
+    seen, hoped = np.zeros((2, L, num_parts + 1), np.int32)  # 16ths; of the rows under way
+    total = number = 16
+    for step, row_LC in enumerate(skewed):
+        first, last = max(0, step - R + 1), min(num_parts, step + 1)
+        here, known = slice(edges[first], edges[last]), slice(first, last)
+        mean, starts = 16 * total // number, edges[known] - edges[first]
+        rows_seen = (step - lag[here] + 8).astype(np.float32)
+        hope = (16 * column[:, here] + 8 * mean).astype(np.float32) / rows_seen
+        ratio = ((seen[:, known] + 24 * mean + 1).astype(np.float32)
+                 / (hoped[:, known] + 24 * mean + 1).astype(np.float32))
+        classes = (hope * ratio[:, lag[here] - first]).view(np.int32) >> CLASS_SHIFT
+        context = np.clip(classes - FIRST_CLASS, 0, CONTEXTS - 1) * size
+        symbols = visit(context, np.subtract(row_LC[:, here], low, dtype=np.int32), tables)
+        row_LC[:, here] = symbols + low
+        fresh.append((context + symbols).ravel())
+        waiting += symbols.size
+        if waiting > patience:
+            counts = counts + np.bincount(np.concatenate(fresh), minlength=counts.size).reshape(
+                counts.shape) * 16
+            tables, patience = level_tables(counts), min(patience * 3 // 2, 1 << 20)
+            fresh, waiting = [], 0
+        magnitude = np.abs(symbols + low)
+        column[:, here] += magnitude
+        total, number = total + int(magnitude.sum()), number + magnitude.size
+        for state, found in ((seen, 16 * magnitude), (hoped, hope.astype(np.int32))):
+            state[:, first + 1:last + 1] = state[:, known] + np.add.reduceat(found, starts, axis=1)
+    for k, part in enumerate(parts):
+        levels_LRC[:, :, part] = skewed[k:k + R, :, part].transpose(1, 0, 2)
+
+
+def num_lanes(num_levels: int) -> int:
+    """Coder states that advance together: more are faster, and each costs two bytes."""
+    return max(16, min(1024, num_levels >> 15))
+
+
+def encode_levels(stacks: Sequence[np.ndarray]) -> bytes:
+    """Int8 stacks (L, R, C) in one stream: their ranges, the coder's states, its words.
+
+    Source: asymmetric numeral systems (Duda 2013), interleaved (Giesen 2014).
+    """
+    cells: list[np.ndarray] = []
+
+    def record(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
+        cells.append(tables[1][context + symbols].ravel())
+        return symbols
+
+    ranges = b""
+    for levels in stacks:
+        low, high = (int(levels.min()), int(levels.max())) if levels.size else (0, 0)
+        ranges += struct.pack("bB", low, max(2, high - low))
+        if levels.size:
+            walk_levels(levels.copy(), low, max(3, high - low + 1), record)
+    lanes = num_lanes(sum(levels.size for levels in stacks))
+    states, words = np.full(lanes, 1 << 16, np.uint32), [np.empty(0, np.uint16)]
+    for row in reversed(cells):
+        for begin in reversed(range(0, len(row), lanes)):
+            cell = row[begin:begin + lanes]
+            freq, x = cell >> 16, states[:len(cell)]
+            full = np.flatnonzero(x >= freq * (1 << 17))
+            words.append(x[full].astype(np.uint16))
+            x[full] >>= 16
+            quotient = x // freq
+            x += quotient * (SLOTS - freq) + (cell & 0xFFFF)
+    return b"".join([ranges, states.astype("<u4").tobytes(),
+                     np.concatenate(words[::-1]).astype("<u2").tobytes()])
+
+
+def decode_levels(data: bytes, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+    """The inverse of `encode_levels`. Raises: ArtifactError unless the stream ends as it began."""
+    stacks = [np.zeros(shape, np.int8) for shape in shapes]
+    lanes, start = num_lanes(sum(levels.size for levels in stacks)), 2 * len(stacks)
+    if len(data) < start + 4 * lanes or len(data) % 2:
+        raise ArtifactError(f"artifact: {len(data)} bytes of levels, at least {start + 4 * lanes}")
+    states = np.frombuffer(data, "<u4", lanes, start).astype(np.uint32)
+    words = np.frombuffer(data, "<u2", -1, start + 4 * lanes).astype(np.uint32)
+    position, current, lookup = 0, None, np.empty(0, np.uint8)
+
+    def take(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
+        nonlocal position, current, lookup
+        freq, packed = tables
+        if current is not packed:
+            numbers = np.tile(np.arange(freq.shape[1], dtype=np.uint8), CONTEXTS)
+            current, lookup = packed, np.repeat(numbers, freq.ravel())
+        flat, out = context.ravel(), symbols.ravel()
+        slots = flat // freq.shape[1] * SLOTS
+        for begin in range(0, len(flat), lanes):
+            end = min(begin + lanes, len(flat))
+            x = states[:end - begin]
+            slot = x & SLOTS - 1
+            out[begin:end] = symbol = lookup[slots[begin:end] + slot]
+            cell = packed[flat[begin:end] + symbol]
+            x >>= 15
+            x *= cell >> 16
+            x += slot - (cell & 0xFFFF)
+            empty = np.flatnonzero(x < 1 << 16)
+            x[empty] = x[empty] << 16 | words[position:position + len(empty)]
+            position += len(empty)
+        return out.reshape(context.shape)
+
+    try:
+        for number, levels in enumerate(stacks):
+            low, most = struct.unpack_from("bB", data, 2 * number)
+            if levels.size:
+                walk_levels(levels, low, max(3, most + 1), take)
+    except ValueError:  # fewer words than the states asked for
+        position = -1
+    if position != len(words) or bool((states != 1 << 16).any()):
+        raise ArtifactError("artifact: a stream of levels does not end where it began")
+    return stacks
+
+
 def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) -> bytes:
-    """The artifact file: one stream per matrix of integers, and one for all float16 values."""
+    """The artifact file: with brotli one stream per matrix and one for all float16 values."""
     integers, floats = expected_shapes(config)
     tensors = quantised.vectors | {f"{k}.scale": v for k, v in quantised.scales.items()}
-    raw = []
-    for name, shape in integers.items():
-        stack = quantised.integers[name].view(shape).numpy()
-        raw += [matrix.tobytes() for matrix in (stack if stack.ndim == 3 else stack[None])]
-    parts = [tensors[name].view(shape).numpy().ravel() for name, shape in floats.items()]
-    values = np.concatenate(parts)
+    stacks = [quantised.integers[name].view(-1, *shape[-2:]).numpy()
+              for name, shape in integers.items()]
+    values = np.concatenate([tensors[name].numpy().ravel() for name in floats])
     # Low bytes first, then high bytes: exponents compress, mantissas do not.
-    raw.append(values.astype("<f2").view(np.uint8).reshape(-1, 2).T.tobytes())
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        streams = list(pool.map(functools.partial(compress, codec=config.compressor), raw))
+    planes = values.astype("<f2").view(np.int8).reshape(-1, 2).T
+    if config.compressor == "ans":
+        padded = np.pad(planes, ((0, 0), (0, -len(values) % 64))).reshape(2, 1, -1, 64)
+        streams = [encode_levels([*stacks, *padded])]
+    else:
+        raw = [matrix.tobytes() for stack in stacks for matrix in stack]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            streams = list(pool.map(compress, [*raw, planes.tobytes()]))
     settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
     lengths = [len(stream) for stream in streams]
     header = Header(settings, plan.name, config.preset, config.compressor, lengths)
@@ -1984,7 +2134,7 @@ def decode_header(data: bytes) -> tuple[Header, int]:
     try:
         decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=1 << 26)
         header = Header(**json.loads(decoder.decompress(data[start:end], text_bytes + 1)))
-        well_formed = (header.codec in ("brotli", "lzma") and isinstance(header.settings, dict)
+        well_formed = (header.codec in ("brotli", "ans") and isinstance(header.settings, dict)
                        and all(type(n) is int and n >= 0 for n in header.streams)
                        and isinstance(header.plan, str) and isinstance(header.preset, str))
     except Exception as error:
@@ -1998,23 +2148,32 @@ def decode_artifact(data: bytes) -> Artifact:
     """The contents of a whole, well-formed file. Raises: ArtifactError for anything else."""
     header, position = decode_header(data)
     integers, floats = expected_shapes(stored_config(header.settings))
-    sizes = [shape[-2:].numel() for shape in integers.values() for _ in range(shape[:-2].numel())]
+    shapes = [(shape[:-2].numel(), *shape[-2:]) for shape in integers.values()]
+    num_weights = sum(shape.numel() for shape in integers.values())
     num_floats = sum(shape.numel() for shape in floats.values())
-    if sum(sizes) + num_floats > MOST_ELEMENTS or len(sizes) + 1 != len(header.streams):
-        raise ArtifactError(f"artifact: {sum(sizes)} weights in {len(header.streams)} streams, not "
-                            f"{len(sizes) + 1} streams and at most {MOST_ELEMENTS} weights")
-    raw = []
-    for length, size in zip(header.streams, [*sizes, 2 * num_floats], strict=True):
-        raw.append(decompress(data[position:position + length], header.codec, size))
-        position += length
-    planes = np.frombuffer(raw.pop(), np.uint8).reshape(2, -1)
+    num_streams = 1 if header.codec == "ans" else 1 + sum(shape[0] for shape in shapes)
+    if num_weights + num_floats > MOST_ELEMENTS or num_streams != len(header.streams):
+        raise ArtifactError(f"artifact: {num_weights} weights in {len(header.streams)} streams, not "
+                            f"{num_streams} streams and at most {MOST_ELEMENTS} weights")
+    if header.codec == "ans":
+        padded = [(1, -(-num_floats // 64), 64)] * 2
+        stacks = decode_levels(data[position:-CHECKSUM_BYTES], [*shapes, *padded])
+        planes = np.stack([stacks.pop().ravel() for _ in padded][::-1])[:, :num_floats]
+    else:
+        sizes = [rows * columns for blocks, rows, columns in shapes for _ in range(blocks)]
+        raw = []
+        for length, size in zip(header.streams, [*sizes, 2 * num_floats], strict=True):
+            raw.append(decompress(data[position:position + length], size))
+            position += length
+        planes = np.frombuffer(raw.pop(), np.int8).reshape(2, -1)
+        levels = np.frombuffer(bytearray(b"".join(raw)), np.int8)
+        stacks = np.split(levels, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
     values = torch.from_numpy(planes.T.copy().view("<f2").ravel())
     parts = values.split([shape.numel() for shape in floats.values()])
     tensors = {name: p.view(shape) for (name, shape), p in zip(floats.items(), parts, strict=True)}
-    levels = torch.frombuffer(bytearray(b"".join(raw)), dtype=torch.int8)
-    stacks = levels.split([shape.numel() for shape in integers.values()])
     quantised = QuantisedModel(
-        {name: s.view(shape) for (name, shape), s in zip(integers.items(), stacks, strict=True)},
+        {name: torch.from_numpy(stack).view(shape)
+         for (name, shape), stack in zip(integers.items(), stacks, strict=True)},
         {name: tensors.pop(f"{name}.scale") for name in integers}, tensors)
     return Artifact(header, quantised)
 
