@@ -23,6 +23,7 @@ import difflib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import math
