@@ -168,8 +168,9 @@ class Config:
     embed_clip_sigmas: float = within(20.0, 0.5, 1000)
     gptq_calibration_batches: int = within(64, 1, 10**5)  # of micro_batch_tokens, all ranks
     gptq_damp: float = within(0.01, 1e-6, 1)  # of the mean Hessian diagonal
+    quantiser: Literal["gptq", "rate"] = "gptq"  # clips as given, or steps by their effect per bit
     compressor: Literal["brotli", "ans"] = "brotli"
-    fit: bool = True  # widen the clips until the artifact fits its cap
+    fit: bool = True  # one factor on all steps fits the artifact to its cap
     artifact_cap_bytes: int = within(16_000_000, 1000, 10**12)  # packed program and model file
     # Evaluation
     eval_seq_len: int = within(2048, 8, 1 << 20)
@@ -348,6 +349,9 @@ def check_consistency(config: Config) -> None:
         if not RELATIONS[relation](value, bound):
             raise ConfigError(f"{name.upper()}={value} must be {relation} {str(other).upper()} "
                               f"({bound})")
+    if config.quantiser != "gptq" and config.compressor != "ans":
+        raise ConfigError(f"COMPRESSOR={config.compressor} must be ans for QUANTISER "
+                          f"({config.quantiser})")
 
 
 # ==================================================================================================
@@ -1696,6 +1700,25 @@ def collect(hessians: Hessians, rows: Tensor, plan: DepthPlan) -> None:
     """One calibration batch, int32 (sequences, seq_len + 1), through the forward pass."""
     x_BTD = hessians.model.hidden(rows[:, :-1], plan, hessians)
     hessians(-1, -1, "head", x_BTD, x_BTD)
+    if hessians.model.config.quantiser == "rate":
+        collect_gradients(hessians, rows[:-(-len(rows) // 8)], plan, rows[:, 1:].numel())
+
+
+@torch.enable_grad()
+def collect_gradients(hessians: Hessians, rows: Tensor, plan: DepthPlan, weight: int) -> None:
+    """Adds the mean squared gradient of every linear output, (1, R), times `weight`."""
+    found: list[tuple[str, Tensor]] = []
+
+    def keep(visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        found.append((hessian_name(site, block) + ".rows", y))
+        return y
+
+    nats = hessians.model(rows[:, :-1], rows[:, 1:], plan, keep).sum()
+    names = [name for name, _ in found]
+    for name, gradient in zip(names, torch.autograd.grad(nats, [y for _, y in found]), strict=True):
+        mean_1R = gradient.flatten(0, -2).float().square().mean(0, keepdim=True)
+        mean_1R *= weight / names.count(name)
+        hessians.moments[name] = hessians.moments.get(name, 0) + mean_1R
 
 
 def calibration_share(config: Config, world: World, shape: BatchShape) -> int:
@@ -1716,6 +1739,7 @@ def quant_rule(config: Config, stack: str, widen: float = 1.0) -> QuantRule:
     """The rule of a stacked tensor; `widen` multiplies its clip width."""
     bits, sigmas = ((config.embed_bits, config.embed_clip_sigmas) if stack == "embed" else
                     (config.matrix_bits, config.matrix_clip_sigmas))
+    bits = 8 if config.quantiser == "rate" else bits
     return QuantRule(2**(bits - 1) - 1, sigmas * widen)
 
 
@@ -1726,6 +1750,36 @@ def row_scales(w_RC: Tensor, rule: QuantRule) -> Tensor:
     """
     scale_R = rule.clip_sigmas * w_RC.float().std(dim=1) / rule.max_level
     return scale_R.nan_to_num(0.0).clamp(SMALLEST_SCALE, 65_504).half()
+
+
+def coarse(values: Tensor, bits: int, dither: Tensor | int) -> Tensor:
+    """Float16 of few mantissa bits, which cost little to store; dither keeps the mean."""
+    step = 1 << 10 - bits
+    bits_16 = (values.half().view(torch.int16) + dither % step) & -step
+    return bits_16.to(torch.int16).view(torch.float16)
+
+
+def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str, unit: float,
+                   damp: float) -> tuple[Tensor, Tensor]:
+    """Steps of rows and of columns, float16, at which one more bit buys the same everywhere.
+
+    Feedback leaves each column an error of its pivot, the part of the input that later columns
+    cannot make up for, so steps are in inverse proportion to it. What an output's error does to the
+    loss is its squared gradient; as an estimate it is noisy, and powers below one are measured to
+    be better. Source: successive interference cancellation with unequal steps.
+    """
+    tokens = hessians["head"].trace() / len(hessians["head"])  # of normalised inputs
+    hessian_CC, gradient_R = hessians[key] / tokens, hessians[key + ".rows"][0] / tokens
+    order = torch.argsort(hessian_CC.diagonal(), descending=True, stable=True)
+    pivot_C = torch.empty_like(hessian_CC[0])
+    pivot_C[order] = inverse_factor(hessian_CC[order][:, order], damp).diagonal().reciprocal()
+    middle, mean = pivot_C.log().mean().exp(), gradient_R.mean()
+    column_C = coarse((middle / pivot_C).clamp(2**-8, 2**8), 2, 128)
+    # Rows of the embedding are inputs as well, of which the head's gradient knows nothing.
+    row_R = (gradient_R + 0.1 * mean) ** (0.0 if key == "head" else -0.25)
+    row_R *= 1e-3 * unit / row_R.log().mean().exp() * (mean.sqrt() * middle) ** -0.8
+    row_R = row_R.maximum((w_RC / column_C).abs().amax(1) / 127).clamp(2**-20, 60_000)
+    return coarse(row_R, 3, 79 * torch.arange(len(row_R), device=row_R.device)), column_C
 
 
 def dequantise(q_RC: Tensor, scale_R: Tensor) -> Tensor:
@@ -1752,11 +1806,13 @@ def inverse_factor(hessian_CC: Tensor, damp: float) -> Tensor:
 
 
 def gptq(w_RC: Tensor, hessian_CC: Tensor, scale_R: Tensor, max_level: int, damp: float,
-         block: int = 128) -> Tensor:
+         block: int = 128, bit_cost: float = 0.0) -> Tensor:
     """Integers, int8 (R, C), that keep W x close for inputs with the given second moments.
 
     Columns are rounded one by one, the most important first; the error of each is spread over those
-    to come. Source: GPTQ (Frantar et al. 2022), with columns in order of descending diagonal.
+    to come. With a cost, levels are chosen by squared error plus rate: their bits are taken to grow
+    in proportion to the level over its expected magnitude, which moves the rounding threshold.
+    Source: GPTQ (Frantar et al. 2022), with columns in order of descending diagonal.
     """
     w, hessian, scale = w_RC.float().clone(), hessian_CC.float().clone(), scale_R.float()
     dead = hessian.diagonal() == 0
@@ -1764,13 +1820,18 @@ def gptq(w_RC: Tensor, hessian_CC: Tensor, scale_R: Tensor, max_level: int, damp
     w[:, dead] = 0.0
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     w = w[:, order]
+    size = (w / scale[:, None]).abs() + 1e-6
+    size = size.mean(1, keepdim=True) * (size.mean(0) / size.mean())
+    shift = (bit_cost / size).clamp(max=0.3)
     factor = inverse_factor(hessian[order][:, order], damp)
     q = torch.empty_like(w)
     for first in range(0, w.shape[1], block):
         last = min(first + block, w.shape[1])
         errors = torch.empty_like(w[:, first:last])
         for j in range(first, last):
-            q[:, j] = (w[:, j] / scale).round().clamp(-max_level, max_level)
+            level = w[:, j] / scale
+            level = (level - shift[:, j] * level.sign()).round()
+            q[:, j] = level.clamp(-max_level, max_level)
             error = (w[:, j] - q[:, j] * scale) / factor[j, j]
             w[:, j:last] -= torch.outer(error, factor[j, j:last])
             errors[:, j - first] = error
@@ -1790,25 +1851,43 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World,
              widen: float = 1.0) -> QuantisedModel:
     """Quantises every stack; each rank solves its share of the blocks, and all get the integers."""
     integers, all_scales, config = {}, {}, model.config
+    vectors = {name: v.detach().half().cpu() for name, v in model.vectors().items()}
+    balanced = config.quantiser == "rate"
     for name, parameter in model.stacks().items():
         rule, stack = quant_rule(config, name, widen), parameter.detach()
         stack_LRC = stack if stack.dim() == 3 else stack[None]
-        scales = torch.stack([row_scales(w_RC, rule) for w_RC in stack_LRC])
-        levels = torch.zeros(stack_LRC.shape, dtype=torch.int8, device=stack.device)
+        levels = torch.zeros_like(stack_LRC, dtype=torch.int8)
+        scales, columns = (levels.select(dim, 0).half() for dim in (2, 1))
         for block in range(world.rank, len(stack_LRC), world.size):
-            levels[block] = gptq(stack_LRC[block], hessians[hessian_name(name, block)],
-                                 scales[block], rule.max_level, config.gptq_damp)
+            w_RC, key, column_C = stack_LRC[block], hessian_name(name, block), columns[block]
+            if balanced:
+                scales[block], column_C[:] = balanced_steps(
+                    w_RC, hessians, key, widen, config.gptq_damp)
+            else:
+                scales[block], column_C[:] = row_scales(w_RC, rule), 1.0
+            levels[block] = gptq(
+                w_RC / column_C, hessians[key] * column_C.float().outer(column_C.float()),
+                scales[block], rule.max_level, config.gptq_damp, bit_cost=0.04 * balanced)
         integers[name] = world.sum_(levels).view(stack.shape).cpu()
-        all_scales[name] = scales.view(stack.shape[:-1]).cpu()
-    vectors = {name: v.detach().half().cpu() for name, v in model.vectors().items()}
+        all_scales[name] = world.sum_(scales).view(stack.shape[:-1]).cpu()
+        if config.compressor == "ans":
+            shape = stack.shape[:-2] + stack.shape[-1:]
+            vectors[f"{name}.column"] = world.sum_(columns).view(shape).cpu()
     return QuantisedModel(integers, all_scales, vectors)
+
+
+def stored_weights(quantised: QuantisedModel, name: str) -> Tensor:
+    """The float32 stack that the integers, row scales and column scales of `name` stand for."""
+    stack = dequantise(quantised.integers[name], quantised.scales[name])
+    column = quantised.vectors.get(f"{name}.column")
+    return stack if column is None else stack * column.float().unsqueeze(-2)
 
 
 @torch.no_grad()
 def restore_weights(model: GPT, quantised: QuantisedModel) -> None:
     """Sets the model's parameters to what the integers stand for."""
     for name, parameter in model.stacks().items():
-        parameter.copy_(dequantise(quantised.integers[name], quantised.scales[name]))
+        parameter.copy_(stored_weights(quantised, name))
     for name, vector in model.vectors().items():
         vector.copy_(quantised.vectors[name])
 
@@ -1818,7 +1897,7 @@ def tensor_report(model: GPT, quantised: QuantisedModel) -> list[dict[str, objec
     rows: list[dict[str, object]] = []
     for name, parameter in model.stacks().items():
         q, w = quantised.integers[name], parameter.detach().float().cpu()
-        error = (w - dequantise(q, quantised.scales[name])).norm() / w.norm()
+        error = (w - stored_weights(quantised, name)).norm() / w.norm()
         rows.append({"name": name, "bits": round(entropy_bits(q) / q.numel(), 4),
                      "error": round(float(error), 5)})
     return rows
@@ -1839,6 +1918,8 @@ def estimate_artifact_bytes(config: Config) -> int:
 
     Bits per weight are the differential entropy less the logarithm of the step.
     """
+    if config.quantiser == "rate":
+        return config.artifact_cap_bytes
     with torch.device("meta"):
         model = GPT(config, sdpa_attend)
     coder_loss = {"brotli": 1.014, "ans": 1.001}[config.compressor]
@@ -1867,8 +1948,7 @@ MOST_ELEMENTS = 1 << 31
 
 SLOTS = 1 << 15  # the sum of a context's frequencies
 CONTEXTS = 64
-CLASS_SHIFT = 20  # leaves eight classes per octave of a float32
-FIRST_CLASS = 0x3F800000 >> CLASS_SHIFT  # a magnitude of one 16th
+FIRST_MAGNITUDE = 0x3D800000  # the bits of 1/16 as float32
 
 LevelTables = tuple[np.ndarray, np.ndarray]
 Visitor = Callable[[np.ndarray, np.ndarray, LevelTables], np.ndarray]
@@ -1896,10 +1976,10 @@ class Artifact(NamedTuple):
     model: QuantisedModel
 
 
-def compress(data: bytes) -> bytes:
-    """`data` as a brotli stream."""
+def compress(levels: np.ndarray) -> bytes:
+    """The bytes of an array as a brotli stream."""
     import brotli
-    return typing.cast(bytes, brotli.compress(data, quality=11, lgwin=24))
+    return typing.cast(bytes, brotli.compress(levels.tobytes(), quality=11, lgwin=24))
 
 
 def decompress(data: bytes, size: int) -> bytes:
@@ -1907,209 +1987,183 @@ def decompress(data: bytes, size: int) -> bytes:
 
     No more than one byte over `size` is ever produced.
     """
+    import brotli
+    decoder, out, piece = brotli.Decompressor(), b"", b" "
     try:
-        out, complete = decompress_brotli(data, size)
+        while not decoder.is_finished() and len(out) <= size and (piece or data):
+            piece = decoder.process(data, output_buffer_limit=size + 1 - len(out))
+            out, data = out + piece, b""
     except Exception as error:
         raise ArtifactError(f"artifact: a brotli stream does not decode: {error}") from None
-    if len(out) != size or not complete:
+    if len(out) != size or not decoder.is_finished():
         raise ArtifactError(f"artifact: a brotli stream gives {len(out)}+ bytes, not {size}")
     return out
 
 
-def decompress_brotli(data: bytes, size: int) -> tuple[bytes, bool]:
-    """At most `size` + 1 bytes of a brotli stream, and whether it ended there."""
-    import brotli
-    decoder, out, given = brotli.Decompressor(), bytearray(), data
-    while not decoder.is_finished() and len(out) <= size:
-        piece = decoder.process(given, output_buffer_limit=size + 1 - len(out))
-        if not piece and not given:
-            break
-        out, given = out + piece, b""
-    return bytes(out), bool(decoder.is_finished())
-
-
 def require_compressor(config: Config) -> None:
     """Raises ConfigError where the codec is missing, before time goes into a model for it."""
-    if config.compressor == "brotli":
-        try:
-            from brotli import Decompressor
-        except ImportError:
-            raise ConfigError("COMPRESSOR=brotli needs: pip install 'brotli>=1.2'") from None
-        if not hasattr(Decompressor, "can_accept_more_data"):
-            raise ConfigError("COMPRESSOR=brotli needs brotli 1.2: pip install -U 'brotli>=1.2'")
+    package = f"COMPRESSOR={config.compressor} needs brotli 1.2: pip install -U 'brotli>=1.2'"
+    try:
+        from brotli import Decompressor
+    except ImportError:
+        raise ConfigError(package) from None
+    if not hasattr(Decompressor, "can_accept_more_data"):
+        raise ConfigError(package)
 
 
-def expected_shapes(config: Config) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
-    """Shapes of a model's integers and of its float16 tensors, in file order; takes no memory."""
+def expected_shapes(config: Config,
+                    codec: str) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
+    """Shapes of a file's integers and float16 tensors, in order; takes no memory."""
     with torch.device("meta"):
         model = GPT(config, sdpa_attend)
     integers = {name: p.shape for name, p in model.stacks().items()}
     floats = {f"{name}.scale": shape[:-1] for name, shape in integers.items()}
-    return integers, floats | {name: p.shape for name, p in model.vectors().items()}
+    floats |= {name: p.shape for name, p in model.vectors().items()}
+    if codec == "ans":
+        floats |= {f"{k}.column": shape[:-2] + shape[-1:] for k, shape in integers.items()}
+    return integers, floats
 
 
-def level_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Frequencies (contexts, levels), none of them zero, and each with its start, packed."""
+def class_magnitude(classes: np.ndarray, shift: int) -> np.ndarray:
+    """The float32 magnitudes at which classes begin, 2**(23 - shift) of them per octave."""
+    return (classes.astype(np.int32) * (1 << shift) + FIRST_MAGNITUDE).view(np.float32)
+
+
+def magnitude_class(magnitude: np.ndarray, shift: int) -> np.ndarray:
+    """The class in which a float32 magnitude lies."""
+    return np.clip((magnitude.view(np.int32) - FIRST_MAGNITUDE) >> shift, 0, CONTEXTS - 1)
+
+
+def level_tables(counts: np.ndarray) -> LevelTables:
+    """By context: frequency and start of every level, packed, and the level of every slot."""
     freq = counts * (SLOTS - counts.shape[1]) // counts.sum(1, keepdims=True) + 1
     freq[np.arange(CONTEXTS), counts.argmax(1)] += SLOTS - freq.sum(1)
-    return freq, (freq << 16 | freq.cumsum(1) - freq).astype(np.uint32).ravel()
+    numbers = np.tile(np.arange(counts.shape[1], dtype=np.uint8), CONTEXTS)
+    return ((freq << 16 | freq.cumsum(1) - freq).astype(np.uint32),
+            np.repeat(numbers, freq.ravel()).reshape(CONTEXTS, SLOTS))
 
 
-def bell_counts(low: int, size: int) -> np.ndarray:
-    """What is expected of every context before any level is known: a bell of its magnitude."""
-    magnitude = (np.arange(CONTEXTS, dtype=np.int32) + FIRST_CLASS << CLASS_SHIFT).view(np.float32)
-    ratio = np.arange(low, low + size, dtype=np.float32) * 16 / magnitude[:, None]
-    tail = 1 + ratio * ratio / 23
-    for _ in range(3):
-        tail = tail * tail
-    counts = (4096 / tail).astype(np.int64) + 1
-    return counts * 256 // counts.sum(1, keepdims=True)
+def walk_levels(levels_LRC: np.ndarray, row_LR: np.ndarray, limits: Sequence[int],
+                visit: Visitor) -> None:
+    """Lets `visit` see, or set, a stack row after row, given what a decoder knows by then.
 
-
-def walk_levels(levels_LRC: np.ndarray, low: int, size: int, visit: Visitor) -> None:
-    """Lets `visit` see, or set, every level of a stack, given what a decoder knows by then.
-
-    A context is the magnitude to expect: that of the column so far, times what the row has shown in
-    the parts to the left. To know those, each part of the columns runs one row behind the part
-    before it. Integers and single float32 operations give the same contexts on every machine.
+    The context of a level is the magnitude to expect: that of its row's class times what its column
+    has shown so far. Frequencies begin as bells and follow what comes. Integers and single float32
+    operations give the same on every machine.
     """
-    L, R, C = levels_LRC.shape
-    num_parts = min(8, C)
-    edges = np.arange(num_parts + 1) * C // num_parts
-    parts = [slice(*pair) for pair in itertools.pairwise(edges)]
-    lag = np.repeat(np.arange(num_parts), np.diff(edges))
-    skewed = np.zeros((R + num_parts - 1, L, C), np.int8)
-    for k, part in enumerate(parts):
-        skewed[k:k + R, :, part] = levels_LRC[:, :, part].transpose(1, 0, 2)
-    counts, column = bell_counts(low, size), np.zeros((L, C), np.int32)
-    tables, patience, fresh, waiting = level_tables(counts), 2048, [], 0
-    seen, hoped = np.zeros((2, L, num_parts + 1), np.int32)  # 16ths; of the rows under way
-    total = number = 16
-    for step, row_LC in enumerate(skewed):
-        first, last = max(0, step - R + 1), min(num_parts, step + 1)
-        here, known = slice(edges[first], edges[last]), slice(first, last)
-        mean, starts = 16 * total // number, edges[known] - edges[first]
-        rows_seen = (step - lag[here] + 8).astype(np.float32)
-        hope = (16 * column[:, here] + 8 * mean).astype(np.float32) / rows_seen
-        ratio = ((seen[:, known] + 24 * mean + 1).astype(np.float32)
-                 / (hoped[:, known] + 24 * mean + 1).astype(np.float32))
-        classes = (hope * ratio[:, lag[here] - first]).view(np.int32) >> CLASS_SHIFT
-        context = np.clip(classes - FIRST_CLASS, 0, CONTEXTS - 1) * size
-        symbols = visit(context, np.subtract(row_LC[:, here], low, dtype=np.int32), tables)
-        row_LC[:, here] = symbols + low
-        fresh.append((context + symbols).ravel())
-        waiting += symbols.size
+    low, size = limits[0], max(3, limits[1] - limits[0] + 1)
+    ratio = np.arange(low, low + size) / class_magnitude(np.arange(CONTEXTS), 20)[:, None]
+    tail = np.square(np.square(1 + np.square(ratio.astype(np.float64)) / 23))
+    counts = (4096 / np.square(tail)).astype(np.int64) + 1
+    tables, patience, waiting = level_tables(counts), 2048, 0
+    row_RL1 = class_magnitude(row_LR.T, 21)[..., None]
+    rows_L1, shown_LC = 8 * row_RL1[0], np.repeat(8 * row_RL1[0], levels_LRC.shape[2], axis=1)
+    fresh: list[np.ndarray] = []
+    for number, row_L1 in enumerate(row_RL1):
+        context_LC = magnitude_class(shown_LC * (row_L1 / rows_L1), 20)
+        symbol_LC = visit(context_LC, levels_LRC[:, number].astype(np.int32) - low, tables)
+        levels_LRC[:, number] = symbol_LC + low
+        shown_LC += np.abs(symbol_LC + low)
+        rows_L1 += row_L1
+        fresh.append((context_LC * size + symbol_LC).ravel())
+        waiting += symbol_LC.size
         if waiting > patience:
-            counts = counts + np.bincount(np.concatenate(fresh), minlength=counts.size).reshape(
-                counts.shape) * 16
-            tables, patience = level_tables(counts), min(patience * 3 // 2, 1 << 20)
-            fresh, waiting = [], 0
-        magnitude = np.abs(symbols + low)
-        column[:, here] += magnitude
-        total, number = total + int(magnitude.sum()), number + magnitude.size
-        for state, found in ((seen, 16 * magnitude), (hoped, hope.astype(np.int32))):
-            state[:, first + 1:last + 1] = state[:, known] + np.add.reduceat(found, starts, axis=1)
-    for k, part in enumerate(parts):
-        levels_LRC[:, :, part] = skewed[k:k + R, :, part].transpose(1, 0, 2)
+            found = np.bincount(np.concatenate(fresh), minlength=counts.size)
+            counts += 64 * found.reshape(counts.shape)
+            tables, patience = level_tables(counts), min(2 * patience, 1 << 20)
+            waiting, fresh = 0, []
+
+
+def walk_stack(levels_LRC: np.ndarray, classes: np.ndarray, facts: Sequence[int],
+               visit: Visitor) -> None:
+    """Walks the classes of a stack's rows, less their middle, and then the stack."""
+    grid = classes.reshape(1, -1, 64)
+    walk_levels(grid, 24 + 0 * grid[..., 0], facts[:2], visit)
+    row_LR = classes[:levels_LRC[..., 0].size].reshape(levels_LRC.shape[:2])
+    walk_levels(levels_LRC, row_LR.astype(np.int32) + facts[4], facts[2:4], visit)
 
 
 def num_lanes(num_levels: int) -> int:
     """Coder states that advance together: more are faster, and each costs two bytes."""
-    return max(16, min(1024, num_levels >> 15))
+    return max(16, min(512, num_levels >> 14))
 
 
-def encode_levels(stacks: Sequence[np.ndarray]) -> bytes:
-    """Int8 stacks (L, R, C) in one stream: their ranges, the coder's states, its words.
+def encode_levels(levels_LRC: np.ndarray) -> bytes:
+    """A stack of int8 as one stream: five facts about it, the coder's states, its words.
 
-    Source: asymmetric numeral systems (Duda 2013), interleaved (Giesen 2014).
+    Source: asymmetric numeral systems (Duda 2013), many of them interleaved (Giesen 2014).
     """
-    cells: list[np.ndarray] = []
+    row_LR = magnitude_class(np.abs(levels_LRC, dtype=np.float32).mean(2), 21)
+    middle = int(np.median(row_LR))
+    classes = np.pad(row_LR.ravel() - middle, (0, -row_LR.size % 64)).astype(np.int8)
+    facts = [int(end) for a in (classes, levels_LRC) for end in (a.min(), a.max())] + [middle]
+    rows: list[np.ndarray] = []
 
     def record(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
-        cells.append(tables[1][context + symbols].ravel())
+        rows.append(tables[0][context, symbols].ravel())
         return symbols
 
-    ranges = b""
-    for levels in stacks:
-        low, high = (int(levels.min()), int(levels.max())) if levels.size else (0, 0)
-        ranges += struct.pack("bB", low, max(2, high - low))
-        if levels.size:
-            walk_levels(levels.copy(), low, max(3, high - low + 1), record)
-    lanes = num_lanes(sum(levels.size for levels in stacks))
+    walk_stack(levels_LRC.copy(), classes, facts, record)
+    lanes = num_lanes(levels_LRC.size)
     states, words = np.full(lanes, 1 << 16, np.uint32), [np.empty(0, np.uint16)]
-    for row in reversed(cells):
+    for row in reversed(rows):
         for begin in reversed(range(0, len(row), lanes)):
             cell = row[begin:begin + lanes]
             freq, x = cell >> 16, states[:len(cell)]
-            full = np.flatnonzero(x >= freq * (1 << 17))
+            full = np.flatnonzero(x >= freq << 17)
             words.append(x[full].astype(np.uint16))
             x[full] >>= 16
-            quotient = x // freq
-            x += quotient * (SLOTS - freq) + (cell & 0xFFFF)
-    return b"".join([ranges, states.astype("<u4").tobytes(),
+            x += x // freq * (SLOTS - freq) + (cell & 0xFFFF)
+    return b"".join([struct.pack("5b", *facts), states.astype("<u4").tobytes(),
                      np.concatenate(words[::-1]).astype("<u2").tobytes()])
 
 
-def decode_levels(data: bytes, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
     """The inverse of `encode_levels`. Raises: ArtifactError unless the stream ends as it began."""
-    stacks = [np.zeros(shape, np.int8) for shape in shapes]
-    lanes, start = num_lanes(sum(levels.size for levels in stacks)), 2 * len(stacks)
-    if len(data) < start + 4 * lanes or len(data) % 2:
-        raise ArtifactError(f"artifact: {len(data)} bytes of levels, at least {start + 4 * lanes}")
-    states = np.frombuffer(data, "<u4", lanes, start).astype(np.uint32)
-    words = np.frombuffer(data, "<u2", -1, start + 4 * lanes).astype(np.uint32)
-    position, current, lookup = 0, None, np.empty(0, np.uint8)
+    levels_LRC, lanes = np.zeros(shape, np.int8), num_lanes(math.prod(shape))
+    if len(data) < 5 + 4 * lanes or len(data) % 2 == 0:
+        raise ArtifactError(f"artifact: a stream of {len(data)} bytes, not {5 + 4 * lanes} or more")
+    states = np.frombuffer(data, "<u4", lanes, 5).astype(np.uint32)
+    words = np.frombuffer(data, "<u2", -1, 5 + 4 * lanes).astype(np.uint32)
+    position = 0
 
     def take(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
-        nonlocal position, current, lookup
-        freq, packed = tables
-        if current is not packed:
-            numbers = np.tile(np.arange(freq.shape[1], dtype=np.uint8), CONTEXTS)
-            current, lookup = packed, np.repeat(numbers, freq.ravel())
-        flat, out = context.ravel(), symbols.ravel()
-        slots = flat // freq.shape[1] * SLOTS
-        for begin in range(0, len(flat), lanes):
-            end = min(begin + lanes, len(flat))
-            x = states[:end - begin]
+        nonlocal position
+        contexts, out = context.ravel(), symbols.ravel()
+        for begin in range(0, len(out), lanes):
+            some = slice(begin, begin + lanes)
+            x = states[:len(out[some])]
             slot = x & SLOTS - 1
-            out[begin:end] = symbol = lookup[slots[begin:end] + slot]
-            cell = packed[flat[begin:end] + symbol]
-            x >>= 15
-            x *= cell >> 16
-            x += slot - (cell & 0xFFFF)
+            out[some] = symbol = tables[1][contexts[some], slot]
+            cell = tables[0][contexts[some], symbol]
+            x[:] = (x >> 15) * (cell >> 16) + slot - (cell & 0xFFFF)
             empty = np.flatnonzero(x < 1 << 16)
             x[empty] = x[empty] << 16 | words[position:position + len(empty)]
             position += len(empty)
         return out.reshape(context.shape)
 
+    classes = np.zeros(-(-levels_LRC[..., 0].size // 64) * 64, np.int8)
     try:
-        for number, levels in enumerate(stacks):
-            low, most = struct.unpack_from("bB", data, 2 * number)
-            if levels.size:
-                walk_levels(levels, low, max(3, most + 1), take)
-    except ValueError:  # fewer words than the states asked for
+        walk_stack(levels_LRC, classes, struct.unpack_from("5b", data), take)
+    except (ValueError, IndexError):  # facts or states that no encoder writes
         position = -1
     if position != len(words) or bool((states != 1 << 16).any()):
         raise ArtifactError("artifact: a stream of levels does not end where it began")
-    return stacks
+    return levels_LRC
 
 
 def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) -> bytes:
-    """The artifact file: with brotli one stream per matrix and one for all float16 values."""
-    integers, floats = expected_shapes(config)
+    """The artifact file: one stream per stack of integers, one of brotli for float16 values."""
+    integers, floats = expected_shapes(config, config.compressor)
     tensors = quantised.vectors | {f"{k}.scale": v for k, v in quantised.scales.items()}
+    values = np.concatenate([tensors[name].numpy().ravel() for name in floats]).astype("<f2")
+    # Low bytes apart from high bytes: exponents compress, mantissas do not.
+    planes = values.view(np.int8).reshape(-1, 2).T
     stacks = [quantised.integers[name].view(-1, *shape[-2:]).numpy()
               for name, shape in integers.items()]
-    values = np.concatenate([tensors[name].numpy().ravel() for name in floats])
-    # Low bytes first, then high bytes: exponents compress, mantissas do not.
-    planes = values.astype("<f2").view(np.int8).reshape(-1, 2).T
-    if config.compressor == "ans":
-        padded = np.pad(planes, ((0, 0), (0, -len(values) % 64))).reshape(2, 1, -1, 64)
-        streams = [encode_levels([*stacks, *padded])]
-    else:
-        raw = [matrix.tobytes() for stack in stacks for matrix in stack]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            streams = list(pool.map(compress, [*raw, planes.tobytes()]))
+    encode = encode_levels if config.compressor == "ans" else compress
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        streams = [*pool.map(encode, stacks), compress(planes)]
     settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
     lengths = [len(stream) for stream in streams]
     header = Header(settings, plan.name, config.preset, config.compressor, lengths)
@@ -2148,35 +2202,28 @@ def decode_header(data: bytes) -> tuple[Header, int]:
 def decode_artifact(data: bytes) -> Artifact:
     """The contents of a whole, well-formed file. Raises: ArtifactError for anything else."""
     header, position = decode_header(data)
-    integers, floats = expected_shapes(stored_config(header.settings))
+    config = stored_config(header.settings)
+    integers, floats = expected_shapes(config, header.codec)
+    sizes = [shape.numel() for shape in floats.values()]
     shapes = [(shape[:-2].numel(), *shape[-2:]) for shape in integers.values()]
-    num_weights = sum(shape.numel() for shape in integers.values())
-    num_floats = sum(shape.numel() for shape in floats.values())
-    num_streams = 1 if header.codec == "ans" else 1 + sum(shape[0] for shape in shapes)
-    if num_weights + num_floats > MOST_ELEMENTS or num_streams != len(header.streams):
-        raise ArtifactError(f"artifact: {num_weights} weights in {len(header.streams)} streams, not "
-                            f"{num_streams} streams and at most {MOST_ELEMENTS} weights")
-    if header.codec == "ans":
-        padded = [(1, -(-num_floats // 64), 64)] * 2
-        stacks = decode_levels(data[position:-CHECKSUM_BYTES], [*shapes, *padded])
-        planes = np.stack([stacks.pop().ravel() for _ in padded][::-1])[:, :num_floats]
-    else:
-        sizes = [rows * columns for blocks, rows, columns in shapes for _ in range(blocks)]
-        raw = []
-        for length, size in zip(header.streams, [*sizes, 2 * num_floats], strict=True):
-            raw.append(decompress(data[position:position + length], size))
-            position += length
-        planes = np.frombuffer(raw.pop(), np.int8).reshape(2, -1)
-        levels = np.frombuffer(bytearray(b"".join(raw)), np.int8)
-        stacks = np.split(levels, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
-    values = torch.from_numpy(planes.T.copy().view("<f2").ravel())
-    parts = values.split([shape.numel() for shape in floats.values()])
+    shapes.append((1, 2, sum(sizes)))
+    if sum(map(math.prod, shapes)) > MOST_ELEMENTS or len(shapes) != len(header.streams):
+        raise ArtifactError(f"artifact: {len(header.streams)} streams, must be {len(shapes)} with "
+                            f"at most {MOST_ELEMENTS} levels")
+    arrays = []
+    for number, (length, shape) in enumerate(zip(header.streams, shapes, strict=True), 1):
+        stream = data[position:position + length]
+        adaptive = header.codec == "ans" and number < len(shapes)
+        arrays.append(decode_levels(stream, shape) if adaptive else np.frombuffer(
+            bytearray(decompress(stream, math.prod(shape))), np.int8))
+        position += length
+    values = arrays.pop().reshape(2, -1).T.copy().view("<f2").ravel()
+    parts = torch.from_numpy(values).split(sizes)
     tensors = {name: p.view(shape) for (name, shape), p in zip(floats.items(), parts, strict=True)}
-    quantised = QuantisedModel(
-        {name: torch.from_numpy(stack).view(shape)
-         for (name, shape), stack in zip(integers.items(), stacks, strict=True)},
-        {name: tensors.pop(f"{name}.scale") for name in integers}, tensors)
-    return Artifact(header, quantised)
+    stacks = {name: torch.from_numpy(array).view(shape)
+              for (name, shape), array in zip(integers.items(), arrays, strict=True)}
+    scales = {name: tensors.pop(f"{name}.scale") for name in integers}
+    return Artifact(header, QuantisedModel(stacks, scales, tensors))
 
 
 def stored_config(settings: dict[str, float]) -> Config:
@@ -2221,41 +2268,43 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
                log: RunLog) -> tuple[QuantisedModel, bytes]:
     """Integers and file such that program and model fit ARTIFACT_CAP_BYTES.
 
-    With FIT, clips that are too narrow are widened by one factor: first by the size that a Gaussian
-    would lose, then by bisection, always on the measured size.
+    With FIT, one factor on all steps is searched on the measured size: along the slope so far, and
+    never outside what is known to be too fine and to fit. Clips are only ever widened; balanced
+    steps shrink too, until bytes stop to matter.
     Raises: ArtifactError if the artifact does not fit.
     """
     config, code_bytes = model.config, len(packed_program())
-    cap, weights = config.artifact_cap_bytes, sum(p.numel() for p in model.stacks().values())
-    too_narrow, widen, best = 0.0, 1.0, None
-    best_widen = math.inf
+    cap, floor = config.artifact_cap_bytes, -3.0 if config.quantiser == "rate" else 0.0
+    margin, best, low, high, at = min(5000, cap // 200), None, floor - 1, math.inf, 0.0
+    slope, last = -sum(p.numel() for p in model.stacks().values()) / 8, (math.inf, 0)
     for _ in range(20):
         begin = time.perf_counter()
-        quantised = quantise(model, hessians, world, widen)
+        quantised = quantise(model, hessians, world, 2**at)
         solved = time.perf_counter()
         blob = encode_artifact(quantised, config, plan) if world.is_main else b""
         log.put("quantisation", seconds_solve=round(solved - begin, 2),
                 seconds_encode=round(time.perf_counter() - solved, 2))
         over = int(world.decide(code_bytes + len(blob))[0]) - cap
+        log.line(f"fit: steps x{2**at:.4f} leave {-over:,} bytes unused")
         if over <= 0:
-            best, best_widen = (quantised, blob), widen
+            best, high = (quantised, blob), at
         else:
-            too_narrow = widen
-            log.line(f"fit: {over:,} bytes over the cap at clips x{widen:.4f}")
-        if (over > 0 and not config.fit) or widen == best_widen == 1.0 or -3000 < over <= 0:
+            low = at
+        if not config.fit or -margin < over <= 0 or high <= floor:
             break
-        guess = widen * 2**max(-3.0, min(3.0, 8 * (over + 1500) / weights))
-        inside = too_narrow < guess < best_widen
-        widen = guess if inside else math.sqrt(max(too_narrow, 1.0) * min(best_widen, 4 * widen))
-        if max(widen, best_widen) / min(widen, too_narrow or widen) < 1.0003:
-            break
+        if math.isfinite(last[0]):
+            slope = min((over - last[1]) / (at - last[0]), 0.1 * slope)
+        last, at = (at, over), at - (over + margin / 2) / slope
+        at = max(floor, last[0] - 3, min(last[0] + 3, at))
+        if not low < at < high:
+            at = (low + high) / 2
     if best is None:
-        hint = f"even with clips x{too_narrow:.0f}" if config.fit else "FIT=1 would widen the clips"
+        hint = f"even with steps x{2**low:.0f}" if config.fit else "FIT=1 would widen the steps"
         raise ArtifactError(f"artifact is {over:,} bytes over ARTIFACT_CAP_BYTES ({cap:,}), "
                             f"{code_bytes:,} of them the program; {hint}")
-    if best_widen != 1.0:
-        log.warn(f"the preset's clip widths do not fit the cap: widened x{best_widen:.4f}")
-    log.put("quantisation", clip_widening=round(best_widen, 5))
+    if floor == 0.0 < high:
+        log.warn(f"the preset's clip widths do not fit the cap: widened x{2**high:.4f}")
+    log.put("quantisation", clip_widening=round(2**high, 5))
     return best
 
 
