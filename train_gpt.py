@@ -23,7 +23,6 @@ import difflib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import lzma
 import math
