@@ -2187,8 +2187,10 @@ def decode_header(data: bytes) -> tuple[Header, int]:
         raise ArtifactError(f"artifact: header of {text_bytes} bytes, at most {MOST_HEADER_BYTES}")
     try:
         decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=1 << 26)
-        header = Header(**json.loads(decoder.decompress(data[start:end], text_bytes + 1)))
-        well_formed = (header.codec in ("brotli", "ans") and isinstance(header.settings, dict)
+        text = decoder.decompress(data[start:end], text_bytes + 1)
+        header = Header(**json.loads(text))
+        well_formed = (len(text) == text_bytes and not decoder.unused_data
+                       and header.codec in ("brotli", "ans") and isinstance(header.settings, dict)
                        and all(type(n) is int and n >= 0 for n in header.streams)
                        and isinstance(header.plan, str) and isinstance(header.preset, str))
     except Exception as error:
@@ -2239,25 +2241,33 @@ def stored_config(settings: dict[str, float]) -> Config:
         raise ArtifactError(f"artifact: {error}") from None
 
 
-def read_artifact(path: Path) -> bytes:
-    """The bytes of an artifact file. Raises: ArtifactError if it cannot be read."""
+def open_artifact(path: Path, config: Config) -> Artifact:
+    """The contents of the file at `path`. Raises: ArtifactError unless it is of this model.
+
+    What it claims is compared before it is decoded: a small file can claim a large model.
+    """
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
+        header, _ = decode_header(data)
+        plans = [plan.name for plan in depth_plans(config)]
+        if header.plan not in plans:
+            raise ArtifactError(f"depth plan {header.plan!r} is not one of {', '.join(plans)}")
+        for name, value in header.settings.items():
+            if name in MODEL_SETTINGS and value != getattr(config, name):
+                raise ArtifactError(f"{name.upper()}={value} (PRESET={header.preset}), but the "
+                                    f"settings say {getattr(config, name)}")
+        return decode_artifact(data)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from None
 
 
 def load_artifact(path: Path, config: Config, world: World,
                   attend: Attend) -> tuple[GPT, DepthPlan]:
     """The model and the depth plan that the file at `path` stands for. Raises: ArtifactError."""
-    header, quantised = decode_artifact(read_artifact(path))
-    for name, value in header.settings.items():
-        if value != getattr(config, name):
-            raise ArtifactError(f"{path}: {name.upper()}={value} (PRESET={header.preset}), but the "
-                                f"settings say {getattr(config, name)}")
+    header, quantised = open_artifact(path, config)
     plans = {plan.name: plan for plan in depth_plans(config)}
-    if header.plan not in plans:
-        raise ArtifactError(f"{path}: depth plan {header.plan!r} is not one of {', '.join(plans)}")
     model = GPT(config, attend, compute_dtype(world.device)).to(world.device)
     restore_weights(model, quantised)
     return model, plans[header.plan]
@@ -2671,7 +2681,7 @@ def prepare(config: Config, world: World) -> Setup:
         raise ConfigError(f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes} must be above the bytes "
                           f"of the packed program ({len(packed_program())})")
     if config.eval_only:
-        decode_artifact(read_artifact(Path(config.eval_only)))
+        open_artifact(Path(config.eval_only), config)
     else:
         TrainLoader([read_shard(p) for p in find_shards(config.dataset_dir, "train")], config)
     facts = {**environment_facts(world), "data": data_facts(config, val)}
