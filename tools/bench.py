@@ -2,7 +2,7 @@
 """Times every part of a run on this machine, beside the least time that the machine would need.
 
     PRESET=pr1493 python tools/bench.py                     everything; one GPU, a few minutes
-    PRESET=demo python tools/bench.py --quick               fewer repetitions, no start-up figures
+    PRESET=demo python tools/bench.py --quick               fewer repetitions and, on a CPU, tokens
     PRESET=pr1493 python tools/bench.py --only training --profile logs/profile.txt
 
 Settings come from the environment, as for train_gpt.py. Tokens are those of the configured dataset
@@ -268,6 +268,16 @@ def silent_log(config: golf.Config) -> golf.RunLog:
     return golf.RunLog(config, golf.World(rank=1, size=2))
 
 
+def quick_sizes(config: golf.Config) -> golf.Config:
+    """The same model on so few tokens that a CPU is done in half a minute; rates hardly change."""
+    tokens = 8 * config.train_seq_len
+    return replace(config, train_batch_tokens=min(config.train_batch_tokens, tokens),
+                   micro_batch_tokens=min(config.micro_batch_tokens, tokens),
+                   val_batch_tokens=min(config.val_batch_tokens, 64 * config.eval_seq_len),
+                   ttt_chunk_tokens=min(config.ttt_chunk_tokens, 4 * config.eval_seq_len),
+                   gptq_calibration_batches=min(config.gptq_calibration_batches, 2))
+
+
 # ==================================================================================================
 # The bench
 # ==================================================================================================
@@ -479,13 +489,13 @@ class Bench:
             golf.evaluate_adapting(golf.Scorer(scorer.model, scorer.plan, stream, self.world),
                                    windows)
 
-        first, both = (self.timer.once(lambda n=n: adapt(n))  # type: ignore[misc]
-                       for n in (1 + chunks // 2, 1 + chunks))
-        # The last chunk is not learned from, and the first call compiles: the difference is
-        # whole chunks, scored and learned.
-        if not self.config.compile or self.world.is_cuda:
-            first = self.timer.once(lambda: adapt(1 + chunks // 2))
-        seconds = (both - first) / (chunks - chunks // 2)
+        few, many = 1 + chunks // 2, 1 + chunks
+        if config.compile:
+            adapt(few)
+        # The last chunk is not learned from: the difference is whole chunks, scored and learned.
+        short, long = (self.timer.once(lambda n=n: adapt(n))  # type: ignore[misc]
+                       for n in (few, many))
+        seconds = (long - short) / (many - few)
         learning = config.ttt_epochs * size * micro_floor(
             self.ceilings, len(scorer.plan.visits)) / micro_tokens(config)
         if seconds > 0:
@@ -619,7 +629,7 @@ def write_profile(trainer: golf.Trainer, path: Path, *, quick: bool) -> None:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions, no start-up")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, no start-up figures; on a CPU fewer tokens")
     parser.add_argument("--only", default="", metavar="PARTS",
                         help=f"parts, separated by commas: {', '.join(PARTS)}; default: all")
     parser.add_argument("--profile", type=Path, metavar="FILE",
@@ -658,6 +668,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reach_first_step(config, world)
             return 0
         config, data = with_tokens(config, folder)
+        if options.quick and not world.is_cuda:
+            config = quick_sizes(config)
         startup: dict[str, float] = {}
         if "startup" in options.parts and not options.quick:
             startup = measure_startup(config, folder / "cache")
