@@ -30,7 +30,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,8 @@ from tools.bench import Timer, copy_rate
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NORM_EPS = golf.NORM_EPS
 MOST_ELEMENTS = 2**31  # of a tensor addressed with 32-bit offsets
-Pointer = Tensor  # what a kernel sees of a tensor argument
+# What a kernel sees of a tensor or of a descriptor: arguments are read by the compiler alone.
+Pointer: TypeAlias = tl.tensor
 
 # ==================================================================================================
 # Launching
@@ -96,6 +97,7 @@ MATRIX_CHOICES: dict[str, list[MatrixTile]] = {
     "down_gradient": [MatrixTile(128, 128, 64, 3, 8), MatrixTile(128, 256, 64, 3, 8),
                       MatrixTile(256, 128, 64, 3, 8), MatrixTile(128, 128, 64, 4, 4)],
 }
+Choice = TypeVar("Choice", Tile, MatrixTile)
 RESOURCES: dict[str, str] = {}  # registers and spills of what ran on a GPU
 
 
@@ -109,9 +111,16 @@ def matrix_tile(name: str, *, small: bool) -> MatrixTile:
     return MatrixTile(64, 64, 32, 2, 4) if small else MATRIX_CHOICES[name][0]
 
 
-def note(name: str, compiled: object) -> None:
+class Compiled(Protocol):
+    """What a launch on a GPU returns."""
+
+    n_regs: int
+    n_spills: int
+
+
+def note(name: str, compiled: Compiled | None) -> None:
     """Remembers what the compiler made of a kernel; the interpreter makes nothing."""
-    if name not in RESOURCES and hasattr(compiled, "n_regs"):
+    if compiled is not None and name not in RESOURCES:
         RESOURCES[name] = f"{compiled.n_regs} registers, {compiled.n_spills} spills"
 
 
@@ -141,11 +150,11 @@ Saved = torch.autograd.function.FunctionCtx
 
 def saved(ctx: Saved) -> tuple[Tensor, ...]:
     """The tensors that an operator kept for its backward pass."""
-    return ctx.saved_tensors  # type: ignore[attr-defined, no-any-return]
+    return ctx.saved_tensors  # type: ignore[attr-defined]
 
 
 # ==================================================================================================
-# Mix and norm: x, x0 (N, D), mix (2, D) float32, scale 0-D -> u = mix0 x + mix1 x0, z = norm(u) scale
+# Mix and norm: x, x0 (N, D), mix (2, D) float32, scale -> u = mix0 x + mix1 x0, z = norm(u) scale
 #
 # Rows stay in registers: a warp holds whole rows, 16 bytes a thread and access. The backward pass
 # rebuilds u from x and x0 instead of reading it, and sums the gradients of mix on the way; programs
@@ -223,7 +232,8 @@ def mix_norm_gradient(du: Tensor, dz: Tensor, x: Tensor, x0: Tensor, mix: Tensor
     du, dz, x, x0, mix = dense(du, dz, x, x0, mix)
     D, choice = x.shape[-1], tile("mix_norm_backward")
     N, dx, dx0 = x.numel() // D, torch.empty_like(x), torch.empty_like(x)
-    programs = min(num_programs(x.device, 16 // choice.warps), blocks(N, choice.items))
+    # As many as fit at once: registers allow about twelve warps.
+    programs = min(num_programs(x.device, max(2, 12 // choice.warps)), blocks(N, choice.items))
     partial = mix.new_empty(programs, 2, D, dtype=torch.float32)
     note("mix_norm_backward", mix_norm_backward[(programs,)](
         du, dz, x, x0, mix, scale, dx, dx0, partial, N, NORM_EPS, D, triton.next_power_of_2(D),
@@ -313,7 +323,7 @@ def qk_forward(qkv: Pointer, gain: Pointer, cos: Pointer, sin: Pointer,  # noqa:
 
 
 @triton.jit
-def qk_backward(dq: Pointer, dk: Pointer, dv: Pointer, qkv: Pointer,  # noqa: PLR0913, PLR0915
+def qk_backward(dq: Pointer, dk: Pointer, dv: Pointer, qkv: Pointer,  # noqa: PLR0913
                 gain: Pointer, cos: Pointer, sin: Pointer, dqkv: Pointer, dgain: Pointer, N: int,
                 T: int, EPS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
                 HALF: tl.constexpr, ITEMS: tl.constexpr) -> None:
@@ -432,7 +442,7 @@ def qk_reference(qkv: Tensor, gain: Tensor, cos: Tensor,
 
 
 @triton.jit
-def xsa_forward(y: Pointer, v: Pointer, out: Pointer, N: int,  # noqa: PLR0913
+def xsa_forward(y: Pointer, v: Pointer, out: Pointer, N: int,
                 REPEAT: tl.constexpr, K: tl.constexpr, ITEMS: tl.constexpr) -> None:
     """One tile of items; N counts them."""
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None]
@@ -451,7 +461,7 @@ def xsa_backward(d: Pointer, y: Pointer, v: Pointer, dy: Pointer, dv: Pointer,  
                  N: int, REPEAT: tl.constexpr, K: tl.constexpr, ITEMS: tl.constexpr) -> None:
     """One tile of items.
 
-    With a = y.v / v.v and b = d.v / v.v: dy = d - b v, dv = sum over heads of 2 a b v.. - b y - a d.
+    With a = y.v / v.v and b = d.v / v.v: dy = d - b v, dv = sum over heads (2ab v - b y - a d).
     """
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None]
     column, inside = tl.arange(0, K)[None, :], item < N
@@ -612,7 +622,7 @@ def product_with_epilogue(left: Pointer, right: Pointer, pre: Pointer, out: Poin
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for depth in tl.range(0, DEEP, DEPTH):
             a = left.load([row, depth])
-            if BACKWARD:
+            if BACKWARD:  # noqa: SIM108 - the two have different shapes; only one is compiled
                 b = right.load([depth, column])
             else:
                 b = right.load([column, depth]).T
@@ -750,7 +760,9 @@ def nll_forward(logits: Pointer, target: Pointer, nll: Pointer, log_sum: Pointer
     inside, label = column < V, tl.load(target + row)
     x = tl.load(logits + row * V + column, mask=inside, other=0.0).to(tl.float32)
     t = squash(x, CAP, FAST)
-    top = tl.max(tl.where(inside, t, -1.0), axis=0)
+    top = 1.0  # as good as the maximum while exp(-2 CAP) is a normal number
+    if CAP > 40:
+        top = tl.max(tl.where(inside, t, -1.0), axis=0)
     p = tl.where(inside, tl.exp2((t - top) * (CAP * 1.4426950408889634)), 0.0)
     total = tl.sum(p, axis=0)
     # Not a load of its own: in the merged form another thread may have replaced that logit.
@@ -759,7 +771,9 @@ def nll_forward(logits: Pointer, target: Pointer, nll: Pointer, log_sum: Pointer
     tl.store(nll + row, log_total - CAP * chosen)
     tl.store(log_sum + row, log_total)
     if MERGED:
-        change = p / total - tl.where(column == label, 1.0, 0.0)
+        # Once more instead of kept: p and t together would leave one program to a processor.
+        change = tl.exp2(t * (CAP * 1.4426950408889634) - log_total * 1.4426950408889634)
+        change -= tl.where(column == label, 1.0, 0.0)
         tl.store(logits + row * V + column, change * (1.0 - t * t), mask=inside)
 
 
@@ -1184,14 +1198,15 @@ def block_arguments(config: golf.Config, block: int, device: torch.device,
         for parameter in model.parameters():  # nothing zero, one or symmetric
             parameter.add_(normal(generator, *parameter.shape, scale=0.05))
     leaves = [t.detach().clone().requires_grad_() for t in model.block_weights()[block][:-1]]
-    return golf.BlockWeights(*leaves, model.norm_scale[block]), \
-        golf.Rotary(model.cos, model.sin), leaves
+    weights = golf.BlockWeights._make([*leaves, model.norm_scale[block]])
+    return weights, golf.Rotary(model.cos, model.sin), leaves
 
 
 def check_block(config: golf.Config, device: torch.device) -> list[Check]:
     """Blocks out of candidates against the trainer's, in float32, for both residual forms."""
     checks = []
-    dims, blocks_of = Dims.from_config(config), {}
+    dims = Dims.from_config(config)
+    blocks_of: dict[str, int] = {}
     for number in range(config.num_layers):
         blocks_of.setdefault(golf.block_form(config, number).residual, number)
     generator = torch.Generator(device=device).manual_seed(3)
@@ -1297,19 +1312,24 @@ KERNELS_OF = {"mix_norm": ("mix_norm_forward", "mix_norm_backward"),
 def tune(case: Case, inputs: Inputs, timer: Timer) -> None:
     """Puts the fastest tile of each of the case's kernels in front; one that fails goes last."""
     for name in KERNELS_OF[case.name]:
-        table: dict[str, list[Tile]] | dict[str, list[MatrixTile]]
-        table = MATRIX_CHOICES if name in MATRIX_CHOICES else CHOICES
-        seconds: dict[Tile | MatrixTile, float] = {}
-        for choice in tuple(table[name]):
-            rest = [c for c in table[name] if c != choice]
-            table[name] = [choice, *rest]  # type: ignore[list-item, assignment]
-            try:
-                seconds[choice] = sum(time_both(case.fused, inputs, timer))
-            except Exception as problem:  # too much shared memory, say: only this tile is lost
-                print(f"{name} {choice}: {type(problem).__name__}: {problem}"[:160])
-                seconds[choice] = math.inf
-        table[name] = sorted(seconds, key=lambda c: seconds[c])  # type: ignore[assignment]
-        RESOURCES.pop(name, None)
+        if name in MATRIX_CHOICES:
+            tune_one(name, MATRIX_CHOICES[name], case, inputs, timer)
+        else:
+            tune_one(name, CHOICES[name], case, inputs, timer)
+
+
+def tune_one(name: str, choices: list[Choice], case: Case, inputs: Inputs, timer: Timer) -> None:
+    """The same for one kernel and its list of tiles."""
+    seconds: list[tuple[float, Choice]] = []
+    for _ in range(len(choices)):
+        try:
+            seconds.append((sum(time_both(case.fused, inputs, timer)), choices[0]))
+        except Exception as problem:  # too much shared memory, say: only this tile is lost
+            print(f"{name} {choices[0]}: {type(problem).__name__}: {problem}"[:160])
+            seconds.append((math.inf, choices[0]))
+        choices.append(choices.pop(0))
+    choices[:] = [choice for _, choice in sorted(seconds)]
+    RESOURCES.pop(name, None)
 
 
 def time_blocks(config: golf.Config, timer: Timer, attend: golf.Attend,
@@ -1360,7 +1380,7 @@ def table_lines(rows: Sequence[Row], plans: Sequence[str]) -> list[str]:
         line = f"{row.name:<32}{row.direction:>10}" + cell(row.floor_bytes / 1e6, 8)
         line += "".join(cell(1e6 * s, 8) for s in (row.floor_seconds, row.reference_seconds,
                                                    row.fused_seconds))
-        line += cell(rate, 7, 0) + cell(row.fused_seconds / row.floor_seconds, 7, 2)
+        line += cell(rate, 7, 0) + cell(row.fused_seconds / (row.floor_seconds or math.nan), 7, 2)
         gain = row.reference_seconds - row.fused_seconds
         lines.append(line + "".join(cell(1e3 * n * row.predicted_gain, 16, 2)
                                     + cell(1e3 * n * gain, 15, 2) for n in row.uses))
@@ -1383,8 +1403,8 @@ def small_config() -> golf.Config:
     """A model whose blocks fit the interpreter."""
     return golf.Config(vocab_size=64, num_layers=3, model_dim=64, num_heads=4, num_kv_heads=2,
                        mlp_mult=2.0, rope_dims=8, xsa_last_n=3, parallel_residual_start=2,
-                       num_loops=0, train_seq_len=8, eval_seq_len=8, eval_stride=8, train_batch_tokens=24,
-                       micro_batch_tokens=24, compile=False)
+                       num_loops=0, train_seq_len=8, eval_seq_len=8, eval_stride=8,
+                       train_batch_tokens=24, micro_batch_tokens=24, compile=False)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
