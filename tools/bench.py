@@ -89,8 +89,12 @@ class Timer:
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function()
+        try:
+            with torch.cuda.graph(graph):
+                function()
+        except RuntimeError as problem:  # an operator that waits for the device, say
+            print(f"not captured, timed with the host: {problem}".split("\n")[0][:160])
+            return self.median(function)
         return self.median(graph.replay)
 
     def synchronize(self) -> None:

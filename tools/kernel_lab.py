@@ -80,16 +80,16 @@ class MatrixTile(NamedTuple):
 
 # The first of each list is the default; `tune` tries all on the device and keeps the fastest.
 CHOICES: dict[str, list[Tile]] = {
-    "mix_norm_forward": [Tile(4, 4), Tile(8, 4), Tile(8, 8), Tile(2, 2)],
-    "mix_norm_backward": [Tile(4, 4), Tile(8, 8), Tile(2, 2), Tile(4, 8)],
-    "qk_forward": [Tile(64, 4), Tile(32, 4), Tile(32, 2), Tile(128, 8)],
-    "qk_backward": [Tile(32, 4), Tile(64, 4), Tile(16, 2), Tile(64, 8)],
-    "xsa_forward": [Tile(32, 4), Tile(16, 4), Tile(64, 4), Tile(64, 8)],
-    "xsa_backward": [Tile(32, 4), Tile(16, 4), Tile(16, 2), Tile(64, 8)],
-    "square_forward": [Tile(4096, 4), Tile(2048, 4), Tile(8192, 8)],
-    "square_backward": [Tile(2048, 4), Tile(4096, 4), Tile(8192, 8)],
-    "nll_forward": [Tile(1, 8), Tile(1, 4), Tile(1, 16)],
-    "nll_backward": [Tile(1, 8), Tile(1, 4), Tile(1, 16)],
+    "mix_norm_forward": [Tile(4, 4), Tile(2, 2), Tile(8, 8)],
+    "mix_norm_backward": [Tile(4, 8), Tile(4, 4), Tile(2, 2)],
+    "qk_forward": [Tile(32, 4), Tile(64, 4), Tile(128, 8)],
+    "qk_backward": [Tile(32, 4), Tile(16, 2), Tile(64, 8)],
+    "xsa_forward": [Tile(16, 4), Tile(32, 4)],
+    "xsa_backward": [Tile(16, 4), Tile(32, 4)],
+    "square_forward": [Tile(4096, 4), Tile(2048, 4)],
+    "square_backward": [Tile(2048, 4), Tile(4096, 4)],
+    "nll_forward": [Tile(1, 16), Tile(1, 8)],
+    "nll_backward": [Tile(1, 8), Tile(1, 16)],
 }
 MATRIX_CHOICES: dict[str, list[MatrixTile]] = {
     "up_square": [MatrixTile(128, 256, 64, 3, 8), MatrixTile(128, 128, 64, 4, 8),
@@ -1295,7 +1295,7 @@ def time_case(case: Case, config: golf.Config, timer: Timer, copy: float) -> lis
     inputs = case.inputs(Dims.from_config(config), generator)
     tune(case, inputs, timer)
     torch._dynamo.reset()
-    compiled = torch.compile(case.reference, fullgraph=True, dynamic=False)
+    compiled = torch.compile(lambda *given: case.reference(*given), fullgraph=True, dynamic=False)
     reference, fused = (time_both(f, inputs, timer) for f in (compiled, case.fused))
     return [row._replace(reference_seconds=r, fused_seconds=f) for row, r, f
             in zip(predict(case, config, copy), reference, fused, strict=True)]
@@ -1332,6 +1332,16 @@ def tune_one(name: str, choices: list[Choice], case: Case, inputs: Inputs, timer
     RESOURCES.pop(name, None)
 
 
+def compiled_block(w: golf.BlockWeights, form: golf.BlockForm, rotary: golf.Rotary,
+                   attend: golf.Attend, use: Sequence[str],
+                   backend: str = "inductor") -> Callable[[Tensor, Tensor], Tensor]:
+    """A block of its two streams alone, compiled to one graph."""
+    def block(x_BTD: Tensor, x0_BTD: Tensor) -> Tensor:
+        return lab_block(x_BTD, x0_BTD, w, form, rotary, attend, use)
+
+    return torch.compile(block, fullgraph=True, dynamic=False, backend=backend)
+
+
 def time_blocks(config: golf.Config, timer: Timer, attend: golf.Attend,
                 residual: str) -> Iterator[Row]:
     """A whole block, forward and backward, with one set of candidates after the other."""
@@ -1341,18 +1351,16 @@ def time_blocks(config: golf.Config, timer: Timer, attend: golf.Attend,
     w, rotary, weights = block_arguments(config, number, timer.device, torch.bfloat16)
     generator = torch.Generator(device=timer.device).manual_seed(5)
     stream = [normal(generator, dims.B, dims.T, dims.D).bfloat16() for _ in range(2)]
-    inputs = Inputs([*stream], [], [])
     uses = tuple(sum(golf.block_form(config, v.block).residual == residual for v in plan.visits)
                  for plan in golf.depth_plans(config))
     plain = math.nan
     for use in BLOCK_VARIANTS:
         torch._dynamo.reset()
-        block = torch.compile(functools.partial(lab_block, use=use), fullgraph=True, dynamic=False)
+        block = compiled_block(w, form, rotary, attend, use)
 
         def both(block: Callable[..., Tensor] = block) -> None:
-            leaves = [t.detach().requires_grad_() for t in inputs.narrow]
-            y = block(*leaves, w, form, rotary, attend)
-            torch.autograd.grad(y, [*leaves, *weights], stream[0])
+            leaves = [t.detach().requires_grad_() for t in stream]
+            torch.autograd.grad(block(*leaves), [*leaves, *weights], stream[0])
 
         seconds = timer.replayed(both)
         plain = plain if use else seconds
