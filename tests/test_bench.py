@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from toy import MakeEnv
 
 import train_gpt as golf
 from tools import bench
@@ -25,7 +25,8 @@ def published() -> golf.Config:
 
 
 @pytest.fixture
-def tiny_result(make_env: MakeEnv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def tiny_result(make_env: Callable[[], dict[str, str]], tmp_path: Path,
+                monkeypatch: pytest.MonkeyPatch,
                 capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
     for name, value in make_env().items():
         monkeypatch.setenv(name, value)
@@ -84,7 +85,7 @@ def test_missing_dataset_is_replaced_by_random_tokens(tmp_path: Path,
         * config.eval_seq_len
 
 
-def test_an_earlier_result_stays(tmp_path: Path, make_env: MakeEnv) -> None:
+def test_an_earlier_result_stays(tmp_path: Path, make_env: Callable[[], dict[str, str]]) -> None:
     instance = bench.Bench.__new__(bench.Bench)
     instance.gpu, instance.rows, instance.result = "NVIDIA H200", [], {"gpu": "NVIDIA H200"}
     first, second = instance.save(tmp_path), instance.save(tmp_path)

@@ -437,9 +437,10 @@ class Bench:
         batches = golf.calibration_share(config, self.world, trainer.shape)
         solved: list[golf.QuantisedModel] = []
         encoded: list[bytes] = []
-        with golf.float32_products():
-            solve = timer.once(lambda: solved.append(
-                golf.quantise(model, hessians.moments, self.world)))
+        torch.set_float32_matmul_precision("highest")  # as the trainer solves
+        solve = timer.once(lambda: solved.append(
+            golf.quantise(model, hessians.moments, self.world)))
+        torch.set_float32_matmul_precision("high")
         encode = timer.once(lambda: encoded.append(golf.encode_artifact(solved[0], config, plan)))
         decode = timer.once(lambda: golf.decode_artifact(encoded[0]))
         self.add(f"hessians of all {batches} batches", batches * batch)
