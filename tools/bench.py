@@ -688,9 +688,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench.result |= startup
         for what, seconds in startup.items():
             bench.add(what.removesuffix("_seconds").replace("_", " "), seconds)
-        run_parts(bench, options, folder)
-        print(bench.table())
-        print(f"result: {bench.save(Path(config.log_dir))}")
+        try:
+            run_parts(bench, options, folder)
+        finally:  # an error does not take with it what was measured before
+            print(bench.table())
+            print(f"result: {bench.save(Path(config.log_dir))}")
     return 0
 
 

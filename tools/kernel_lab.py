@@ -1142,8 +1142,19 @@ def check_case(case: Case, dims: Dims, device: torch.device, *, sparse: bool) ->
 
 def check_all(cases: Sequence[Case], device: torch.device) -> list[Check]:
     """All cases at odd sizes, non-contiguous, and at even sizes."""
-    return [check for case in cases for dims, sparse in ((ODD, False), (ODD, True), (EVEN, False))
-            for check in check_case(case, dims, device, sparse=sparse)]
+    checks = []
+    for case in cases:
+        for dims, sparse in ((ODD, False), (ODD, True), (EVEN, False)):
+            try:
+                checks += check_case(case, dims, device, sparse=sparse)
+            except Exception as problem:  # a kernel that does not compile fails alone
+                checks.append(Check(case.name, one_line(problem), math.nan, 0.0))
+    return checks
+
+
+def one_line(problem: Exception) -> str:
+    """The gist of an error of a foreign library."""
+    return f"{type(problem).__name__}: {problem}".split("\n")[0][:160]
 
 
 # ==================================================================================================
@@ -1325,7 +1336,7 @@ def tune_one(name: str, choices: list[Choice], case: Case, inputs: Inputs, timer
         try:
             seconds.append((sum(time_both(case.fused, inputs, timer)), choices[0]))
         except Exception as problem:  # too much shared memory, say: only this tile is lost
-            print(f"{name} {choices[0]}: {type(problem).__name__}: {problem}"[:160])
+            print(f"{name} {choices[0]}: {one_line(problem)}")
             seconds.append((math.inf, choices[0]))
         choices.append(choices.pop(0))
     choices[:] = [choice for _, choice in sorted(seconds)]
@@ -1355,14 +1366,18 @@ def time_blocks(config: golf.Config, timer: Timer, attend: golf.Attend,
                  for plan in golf.depth_plans(config))
     plain = math.nan
     for use in BLOCK_VARIANTS:
-        torch._dynamo.reset()
+        torch._dynamo.reset()  # a compiler that sees too many variants of a function gives up
         block = compiled_block(w, form, rotary, attend, use)
 
         def both(block: Callable[..., Tensor] = block) -> None:
             leaves = [t.detach().requires_grad_() for t in stream]
             torch.autograd.grad(block(*leaves), [*leaves, *weights], stream[0])
 
-        seconds = timer.replayed(both)
+        try:
+            seconds = timer.replayed(both)
+        except Exception as problem:  # the other variants still count
+            print(f"block {'+'.join(use)}: {one_line(problem)}", flush=True)
+            continue
         plain = plain if use else seconds
         yield Row(f"block {'+'.join(use) or 'plain'}", residual, math.nan, math.nan, math.nan, uses,
                   plain, seconds)
@@ -1435,8 +1450,11 @@ def measure(cases: Sequence[Case], config: golf.Config, residual: str, *,
     copy, rows = copy_rate(timer), []
     print(f"{torch.cuda.get_device_name(device)}: copy {copy / 1e12:.2f} TB/s")
     for case in cases:
-        rows += time_case(case, config, timer, copy)
-        print("\n".join(table_lines(rows[-2:], [])[1:]), flush=True)
+        try:
+            rows += time_case(case, config, timer, copy)
+            print("\n".join(table_lines(rows[-2:], [])[1:]), flush=True)
+        except Exception as problem:  # the others still count
+            print(f"{case.name}: {one_line(problem)}", flush=True)
     if with_blocks:
         backend = golf.choose_attention(config.attention, device)
         for row in time_blocks(config, timer, backend.attend, residual):
@@ -1462,7 +1480,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.predict:
         checks = check_all(cases, device)
         if not wanted or "block" in wanted:
-            checks += check_block(small_config(), device)
+            try:
+                checks += check_block(small_config(), device)
+            except Exception as problem:  # as above
+                checks.append(Check("block", one_line(problem), math.nan, 0.0))
     passed = report_checks(checks)
     rows: list[Row] = []
     if options.predict or (device.type != "cuda" and not options.check):
@@ -1476,8 +1497,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, text in RESOURCES.items():
         print(f"{name}: {text}, {MATRIX_CHOICES.get(name, CHOICES.get(name, ['']))[0]}")
     if options.json:
+        known = [{name: value for name, value in row._asdict().items() if value == value}
+                 for row in rows]  # a NaN stands for what was not measured: absent in the file
         contents = {"checks": [{**check._asdict(), "passed": check.passed} for check in checks],
-                    "rows": [row._asdict() for row in rows], "resources": RESOURCES}
+                    "rows": known, "resources": RESOURCES}
         options.json.write_text(json.dumps(contents, indent=1) + "\n")
     return 0 if passed else 1
 
