@@ -18,6 +18,7 @@ Sections, in the order the data flows: 1 Config, 2 Runtime, 3 Data, 4 Model, 5 O
 from __future__ import annotations
 
 import ast
+import bz2
 import contextlib
 import difflib
 import functools
@@ -2335,12 +2336,11 @@ def save_artifact(path: Path, blob: bytes, quantised: QuantisedModel, model: GPT
 
 
 PACKED_MEMBER = "source"
-PACKED_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 
 # Runs the program inside its archive. The line cache gets the text, because tracebacks,
 # torch.compile and Triton read the source of what they compile.
-PACKED_STUB = """import linecache, lzma
-s = lzma.decompress(__loader__.get_data("source"), lzma.FORMAT_RAW, None, %r).decode()
+PACKED_STUB = """import bz2, linecache
+s = bz2.decompress(__loader__.get_data("source")).decode()
 linecache.cache["<train_gpt>"] = len(s), None, s.splitlines(True), "<train_gpt>"
 exec(compile(s, "<train_gpt>", "exec"))
 """
@@ -2365,11 +2365,11 @@ def strip_source(source: str) -> str:
 
 def pack_program(source: str) -> bytes:
     """A zip that Python runs like the script. Equal sources give equal bytes."""
-    data = lzma.compress(strip_source(source).encode(), lzma.FORMAT_RAW, filters=PACKED_FILTERS)
+    data = bz2.compress(strip_source(source).encode())
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content, method in ((PACKED_MEMBER, data, zipfile.ZIP_STORED), (
-                "__main__.py", (PACKED_STUB % PACKED_FILTERS).encode(), zipfile.ZIP_DEFLATED)):
+                "__main__.py", PACKED_STUB.encode(), zipfile.ZIP_DEFLATED)):
             member = zipfile.ZipInfo(name)  # its fixed date makes the archive reproducible
             member.create_system = 3
             archive.writestr(member, content, method, 9)
@@ -2379,8 +2379,7 @@ def pack_program(source: str) -> bytes:
 def unpack_program(path: Path) -> str:
     """The source inside a packed program."""
     with zipfile.ZipFile(path) as archive:
-        data = archive.read(PACKED_MEMBER)
-    return lzma.decompress(data, lzma.FORMAT_RAW, filters=PACKED_FILTERS).decode()
+        return bz2.decompress(archive.read(PACKED_MEMBER)).decode()
 
 
 # ==================================================================================================
