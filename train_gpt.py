@@ -23,23 +23,21 @@ import difflib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import lzma
 import math
+import operator
 import os
 import platform
-import queue
 import struct
 import subprocess
 import sys
-import threading
 import time
 import typing
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -118,7 +116,7 @@ class Config:
     train_batch_tokens: int = within(786_432, 8, 1 << 30)  # per optimizer step, all ranks
     micro_batch_tokens: int = within(98_304, 8, 1 << 24)  # most in one forward pass of one rank
     # Model
-    num_layers: int = within(11, 1, 256)  # physical blocks
+    num_layers: int = within(11, 2, 256)  # physical blocks
     model_dim: int = within(512, 8, 16_384)
     num_heads: int = within(8, 1, 256)
     num_kv_heads: int = within(4, 1, 256)
@@ -278,10 +276,9 @@ RETIRED = {
     "MUON_BETA2": "it never had an effect; Muon reads MUON_MOMENTUM",
     "ROPE_TRAIN_SEQ_LEN": "it never had an effect; positions follow TRAIN_SEQ_LEN",
     **dict.fromkeys(("ETLB_ENABLED", "ETLB_LR", "ETLB_STEPS", "ETLB_CLIP"),
-                    "the evaluation that it named never existed; use TTT_ENABLED, TTT_LR, ..."),
-    **dict.fromkeys(("EMBED_LR", "HEAD_LR", "TIE_EMBEDDINGS"),
-                    "the head is always tied; use TIED_EMBED_LR"),
-    "EMBEDDING_DIM": "the embedding is as wide as the model; use MODEL_DIM",
+                    "what it named never existed; use TTT_ENABLED and its settings"),
+    **dict.fromkeys(("EMBED_LR", "HEAD_LR", "TIE_EMBEDDINGS", "EMBEDDING_DIM"),
+                    "head and embedding are one, MODEL_DIM wide; use TIED_EMBED_LR"),
     "SKIP_GATES_ENABLED": "skips are always gated; remove it",
     "CONTROL_TENSOR_NAME_PATTERNS": "parameters belong to typed groups; remove it",
 }
@@ -325,34 +322,35 @@ def reject_unknown_variables(env: Mapping[str, str]) -> None:
             raise ConfigError(f"unknown setting {variable}; did you mean {near[0]}?")
 
 
+RELATIONS: dict[str, Callable[[float, float], bool]] = {
+    "a multiple of": lambda a, b: a % b == 0, "at most": operator.le, "at least": operator.ge,
+    "below": operator.lt, "above": operator.gt}
+
+
 def check_consistency(config: Config) -> None:
     """Raises ConfigError for the first two settings that contradict each other."""
-    c, looped = config, bool(config.num_loops)
-    rules = (
-        (c.model_dim % c.num_heads == 0, "model_dim", "a multiple of", "num_heads"),
-        (c.num_heads % c.num_kv_heads == 0, "num_heads", "a multiple of", "num_kv_heads"),
-        (c.head_dim % 2 == 0, "model_dim", "even per head of", "num_heads"),
-        (c.rope_dims <= c.head_dim, "rope_dims", "at most MODEL_DIM /", "num_heads"),
-        (c.rope_dims % 2 == 0, "rope_dims", "even, not", "rope_dims"),
-        (not looped or c.loop_start <= c.loop_end, "loop_start", "at most", "loop_end"),
-        (not looped or c.loop_end < c.num_layers, "loop_end", "below", "num_layers"),
-        (c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens", "a multiple of",
-         "train_seq_len"),
-        (c.micro_batch_tokens >= c.train_seq_len, "micro_batch_tokens", "at least",
-         "train_seq_len"),
-        (c.eval_stride <= c.eval_seq_len, "eval_stride", "at most", "eval_seq_len"),
-        (c.ttt_chunk_tokens % c.eval_seq_len == 0, "ttt_chunk_tokens", "a multiple of",
-         "eval_seq_len"),
-        (c.max_wallclock_seconds == 0 or c.max_wallclock_seconds > c.gptq_reserve_seconds,
-         "max_wallclock_seconds", "0 or above", "gptq_reserve_seconds"),
-        (c.sliding_window_enabled or not c.ttt_enabled, "ttt_enabled", "0 without",
-         "sliding_window_enabled"),
-        (c.quantiser == "gptq" or c.compressor == "ans", "compressor", "ans for", "quantiser"),
-    )
-    for holds, name, relation, other in rules:
-        if not holds:
-            raise ConfigError(f"{name.upper()}={getattr(c, name)} must be {relation} "
-                              f"{other.upper()} ({getattr(c, other)})")
+    rules: list[tuple[str, str, str | int]] = [
+        ("model_dim", "a multiple of", "num_heads"), ("head_dim", "a multiple of", 2),
+        ("num_heads", "a multiple of", "num_kv_heads"), ("rope_dims", "at most", "head_dim"),
+        ("rope_dims", "a multiple of", 2), ("micro_batch_tokens", "at least", "train_seq_len"),
+        ("train_batch_tokens", "a multiple of", "train_seq_len"),
+        ("ttt_chunk_tokens", "a multiple of", "eval_seq_len"),
+        ("eval_stride", "at most", "eval_seq_len")]
+    if config.num_loops:
+        rules += [("loop_start", "at most", "loop_end"), ("loop_end", "below", "num_layers")]
+    if config.max_wallclock_seconds:
+        rules.append(("max_wallclock_seconds", "above", "gptq_reserve_seconds"))
+    if config.ttt_enabled:
+        rules.append(("ttt_enabled", "at most", "sliding_window_enabled"))
+    for name, relation, other in rules:
+        value = getattr(config, name)
+        bound = other if isinstance(other, int) else getattr(config, other)
+        if not RELATIONS[relation](value, bound):
+            raise ConfigError(f"{name.upper()}={value} must be {relation} {str(other).upper()} "
+                              f"({bound})")
+    if config.quantiser != "gptq" and config.compressor != "ans":
+        raise ConfigError(f"COMPRESSOR={config.compressor} must be ans for QUANTISER "
+                          f"({config.quantiser})")
 
 
 # ==================================================================================================
@@ -377,14 +375,14 @@ class World:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> World:
         """The world that torchrun describes, or a world of one. Raises: ConfigError."""
-        defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        missing = defaults.keys() - env.keys()
-        if 0 < len(missing) < len(defaults):
-            raise ConfigError(f"{', '.join(sorted(missing))} not set; start ranks with torchrun")
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        missing = [name for name in names if name not in env]
+        if 0 < len(missing) < len(names):
+            raise ConfigError(f"{', '.join(missing)} not set; start ranks with torchrun")
         try:
-            rank, size, local_rank = (int(env.get(name, value)) for name, value in defaults.items())
+            rank, size, local_rank = (0, 1, 0) if missing else (int(env[name]) for name in names)
         except ValueError:
-            raise ConfigError("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers") from None
+            raise ConfigError(f"{', '.join(names)} must be whole numbers") from None
         if not 0 <= rank < size:
             raise ConfigError(f"RANK={rank} must be below WORLD_SIZE ({size})")
         if not torch.cuda.is_available():
@@ -491,8 +489,8 @@ class RunLog:
                 or not self.run_id.isascii() or self.run_id.startswith("."):
             raise ConfigError(f"RUN_ID={self.run_id!r} may hold only letters, digits, . _ and -")
         try:
-            for folder in (self.result_path.parent, self.folder):
-                folder.mkdir(parents=True, exist_ok=True)
+            self.result_path.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True)
             for suffix in (".txt", ".jsonl"):
                 self.files.append(self.result_path.with_name(self.run_id + suffix).open("x"))
         except FileExistsError as error:
@@ -605,9 +603,7 @@ def environment_facts(world: World) -> dict[str, object]:
 # that only the seed decides, and the validation stream with the bytes every target stands for.
 # ==================================================================================================
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-SHARD_HEADER_INTS = 256
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 BOS_ID = 1
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a leading space
 
@@ -626,11 +622,10 @@ def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
         raise DataError(f"{path}: {actual} bytes, shorter than a header ({4 * SHARD_HEADER_INTS})")
     magic, version, count = (int(n) for n in header[:3])
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise DataError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} and "
-                        f"{SHARD_VERSION}")
+        raise DataError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} "
+                        f"and {SHARD_VERSION}")
     if count < 0 or actual != 4 * SHARD_HEADER_INTS + 2 * count:
-        raise DataError(f"{path}: {actual} bytes, but the header announces {count} tokens "
-                        f"({4 * SHARD_HEADER_INTS + 2 * count} bytes)")
+        raise DataError(f"{path}: {actual} bytes, but the header announces {count} tokens")
     if count == 0:
         return np.empty(0, dtype="<u2")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
@@ -729,47 +724,30 @@ def batch_shape(config: Config, world_size: int) -> BatchShape:
 
 
 class BatchStream:
-    """This rank's micro-batches, read ahead by a thread into page-locked memory."""
+    """This rank's micro-batches, read two steps ahead by a thread into page-locked memory."""
 
     def __init__(self, loader: TrainLoader, shape: BatchShape, world: World, step: int = 0) -> None:
         self.loader, self.shape, self.world, self.step = loader, shape, world, step
-        self.ready: queue.Queue[list[Tensor] | Exception] = queue.Queue(maxsize=2)
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self.fill, daemon=True)
-        self.thread.start()
+        self.pool, self.pending = ThreadPoolExecutor(1), deque[Future[list[Tensor]]]()
 
-    def fill(self) -> None:
-        """Reads steps in order until told to stop; an error travels to the consumer."""
+    def read(self, step: int) -> list[Tensor]:
+        """The micro-batches of one step, int32 (sequences, seq_len + 1), on the host."""
         per_rank = self.shape.micro_steps * self.shape.sequences
-        item: list[Tensor] | Exception = []
-        while not self.stopped.is_set() and isinstance(item, list):
-            first = (self.step * self.world.size + self.world.rank) * per_rank
-            try:
-                rows = torch.from_numpy(self.loader.read(first, per_rank))
-                item = [m.pin_memory() if self.world.is_cuda else m
-                        for m in rows.split(self.shape.sequences)]
-            except Exception as error:
-                item = error
-            self.step += 1
-            while not self.stopped.is_set():
-                with contextlib.suppress(queue.Full):
-                    self.ready.put(item, timeout=0.2)
-                    break
+        first = (step * self.world.size + self.world.rank) * per_rank
+        batches = torch.from_numpy(self.loader.read(first, per_rank)).split(self.shape.sequences)
+        return [b.pin_memory() for b in batches] if self.world.is_cuda else list(batches)
 
     def next(self) -> list[Tensor]:
-        """Micro-batches of the next step, int32 (sequences, seq_len + 1), on the device.
-
-        Raises: whatever reading them raised.
-        """
-        item = self.ready.get()
-        if isinstance(item, Exception):
-            raise item
-        return [rows.to(self.world.device, non_blocking=True) for rows in item]
+        """The micro-batches of the next step, on the device. Raises: what reading them raised."""
+        while len(self.pending) < 3:
+            self.pending.append(self.pool.submit(self.read, self.step))
+            self.step += 1
+        batches = self.pending.popleft().result()
+        return [rows.to(self.world.device, non_blocking=True) for rows in batches]
 
     def close(self) -> None:
         """Stops the thread."""
-        self.stopped.set()
-        self.thread.join(timeout=5)
+        self.pool.shutdown(cancel_futures=True)
 
 
 class TokenBytes(NamedTuple):
@@ -808,8 +786,7 @@ def token_bytes(tokenizer: SentencePieceProcessor) -> TokenBytes:
     if tokenizer.is_unknown(tokenizer.piece_to_id(SPACE_MARK)):
         raise DataError(f"tokenizer of {size} pieces: U+2581 is none of them; bytes would be wrong")
     for token in range(size):
-        if any(kind(token) for kind in (tokenizer.is_control, tokenizer.is_unknown,
-                                        tokenizer.is_unused)):
+        if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
             continue
         piece = tokenizer.id_to_piece(token)
         text = piece.removeprefix(SPACE_MARK)
@@ -1080,7 +1057,7 @@ class GPT(nn.Module):
         norm_scale = depth.rsqrt() if config.ln_scale else torch.ones(L)
         rotary = rotary_tables(max(config.train_seq_len, config.eval_seq_len),
                                config.rope_dims or config.head_dim, config.rope_base)
-        for name, table in (("norm_scale", norm_scale), ("cos", rotary.cos), ("sin", rotary.sin)):
+        for name, table in {"norm_scale": norm_scale, **rotary._asdict()}.items():
             self.register_buffer(name, table, persistent=False)
         self.forms = tuple(block_form(config, block) for block in range(L))
 
@@ -1443,21 +1420,19 @@ class TrainingClock:
         budget = config.max_wallclock_seconds
         self.world, self.iterations = world, config.iterations
         self.limit = budget - reserve_seconds if budget else 0.0
-        self.begin, self.paused_at = time.perf_counter(), 0.0
-        self.marks: deque[float] = deque(maxlen=9)
+        self.begin, self.last_mark = time.perf_counter(), math.nan
+        self.intervals: deque[float] = deque(maxlen=8)
 
     def elapsed(self) -> float:
         """Seconds of training so far."""
         return time.perf_counter() - self.begin
 
-    def pause(self) -> None:
-        """Stops the clock; the device is idle."""
-        self.paused_at = time.perf_counter()
-
-    def resume(self) -> None:
-        """Starts it again."""
-        self.begin += time.perf_counter() - self.paused_at
-        self.marks.clear()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps a block, entered with an idle device, off the clock."""
+        begin = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - begin
 
     def next_step(self, step: int, in_flight: int) -> tuple[float, bool]:
         """Progress at which to run `step`, and whether to stop instead so as to keep the limit.
@@ -1466,12 +1441,14 @@ class TrainingClock:
         """
         if not self.limit:
             return min(1.0, step / self.iterations), step >= self.iterations
-        self.marks.append(self.elapsed())
-        now = self.marks[-1]
-        slowest = max((b - a for a, b in itertools.pairwise(self.marks)), default=0.0)
-        ahead = now + 1.02 * slowest * (in_flight + 1)
+        now = self.elapsed()
+        if not math.isnan(self.last_mark):
+            self.intervals.append(now - self.last_mark)
+        self.last_mark = now
+        ahead = now + 1.02 * max(self.intervals, default=0.0) * (in_flight + 1)
         stop = step >= self.iterations or ahead > self.limit
-        progress, stopped = self.world.decide(now / self.limit, float(stop))
+        progress = max(now / self.limit, step / self.iterations)
+        progress, stopped = self.world.decide(progress, float(stop))
         return min(1.0, progress), bool(stopped)
 
 
@@ -1485,13 +1462,6 @@ class StepRecord(NamedTuple):
     values: Tensor  # loss and gradient norm
     marks: tuple[torch.cuda.Event, ...]  # begin, end of micro-steps, end of step; empty on CPU
     seconds: tuple[float, float]  # micro-steps and step, where there are no marks
-
-
-class TrainResult(NamedTuple):
-    """What training hands on, besides the weights in the model."""
-
-    plan: DepthPlan  # the last one trained
-    hessians: dict[str, Tensor]
 
 
 class Trainer:
@@ -1553,10 +1523,14 @@ class Trainer:
             seconds = time.perf_counter() - begin
         needed = 1.15 * seconds * calibration_share(config, self.world, self.shape) + 0.2
         slowest = self.world.combine(torch.tensor(needed), dist.ReduceOp.MAX).item()
+        if 0 < config.max_wallclock_seconds <= slowest:
+            raise ConfigError(f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g} must be "
+                              f"over the {slowest:.1f}s that GPTQ_CALIBRATION_BATCHES takes here")
         return max(config.gptq_reserve_seconds, slowest)
 
-    def run(self, validate: Callable[[int, DepthPlan, bool], None]) -> TrainResult:
-        """The timed loop, averaging and calibration.
+    def run(self, validate: Callable[[int, DepthPlan, bool], None]
+            ) -> tuple[DepthPlan, dict[str, Tensor]]:
+        """The timed loop, averaging and calibration; the plan trained last and the Hessians.
 
         `validate(step, plan, is_last)` scores the model as it stands, off the clock.
         """
@@ -1567,7 +1541,7 @@ class Trainer:
         average = WeightAverage(self.model, config.ema_decay)
         stream = BatchStream(self.loader, self.shape, self.world)
         self.world.barrier()
-        clock = TrainingClock(config, self.world, reserve)
+        self.clock = clock = TrainingClock(config, self.world, reserve)
         step, stopped, plan, loop_step = 0, False, depth_plans(config)[0], 0
         try:
             while not stopped:
@@ -1575,9 +1549,8 @@ class Trainer:
                 progress, stopped = clock.next_step(step, len(self.flight))
                 if config.val_loss_every and (stopped or step % config.val_loss_every == 0):
                     self.drain(0)
-                    clock.pause()
-                    validate(step, plan, stopped)
-                    clock.resume()
+                    with clock.paused():
+                        validate(step, plan, stopped)
                 if not stopped:
                     if plan_at(config, progress) != plan:
                         plan, loop_step = plan_at(config, progress), step + 1
@@ -1593,7 +1566,7 @@ class Trainer:
         average.apply()
         hessians = self.calibrate(plan)
         self.summarise(step, clock.elapsed(), loop_step)
-        return TrainResult(plan, hessians)
+        return plan, hessians
 
     def take_step(self, step: int, plan: DepthPlan, progress: float, batches: list[Tensor]) -> None:
         """Gives one optimizer step to the device."""
@@ -1603,7 +1576,8 @@ class Trainer:
         begin = time.perf_counter()
         if cuda:
             marks[0].record()
-        loss = self.forward_backward(plan, batches)
+        with torch._dynamo.config.patch(error_on_recompile=True):  # the error names the guard
+            loss = self.forward_backward(plan, batches)
         if cuda:
             marks[1].record()
         micro_seconds = time.perf_counter() - begin
@@ -1639,8 +1613,9 @@ class Trainer:
         tok_s = self.config.train_batch_tokens / seconds
         memory = torch.cuda.memory_allocated() >> 20 if record.marks else 0
         self.log.event("train", step=record.step, train_loss=self.last_loss, gradient_norm=norm,
-                       lr_scale=record.scale, tok_s=round(tok_s), plan=record.plan.name,
-                       progress=round(record.progress, 5), mem_mib=memory)
+                       train_seconds=round(self.clock.elapsed(), 3), lr_scale=record.scale,
+                       tok_s=round(tok_s), plan=record.plan.name, mem_mib=memory,
+                       progress=round(record.progress, 5))
         self.log.line(f"{record.step}/{self.config.iterations} train_loss: {self.last_loss:.4f} "
                       f"step_time: {1e3 * seconds:.1f}ms tok/s: {tok_s:.0f}")
 
@@ -2212,8 +2187,10 @@ def decode_header(data: bytes) -> tuple[Header, int]:
         raise ArtifactError(f"artifact: header of {text_bytes} bytes, at most {MOST_HEADER_BYTES}")
     try:
         decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=1 << 26)
-        header = Header(**json.loads(decoder.decompress(data[start:end], text_bytes + 1)))
-        well_formed = (header.codec in ("brotli", "ans") and isinstance(header.settings, dict)
+        text = decoder.decompress(data[start:end], text_bytes + 1)
+        header = Header(**json.loads(text))
+        well_formed = (len(text) == text_bytes and not decoder.unused_data
+                       and header.codec in ("brotli", "ans") and isinstance(header.settings, dict)
                        and all(type(n) is int and n >= 0 for n in header.streams)
                        and isinstance(header.plan, str) and isinstance(header.preset, str))
     except Exception as error:
@@ -2264,25 +2241,33 @@ def stored_config(settings: dict[str, float]) -> Config:
         raise ArtifactError(f"artifact: {error}") from None
 
 
-def read_artifact(path: Path) -> bytes:
-    """The bytes of an artifact file. Raises: ArtifactError if it cannot be read."""
+def open_artifact(path: Path, config: Config) -> Artifact:
+    """The contents of the file at `path`. Raises: ArtifactError unless it is of this model.
+
+    What it claims is compared before it is decoded: a small file can claim a large model.
+    """
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
+        header, _ = decode_header(data)
+        plans = [plan.name for plan in depth_plans(config)]
+        if header.plan not in plans:
+            raise ArtifactError(f"depth plan {header.plan!r} is not one of {', '.join(plans)}")
+        for name, value in header.settings.items():
+            if name in MODEL_SETTINGS and value != getattr(config, name):
+                raise ArtifactError(f"{name.upper()}={value} (PRESET={header.preset}), but the "
+                                    f"settings say {getattr(config, name)}")
+        return decode_artifact(data)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from None
 
 
 def load_artifact(path: Path, config: Config, world: World,
                   attend: Attend) -> tuple[GPT, DepthPlan]:
     """The model and the depth plan that the file at `path` stands for. Raises: ArtifactError."""
-    header, quantised = decode_artifact(read_artifact(path))
-    for name, value in header.settings.items():
-        if value != getattr(config, name):
-            raise ArtifactError(f"{path}: {name.upper()}={value} (PRESET={header.preset}), but the "
-                                f"settings say {getattr(config, name)}")
+    header, quantised = open_artifact(path, config)
     plans = {plan.name: plan for plan in depth_plans(config)}
-    if header.plan not in plans:
-        raise ArtifactError(f"{path}: depth plan {header.plan!r} is not one of {', '.join(plans)}")
     model = GPT(config, attend, compute_dtype(world.device)).to(world.device)
     restore_weights(model, quantised)
     return model, plans[header.plan]
@@ -2501,11 +2486,6 @@ def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
     return Windows(starts, first_scored, np.minimum(starts + seq_len, num_targets))
 
 
-def num_chunks(num_targets: int, chunk_tokens: int) -> int:
-    """Adaptation chunks in a stream."""
-    return -(-num_targets // chunk_tokens)
-
-
 class Scorer:
     """Runs windows through a model and commits their scores: the one way from a model to a number.
 
@@ -2630,7 +2610,7 @@ def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     config, num_targets = scorer.model.config, scorer.stream.num_targets
     begin, size = time.perf_counter(), config.ttt_chunk_tokens
     ledger, learner = ScoreLedger(scorer.stream, scorer.world), ChunkLearner(scorer)
-    last_chunk = num_chunks(num_targets, size) - 1
+    last_chunk = (num_targets - 1) // size
     chunk_of_window = np.minimum(windows.first_scored // size, last_chunk)
     for chunk in range(last_chunk + 1):
         first, last = chunk * size, min((chunk + 1) * size, num_targets)
@@ -2651,6 +2631,7 @@ def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
 # ==================================================================================================
 
 OFFICIAL_VAL_TARGETS = 40_540_160
+OFFICIAL_VAL_BYTES = range(151_070_000, 151_090_000)  # tokenizers truncate at different places
 RECORD_RANKS = 8
 
 
@@ -2692,18 +2673,22 @@ def resolve_track(config: Config, world: World, val: ValStream, attention_name: 
 def prepare(config: Config, world: World) -> Setup:
     """Everything that can fail before paid time: files, packages, attention, logs."""
     torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = 64  # plans, block forms, and batch shapes of evaluations
     batch_shape(config, world.size)
     require_compressor(config)
     val = ValStream.load(config)
+    if len(packed_program()) >= config.artifact_cap_bytes:
+        raise ConfigError(f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes} must be above the bytes "
+                          f"of the packed program ({len(packed_program())})")
     if config.eval_only:
-        decode_artifact(read_artifact(Path(config.eval_only)))
+        open_artifact(Path(config.eval_only), config)
     else:
         TrainLoader([read_shard(p) for p in find_shards(config.dataset_dir, "train")], config)
+    facts = {**environment_facts(world), "data": data_facts(config, val)}
     backend = choose_attention(config.attention, world.device)
     track = resolve_track(config, world, val, backend.name)
     log = RunLog(config, world)
     source, packed = program_source(), packed_program()
-    facts = environment_facts(world)
     typing.cast("dict[str, object]", facts["versions"])["attention_backend"] = backend.name
     log.result |= {"run_id": log.run_id, "track": track, "preset": config.preset,
                    "seed": config.seed, "world_size": world.size, "config_hash": config.config_hash,
@@ -2721,22 +2706,30 @@ def prepare(config: Config, world: World) -> Setup:
              + "".join(f" | not {name}: {why}" for name, why in backend.rejected.items()))
     mode = "torch.compile" if config.compile else "eager"
     log.line(f"track: {track} | world size: {world.size} | execution: {mode}")
-    log_data(config, log, val)
+    log.line(f"val_tokens: {val.num_targets} (predictions) | val_bytes: {val.num_bytes} | data: "
+             f"{facts['data']}")
     return Setup(config, world, log, backend.attend, val)
 
 
-def log_data(config: Config, log: RunLog, val: ValStream) -> None:
-    """Writes the data section of the result."""
-    manifest = config.dataset_dir / "manifest.json"
-    facts = json.loads(manifest.read_text()) if manifest.is_file() else {}
-    raw_bytes = facts.get("val_raw_bytes")
-    tokenizer = hashlib.sha256(config.tokenizer_file.read_bytes()).hexdigest()
-    log.put("data", name=config.dataset_dir.name, tokenizer_sha256=tokenizer,
-            val_documents=val.num_documents, val_targets=val.num_targets, val_bytes=val.num_bytes,
-            fingerprint=hashlib.sha256(val.tokens.tobytes()).hexdigest()[:16],
-            **({"val_raw_bytes": raw_bytes} if raw_bytes else {}))
-    log.line(f"val_tokens: {val.num_targets} (predictions) | val_bytes: {val.num_bytes} | "
-             f"val_raw_bytes: {raw_bytes or 'not in the manifest'}")
+def data_facts(config: Config, val: ValStream) -> dict[str, object]:
+    """The data section of the result. Raises: DataError if tokenizer and shards do not match."""
+    path, digest = config.dataset_dir / "manifest.json", hashlib.sha256
+    try:
+        manifest = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+    tokenizer = digest(config.tokenizer_file.read_bytes()).hexdigest()
+    if manifest.get("tokenizer_sha256", tokenizer) != tokenizer:
+        raise DataError(f"{config.tokenizer_file}: sha256 {tokenizer[:16]}, but {path} says the "
+                        f"shards were written with {manifest['tokenizer_sha256'][:16]}")
+    if val.num_targets == OFFICIAL_VAL_TARGETS and val.num_bytes not in OFFICIAL_VAL_BYTES:
+        raise DataError(f"{config.dataset_dir}: the official targets stand for {val.num_bytes} "
+                        f"bytes, must be in {OFFICIAL_VAL_BYTES}")
+    raw = {"val_raw_bytes": manifest["val_raw_bytes"]} if "val_raw_bytes" in manifest else {}
+    return {"name": config.dataset_dir.name, "tokenizer_sha256": tokenizer,
+            "val_documents": val.num_documents, "val_targets": val.num_targets,
+            "fingerprint": digest(val.tokens.tobytes()).hexdigest()[:16],
+            "val_bytes": val.num_bytes, **raw}
 
 
 def train_to_artifact(setup: Setup) -> Path:
@@ -2762,29 +2755,19 @@ def train_to_artifact(setup: Setup) -> Path:
         if is_last:
             log_score(log, "raw", "final raw weights", result)
 
-    trained = trainer.run(validate)
+    plan, hessians = trainer.run(validate)
     begin = time.perf_counter()
-    with float32_products():
-        quantised, blob = fit_to_cap(trainer.model, trained.hessians, trained.plan, world, log)
+    # Full float32 products from here on: error feedback cancels too finely for tf32.
+    torch.set_float32_matmul_precision("highest")
+    quantised, blob = fit_to_cap(trainer.model, hessians, plan, world, log)
     path = log.folder / "artifact.bin"
     if world.is_main:
         save_artifact(path, blob, quantised, trainer.model, log)
     whole = log.section("clocks")["training_seconds"] + time.perf_counter() - begin
     log.put("clocks", train_to_artifact_seconds=round(whole, 3))
-    log_score(log, "averaged", "pre-quantization post-ema", score(trained.plan))
+    log_score(log, "averaged", "pre-quantization post-ema", score(plan))
     world.barrier()
     return path
-
-
-@contextlib.contextmanager
-def float32_products() -> Iterator[None]:
-    """Matrix products in full float32: error feedback cancels too finely for tf32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def evaluate_artifact(setup: Setup, path: Path) -> None:
@@ -2804,7 +2787,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         headline, score = "sliding", evaluate(scorer, windows)
         log_score(log, headline, "quantized_sliding_window", score)
         if config.ttt_enabled:
-            log.line(f"ttt:start chunks={num_chunks(targets, config.ttt_chunk_tokens)} "
+            log.line(f"ttt:start chunks={-(-targets // config.ttt_chunk_tokens)} "
                      f"ttt_lr={config.ttt_lr} ttt_epochs={config.ttt_epochs}")
             headline, score = "ttt_sgd", evaluate_adapting(scorer, windows)
             log_score(log, headline, "quantized_ttt", score)
@@ -2905,7 +2888,7 @@ def command_line(arguments: Sequence[str]) -> int:
             return 2
         else:
             main()
-    except GolfError as error:
+    except (GolfError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
