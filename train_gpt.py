@@ -1288,6 +1288,7 @@ def maybe_compile(function: Callable[..., Tensor], config: Config) -> Callable[.
     """`function`, compiled to one graph where the settings ask for it."""
     if not config.compile:
         return function
+    torch._dynamo.config.recompile_limit = 64  # block forms times shapes, far above the default
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -2617,27 +2618,22 @@ class LowRank:
     """
 
     def __init__(self, model: GPT, plan: DepthPlan) -> None:
-        c, generator = model.config, torch.Generator().manual_seed(model.config.seed)
-        model.requires_grad_(False)
+        c, shapes = model.requires_grad_(False).config, {**model.stacks(), "head": model.embed}
+        sites = [site for site in SITES if site in c.ttt_lora_sites.split(",")]
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(c.ttt_batch_size, *shape, device=model.embed.device,
+                               requires_grad=True)
+
         self.config, self.scale = c, c.ttt_lora_alpha / c.ttt_lora_rank
         self.compiled = maybe_compile(adapted_block, c)
-        self.factors: dict[int, Factors] = {}
-        shapes: dict[str, Tensor] = {**model.stacks(), "head": model.embed}
-        for visit in range(-1, len(plan.visits)):
-            self.factors[visit] = {}
-            for site in SITES:
-                if site in c.ttt_lora_sites.split(",") and (site == "head") == (visit < 0):
-                    outputs, inputs = shapes[site].shape[-2:]
-                    a_IR = (torch.rand(inputs, c.ttt_lora_rank, generator=generator) * 2 - 1) \
-                        / math.sqrt(inputs)
-                    b_RO = torch.zeros(c.ttt_lora_rank, outputs)
-                    a, b = (t.expand(c.ttt_batch_size, -1, -1).contiguous().to(model.embed.device)
-                            for t in (a_IR, b_RO))
-                    self.factors[visit][site] = a.requires_grad_(), b.requires_grad_()
-        pairs = [pair for factors in self.factors.values() for pair in factors.values()]
-        self.a, self.b = ([pair[i] for pair in pairs] for i in (0, 1))
-        self.first_a = [a[:1].detach().clone() for a in self.a]
-        self.parameters = self.a + self.b
+        self.factors: dict[int, Factors] = {
+            visit: {site: (zeros(shapes[site].shape[-1], c.ttt_lora_rank),
+                           zeros(c.ttt_lora_rank, shapes[site].shape[-2]))
+                    for site in sites if (site == "head") == (visit < 0)}
+            for visit in range(-1, len(plan.visits))}
+        self.pairs = [pair for factors in self.factors.values() for pair in factors.values()]
+        self.parameters = list(itertools.chain(*self.pairs))
         self.adam = torch.optim.AdamW(
             self.parameters, lr=c.ttt_lora_lr, betas=(c.ttt_beta1, c.ttt_beta2), eps=1e-10,
             weight_decay=c.ttt_weight_decay, fused=model.embed.is_cuda)
@@ -2647,22 +2643,24 @@ class LowRank:
         return low_rank(self.factors[visit], self.scale, site, x, y)
 
     def run_block(self, *inputs: object) -> Tensor:
-        """One block, adapted as the visit demands that its last input is bound to."""
+        """One block, adapted as in the visit that its last input is bound to."""
         visit = typing.cast("functools.partial[Tensor]", inputs[-1]).args[0]
         return self.compiled(*inputs[:-1], factors=self.factors[visit], scale=self.scale)
 
     @torch.no_grad()
     def reset(self, keep_a: bool = False) -> None:
         """Forgets all documents, except for what `keep_a` leaves in the input factors."""
+        generator = torch.Generator().manual_seed(self.config.seed)
         self.adam.state.clear()
-        torch._foreach_zero_(self.b)
-        if not keep_a:
-            torch._foreach_copy_(self.a, [first.expand_as(a) for first, a
-                                          in zip(self.first_a, self.a, strict=True)])
+        for a, b in self.pairs:
+            b.zero_()
+            if not keep_a:
+                uniform = torch.rand(a.shape[1:], generator=generator) * 2 - 1
+                a.copy_(uniform / math.sqrt(a.shape[1]))
 
     def is_fresh(self) -> bool:
         """Whether no output is changed yet."""
-        return not any(bool(b.any()) for b in self.b)
+        return not any(bool(b.any()) for _, b in self.pairs)
 
     def learn(self, loss: Tensor) -> None:
         """One step of every row on its own share of the loss."""
@@ -2677,42 +2675,35 @@ CHUNK_SCALES = ((512, 0.5), (4096, 1.0), (16_384, 4.0), (math.inf, 8.0))
 RECORD_RANKS = 8
 
 
-class DocumentBatch(NamedTuple):
-    """Documents of similar length that adapt side by side."""
-
-    starts: np.ndarray  # first target
-    stops: np.ndarray  # one past the last
-    chunk: int  # targets between two steps
-
-    def passes(self, config: Config) -> list[Batch]:
-        """The forward pass of every chunk, with as much context as fits."""
-        batches, most, chunk = [], config.eval_seq_len, self.chunk
-        for first in range(0, int((self.stops - self.starts).max()), chunk):
-            begin = max(0, first + chunk - most)
-            width = next(w for w in widths(config) if w >= first + chunk - begin)
-            scored = (np.minimum(self.starts + n, self.stops) for n in (first, first + chunk))
-            windows = Windows(self.starts + begin, *scored)
-            batches.append(Batch(windows, config.ttt_batch_size, width, chunk))
-        return batches
+def document_passes(starts: np.ndarray, stops: np.ndarray, chunk: int,
+                    config: Config) -> list[Batch]:
+    """The forward pass of every chunk of documents side by side, with the context that fits."""
+    batches, most = [], config.eval_seq_len
+    for first in range(0, int((stops - starts).max()), chunk):
+        begin = max(0, first + chunk - most)
+        width = next(w for w in pass_widths(config) if w >= first + chunk - begin)
+        scored = (np.minimum(starts + n, stops) for n in (first, first + chunk))
+        batches.append(Batch(Windows(starts + begin, *scored), config.ttt_batch_size, width, chunk))
+    return batches
 
 
-def widths(config: Config) -> tuple[int, ...]:
+def pass_widths(config: Config) -> tuple[int, ...]:
     """Widths of a document's forward passes, few because each is compiled."""
     return config.eval_seq_len // 4, config.eval_seq_len // 2, config.eval_seq_len
 
 
-def document_batches(starts: np.ndarray, stops: np.ndarray, config: Config) -> list[DocumentBatch]:
-    """All documents, sorted by length, in batches of one chunk length."""
+def plan_documents(starts: np.ndarray, stops: np.ndarray, config: Config) -> list[list[Batch]]:
+    """The passes of all documents, which are grouped by chunk length and length."""
     limits, scales = (np.array(column) for column in zip(*CHUNK_SCALES, strict=True))
     sizes = np.clip(config.ttt_chunk_size * scales, 1, config.eval_seq_len // 2).astype(int)
-    chunks, batches = sizes[np.searchsorted(limits, stops - starts)], []
+    chunks, groups = sizes[np.searchsorted(limits, stops - starts)], []
     order = np.argsort(stops - starts, kind="stable")
     for chunk in np.unique(chunks):
         group = order[chunks[order] == chunk]
         for first in range(0, len(group), config.ttt_batch_size):
             rows = group[first:first + config.ttt_batch_size]
-            batches.append(DocumentBatch(starts[rows], stops[rows], int(chunk)))
-    return batches
+            groups.append(document_passes(starts[rows], stops[rows], int(chunk), config))
+    return groups
 
 
 def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
@@ -2728,55 +2719,52 @@ def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
 
 def adapt_to_documents(scorer: Scorer, ledger: ScoreLedger, adapters: LowRank,
                        passes: list[Batch]) -> None:
-    """Scores a batch of documents chunk by chunk; each row learns from its own document's past."""
+    """Scores documents chunk by chunk; each row learns from the past of its own document."""
     adapters.reset(adapters.config.ttt_warm_start_a)
-    for number, batch in enumerate(passes):
+    for batch in passes:
         windows = batch.windows
         nats_BS = scorer.predict(batch, ledger, adapters)  # 1. predict with what is known
         ledger.commit(windows.first_scored, windows.counts(), nats_BS.detach())  # 2. final
-        if number + 1 < len(passes):
+        if batch is not passes[-1]:
             adapters.learn(ledger.released_nats(windows, nats_BS))  # 3. learn from final scores
 
 
 def evaluate_documents(scorer: Scorer, adapters: LowRank) -> Score:
-    """The score when every document is adapted to on its own; ranks share out the batches."""
+    """The score when every document is adapted to on its own; ranks share out the work by cost."""
     begin, stream, world = time.perf_counter(), scorer.stream, scorer.world
     ledger = ScoreLedger(stream, world, by_document=True)
     adapters.reset()
-    work = [batch.passes(adapters.config) for batch in document_batches(
-        stream.document_starts, stream.document_stops, adapters.config)]
+    work = plan_documents(stream.document_starts, stream.document_stops, adapters.config)
     costs = [sum(batch.width for batch in passes) for passes in work]
     for index in share_out(costs, world.size)[world.rank]:
         adapt_to_documents(scorer, ledger, adapters, work[index])
     return finish_score(scorer, ledger, begin)
 
 
-def time_steps(scorer: Scorer, adapters: LowRank) -> dict[int, float]:
-    """Warms up on random tokens; seconds of one step at each width."""
+def official_lengths(count: int = 50_000) -> np.ndarray:
+    """Document lengths like the official ones: mean 957, 59 % of targets in those up to 2,048."""
+    quantiles = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    lengths = np.exp(6.33 + 1.022 * quantiles.numpy()).astype(np.int64)
+    lengths[-16:] = np.geomspace(30_000, 97_000, 16)
+    return lengths
+
+
+def project_documents(scorer: Scorer, adapters: LowRank) -> float:
+    """Seconds of the busiest of eight ranks on the official documents at measured step times.
+
+    The steps are the warm-up, on random tokens, and compile every shape.
+    """
     config, seconds, none = adapters.config, {}, np.zeros(1, dtype=np.int64)
-    for width in widths(config) * 2:  # the first round compiles
+    for width in pass_widths(config) * 2:  # the first round compiles
         rows = torch.randint(config.vocab_size, (config.ttt_batch_size, width + 1))
         batch = Batch(Windows(none, none, none), len(rows), width, config.ttt_chunk_size)
         begin = time.perf_counter()
         adapters.learn(scorer.nats(rows.to(scorer.world.device), batch, adapters).sum())
         scorer.world.synchronize()
         seconds[width] = time.perf_counter() - begin
-    return seconds
-
-
-def official_lengths(count: int = 50_000) -> np.ndarray:
-    """Document lengths like the official ones: mean 957, 59 % of targets in those up to 2,048."""
-    quantiles = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
-    lengths = np.exp(6.33 + 1.0 * quantiles.numpy()).astype(np.int64)
-    lengths[-16:] = np.geomspace(30_000, 97_000, 16)
-    return lengths
-
-
-def project_documents(config: Config, step_seconds: dict[int, float]) -> float:
-    """Seconds of the busiest of eight ranks on the official documents at measured step times."""
     stops = np.cumsum(official_lengths())
-    costs = [sum(step_seconds[batch.width] for batch in group.passes(config))
-             for group in document_batches(np.append(0, stops[:-1]), stops, config)]
+    costs = [sum(seconds[batch.width] for batch in passes)
+             for passes in plan_documents(np.append(0, stops[:-1]), stops, config)]
     return max(sum(costs[i] for i in share) for share in share_out(costs, RECORD_RANKS))
 
 
@@ -2951,10 +2939,8 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         headline, score = "ttt_sgd", evaluate_adapting(scorer, sliding)
     elif config.ttt_enabled:
         adapters = LowRank(model, plan)
-        step_seconds = time_steps(scorer, adapters)
-        log.put("clocks", step_seconds_by_width=step_seconds)
+        full = project_documents(scorer, adapters)
         headline, score = "ttt_documents", evaluate_documents(scorer, adapters)
-        full = project_documents(config, step_seconds)
     if config.ttt_enabled:
         log_score(log, headline, "quantized_ttt", score)
     strict = time.perf_counter() - begin
