@@ -23,23 +23,20 @@ import difflib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import lzma
 import math
 import os
 import platform
-import queue
 import struct
 import subprocess
 import sys
-import threading
 import time
 import typing
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -119,7 +116,7 @@ class Config:
     train_batch_tokens: int = within(786_432, 8, 1 << 30)  # per optimizer step, all ranks
     micro_batch_tokens: int = within(98_304, 8, 1 << 24)  # most in one forward pass of one rank
     # Model
-    num_layers: int = within(11, 1, 256)  # physical blocks
+    num_layers: int = within(11, 2, 256)  # physical blocks
     model_dim: int = within(512, 8, 16_384)
     num_heads: int = within(8, 1, 256)
     num_kv_heads: int = within(4, 1, 256)
@@ -291,10 +288,9 @@ RETIRED = {
     "MUON_BETA2": "it never had an effect; Muon reads MUON_MOMENTUM",
     "ROPE_TRAIN_SEQ_LEN": "it never had an effect; positions follow TRAIN_SEQ_LEN",
     **dict.fromkeys(("ETLB_ENABLED", "ETLB_LR", "ETLB_STEPS", "ETLB_CLIP"),
-                    "the evaluation that it named never existed; use TTT_ENABLED, TTT_LR, ..."),
-    **dict.fromkeys(("EMBED_LR", "HEAD_LR", "TIE_EMBEDDINGS"),
-                    "the head is always tied; use TIED_EMBED_LR"),
-    "EMBEDDING_DIM": "the embedding is as wide as the model; use MODEL_DIM",
+                    "what it named never existed; use TTT_ENABLED and its settings"),
+    **dict.fromkeys(("EMBED_LR", "HEAD_LR", "TIE_EMBEDDINGS", "EMBEDDING_DIM"),
+                    "head and embedding are one, MODEL_DIM wide; use TIED_EMBED_LR"),
     "SKIP_GATES_ENABLED": "skips are always gated; remove it",
     "CONTROL_TENSOR_NAME_PATTERNS": "parameters belong to typed groups; remove it",
 }
@@ -392,14 +388,14 @@ class World:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> World:
         """The world that torchrun describes, or a world of one. Raises: ConfigError."""
-        defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        missing = defaults.keys() - env.keys()
-        if 0 < len(missing) < len(defaults):
-            raise ConfigError(f"{', '.join(sorted(missing))} not set; start ranks with torchrun")
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        missing = [name for name in names if name not in env]
+        if 0 < len(missing) < len(names):
+            raise ConfigError(f"{', '.join(missing)} not set; start ranks with torchrun")
         try:
-            rank, size, local_rank = (int(env.get(name, value)) for name, value in defaults.items())
+            rank, size, local_rank = (0, 1, 0) if missing else (int(env[name]) for name in names)
         except ValueError:
-            raise ConfigError("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers") from None
+            raise ConfigError(f"{', '.join(names)} must be whole numbers") from None
         if not 0 <= rank < size:
             raise ConfigError(f"RANK={rank} must be below WORLD_SIZE ({size})")
         if not torch.cuda.is_available():
@@ -506,8 +502,8 @@ class RunLog:
                 or not self.run_id.isascii() or self.run_id.startswith("."):
             raise ConfigError(f"RUN_ID={self.run_id!r} may hold only letters, digits, . _ and -")
         try:
-            for folder in (self.result_path.parent, self.folder):
-                folder.mkdir(parents=True, exist_ok=True)
+            self.result_path.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True)
             for suffix in (".txt", ".jsonl"):
                 self.files.append(self.result_path.with_name(self.run_id + suffix).open("x"))
         except FileExistsError as error:
@@ -620,9 +616,7 @@ def environment_facts(world: World) -> dict[str, object]:
 # that only the seed decides, and the validation stream with the bytes every target stands for.
 # ==================================================================================================
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-SHARD_HEADER_INTS = 256
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 BOS_ID = 1
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a leading space
 
@@ -641,11 +635,10 @@ def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
         raise DataError(f"{path}: {actual} bytes, shorter than a header ({4 * SHARD_HEADER_INTS})")
     magic, version, count = (int(n) for n in header[:3])
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise DataError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} and "
-                        f"{SHARD_VERSION}")
+        raise DataError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} "
+                        f"and {SHARD_VERSION}")
     if count < 0 or actual != 4 * SHARD_HEADER_INTS + 2 * count:
-        raise DataError(f"{path}: {actual} bytes, but the header announces {count} tokens "
-                        f"({4 * SHARD_HEADER_INTS + 2 * count} bytes)")
+        raise DataError(f"{path}: {actual} bytes, but the header announces {count} tokens")
     if count == 0:
         return np.empty(0, dtype="<u2")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
@@ -744,47 +737,30 @@ def batch_shape(config: Config, world_size: int) -> BatchShape:
 
 
 class BatchStream:
-    """This rank's micro-batches, read ahead by a thread into page-locked memory."""
+    """This rank's micro-batches, read two steps ahead by a thread into page-locked memory."""
 
     def __init__(self, loader: TrainLoader, shape: BatchShape, world: World, step: int = 0) -> None:
         self.loader, self.shape, self.world, self.step = loader, shape, world, step
-        self.ready: queue.Queue[list[Tensor] | Exception] = queue.Queue(maxsize=2)
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self.fill, daemon=True)
-        self.thread.start()
+        self.pool, self.pending = ThreadPoolExecutor(1), deque[Future[list[Tensor]]]()
 
-    def fill(self) -> None:
-        """Reads steps in order until told to stop; an error travels to the consumer."""
+    def read(self, step: int) -> list[Tensor]:
+        """The micro-batches of one step, int32 (sequences, seq_len + 1), on the host."""
         per_rank = self.shape.micro_steps * self.shape.sequences
-        item: list[Tensor] | Exception = []
-        while not self.stopped.is_set() and isinstance(item, list):
-            first = (self.step * self.world.size + self.world.rank) * per_rank
-            try:
-                rows = torch.from_numpy(self.loader.read(first, per_rank))
-                item = [m.pin_memory() if self.world.is_cuda else m
-                        for m in rows.split(self.shape.sequences)]
-            except Exception as error:
-                item = error
-            self.step += 1
-            while not self.stopped.is_set():
-                with contextlib.suppress(queue.Full):
-                    self.ready.put(item, timeout=0.2)
-                    break
+        first = (step * self.world.size + self.world.rank) * per_rank
+        batches = torch.from_numpy(self.loader.read(first, per_rank)).split(self.shape.sequences)
+        return [b.pin_memory() for b in batches] if self.world.is_cuda else list(batches)
 
     def next(self) -> list[Tensor]:
-        """Micro-batches of the next step, int32 (sequences, seq_len + 1), on the device.
-
-        Raises: whatever reading them raised.
-        """
-        item = self.ready.get()
-        if isinstance(item, Exception):
-            raise item
-        return [rows.to(self.world.device, non_blocking=True) for rows in item]
+        """The micro-batches of the next step, on the device. Raises: what reading them raised."""
+        while len(self.pending) < 3:
+            self.pending.append(self.pool.submit(self.read, self.step))
+            self.step += 1
+        batches = self.pending.popleft().result()
+        return [rows.to(self.world.device, non_blocking=True) for rows in batches]
 
     def close(self) -> None:
         """Stops the thread."""
-        self.stopped.set()
-        self.thread.join(timeout=5)
+        self.pool.shutdown(cancel_futures=True)
 
 
 class TokenBytes(NamedTuple):
@@ -823,8 +799,7 @@ def token_bytes(tokenizer: SentencePieceProcessor) -> TokenBytes:
     if tokenizer.is_unknown(tokenizer.piece_to_id(SPACE_MARK)):
         raise DataError(f"tokenizer of {size} pieces: U+2581 is none of them; bytes would be wrong")
     for token in range(size):
-        if any(kind(token) for kind in (tokenizer.is_control, tokenizer.is_unknown,
-                                        tokenizer.is_unused)):
+        if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
             continue
         piece = tokenizer.id_to_piece(token)
         text = piece.removeprefix(SPACE_MARK)
@@ -1100,7 +1075,7 @@ class GPT(nn.Module):
         norm_scale = depth.rsqrt() if config.ln_scale else torch.ones(L)
         rotary = rotary_tables(max(config.train_seq_len, config.eval_seq_len),
                                config.rope_dims or config.head_dim, config.rope_base)
-        for name, table in (("norm_scale", norm_scale), ("cos", rotary.cos), ("sin", rotary.sin)):
+        for name, table in {"norm_scale": norm_scale, **rotary._asdict()}.items():
             self.register_buffer(name, table, persistent=False)
         self.forms = tuple(block_form(config, block) for block in range(L))
 
@@ -1464,21 +1439,19 @@ class TrainingClock:
         budget = config.max_wallclock_seconds
         self.world, self.iterations = world, config.iterations
         self.limit = budget - reserve_seconds if budget else 0.0
-        self.begin, self.paused_at = time.perf_counter(), 0.0
-        self.marks: deque[float] = deque(maxlen=9)
+        self.begin, self.last_mark = time.perf_counter(), math.nan
+        self.intervals: deque[float] = deque(maxlen=8)
 
     def elapsed(self) -> float:
         """Seconds of training so far."""
         return time.perf_counter() - self.begin
 
-    def pause(self) -> None:
-        """Stops the clock; the device is idle."""
-        self.paused_at = time.perf_counter()
-
-    def resume(self) -> None:
-        """Starts it again."""
-        self.begin += time.perf_counter() - self.paused_at
-        self.marks.clear()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps a block, entered with an idle device, off the clock."""
+        begin = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - begin
 
     def next_step(self, step: int, in_flight: int) -> tuple[float, bool]:
         """Progress at which to run `step`, and whether to stop instead so as to keep the limit.
@@ -1487,10 +1460,11 @@ class TrainingClock:
         """
         if not self.limit:
             return min(1.0, step / self.iterations), step >= self.iterations
-        self.marks.append(self.elapsed())
-        now = self.marks[-1]
-        slowest = max((b - a for a, b in itertools.pairwise(self.marks)), default=0.0)
-        ahead = now + 1.02 * slowest * (in_flight + 1)
+        now = self.elapsed()
+        if not math.isnan(self.last_mark):
+            self.intervals.append(now - self.last_mark)
+        self.last_mark = now
+        ahead = now + 1.02 * max(self.intervals, default=0.0) * (in_flight + 1)
         stop = step >= self.iterations or ahead > self.limit
         progress, stopped = self.world.decide(now / self.limit, float(stop))
         return min(1.0, progress), bool(stopped)
@@ -1506,13 +1480,6 @@ class StepRecord(NamedTuple):
     values: Tensor  # loss and gradient norm
     marks: tuple[torch.cuda.Event, ...]  # begin, end of micro-steps, end of step; empty on CPU
     seconds: tuple[float, float]  # micro-steps and step, where there are no marks
-
-
-class TrainResult(NamedTuple):
-    """What training hands on, besides the weights in the model."""
-
-    plan: DepthPlan  # the last one trained
-    hessians: dict[str, Tensor]
 
 
 class Trainer:
@@ -1574,10 +1541,14 @@ class Trainer:
             seconds = time.perf_counter() - begin
         needed = 1.15 * seconds * calibration_share(config, self.world, self.shape) + 0.2
         slowest = self.world.combine(torch.tensor(needed), dist.ReduceOp.MAX).item()
+        if 0 < config.max_wallclock_seconds <= slowest:
+            raise ConfigError(f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g} must be "
+                              f"over the {slowest:.1f}s that GPTQ_CALIBRATION_BATCHES takes here")
         return max(config.gptq_reserve_seconds, slowest)
 
-    def run(self, validate: Callable[[int, DepthPlan, bool], None]) -> TrainResult:
-        """The timed loop, averaging and calibration.
+    def run(self, validate: Callable[[int, DepthPlan, bool], None]
+            ) -> tuple[DepthPlan, dict[str, Tensor]]:
+        """The timed loop, averaging and calibration; the plan trained last and the Hessians.
 
         `validate(step, plan, is_last)` scores the model as it stands, off the clock.
         """
@@ -1588,7 +1559,7 @@ class Trainer:
         average = WeightAverage(self.model, config.ema_decay)
         stream = BatchStream(self.loader, self.shape, self.world)
         self.world.barrier()
-        clock = TrainingClock(config, self.world, reserve)
+        self.clock = clock = TrainingClock(config, self.world, reserve)
         step, stopped, plan, loop_step = 0, False, depth_plans(config)[0], 0
         try:
             while not stopped:
@@ -1596,9 +1567,8 @@ class Trainer:
                 progress, stopped = clock.next_step(step, len(self.flight))
                 if config.val_loss_every and (stopped or step % config.val_loss_every == 0):
                     self.drain(0)
-                    clock.pause()
-                    validate(step, plan, stopped)
-                    clock.resume()
+                    with clock.paused():
+                        validate(step, plan, stopped)
                 if not stopped:
                     if plan_at(config, progress) != plan:
                         plan, loop_step = plan_at(config, progress), step + 1
@@ -1614,7 +1584,7 @@ class Trainer:
         average.apply()
         hessians = self.calibrate(plan)
         self.summarise(step, clock.elapsed(), loop_step)
-        return TrainResult(plan, hessians)
+        return plan, hessians
 
     def take_step(self, step: int, plan: DepthPlan, progress: float, batches: list[Tensor]) -> None:
         """Gives one optimizer step to the device."""
@@ -1624,7 +1594,8 @@ class Trainer:
         begin = time.perf_counter()
         if cuda:
             marks[0].record()
-        loss = self.forward_backward(plan, batches)
+        with torch._dynamo.config.patch(error_on_recompile=True):  # the error names the guard
+            loss = self.forward_backward(plan, batches)
         if cuda:
             marks[1].record()
         micro_seconds = time.perf_counter() - begin
@@ -1660,8 +1631,9 @@ class Trainer:
         tok_s = self.config.train_batch_tokens / seconds
         memory = torch.cuda.memory_allocated() >> 20 if record.marks else 0
         self.log.event("train", step=record.step, train_loss=self.last_loss, gradient_norm=norm,
-                       lr_scale=record.scale, tok_s=round(tok_s), plan=record.plan.name,
-                       progress=round(record.progress, 5), mem_mib=memory)
+                       train_seconds=round(self.clock.elapsed(), 3), lr_scale=record.scale,
+                       tok_s=round(tok_s), plan=record.plan.name, mem_mib=memory,
+                       progress=round(record.progress, 5))
         self.log.line(f"{record.step}/{self.config.iterations} train_loss: {self.last_loss:.4f} "
                       f"step_time: {1e3 * seconds:.1f}ms tok/s: {tok_s:.0f}")
 
@@ -2230,9 +2202,9 @@ class ScoreLedger:
     refuses an incomplete ledger. `agree` makes final what all ranks have scored.
     """
 
-    def __init__(self, stream: ValStream, world: World, by_document: bool = False) -> None:
-        self.stream, self.world, self.by_document = stream, world, by_document
-        self.num_releases = 0
+    def __init__(self, stream: ValStream, world: World) -> None:
+        self.stream, self.world = stream, world
+        self.by_document, self.num_releases = False, 0
         self.scored = np.zeros(stream.num_targets, dtype=np.uint8)  # by this rank
         self.final = np.zeros(stream.num_targets, dtype=np.uint8)  # by any rank, as agreed
         self.nats = torch.zeros(stream.num_targets, device=world.device)
@@ -2340,11 +2312,6 @@ def document_windows(stream: ValStream, seq_len: int, stride: int) -> Windows:
     parts = [[start + a for a in sliding_windows(stop - start, seq_len, stride)]
              for start, stop in spans]
     return Windows(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-
-
-def num_chunks(num_targets: int, chunk_tokens: int) -> int:
-    """Adaptation chunks in a stream."""
-    return -(-num_targets // chunk_tokens)
 
 
 class Batch(NamedTuple):
@@ -2500,7 +2467,8 @@ class Score(NamedTuple):
 def evaluate(scorer: Scorer, windows: Windows, by_document: bool = False) -> Score:
     """The score of a fixed model on all windows."""
     begin = time.perf_counter()
-    ledger = ScoreLedger(scorer.stream, scorer.world, by_document)
+    ledger = ScoreLedger(scorer.stream, scorer.world)
+    ledger.by_document = by_document
     scorer.score(windows.share(scorer.world), ledger)
     return finish_score(scorer, ledger, begin)
 
@@ -2582,7 +2550,7 @@ def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     config, num_targets = scorer.model.config, scorer.stream.num_targets
     begin, size = time.perf_counter(), config.ttt_chunk_tokens
     ledger, learner = ScoreLedger(scorer.stream, scorer.world), ChunkLearner(scorer)
-    last_chunk = num_chunks(num_targets, size) - 1
+    last_chunk = (num_targets - 1) // size
     chunk_of_window = np.minimum(windows.first_scored // size, last_chunk)
     for chunk in range(last_chunk + 1):
         first, last = chunk * size, min((chunk + 1) * size, num_targets)
@@ -2732,7 +2700,8 @@ def adapt_to_documents(scorer: Scorer, ledger: ScoreLedger, adapters: LowRank,
 def evaluate_documents(scorer: Scorer, adapters: LowRank) -> Score:
     """The score when every document is adapted to on its own; ranks share out the work by cost."""
     begin, stream, world = time.perf_counter(), scorer.stream, scorer.world
-    ledger = ScoreLedger(stream, world, by_document=True)
+    ledger = ScoreLedger(stream, world)
+    ledger.by_document = True
     adapters.reset()
     work = plan_documents(stream.document_starts, stream.document_stops, adapters.config)
     costs = [sum(batch.width for batch in passes) for passes in work]
@@ -2816,9 +2785,13 @@ def resolve_track(config: Config, world: World, val: ValStream, attention_name: 
 def prepare(config: Config, world: World) -> Setup:
     """Everything that can fail before paid time: files, packages, attention, logs."""
     torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = 64  # plans, block forms, and batch shapes of evaluations
     batch_shape(config, world.size)
     require_compressor(config)
     val = ValStream.load(config)
+    if len(packed_program()) >= config.artifact_cap_bytes:
+        raise ConfigError(f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes} must be above the bytes "
+                          f"of the packed program ({len(packed_program())})")
     if config.eval_only:
         decode_artifact(read_artifact(Path(config.eval_only)))
     else:
@@ -2886,29 +2859,19 @@ def train_to_artifact(setup: Setup) -> Path:
         if is_last:
             log_score(log, "raw", "final raw weights", result)
 
-    trained = trainer.run(validate)
+    plan, hessians = trainer.run(validate)
     begin = time.perf_counter()
-    with float32_products():
-        quantised, blob = fit_to_cap(trainer.model, trained.hessians, trained.plan, world, log)
+    # Full float32 products from here on: error feedback cancels too finely for tf32.
+    torch.set_float32_matmul_precision("highest")
+    quantised, blob = fit_to_cap(trainer.model, hessians, plan, world, log)
     path = log.folder / "artifact.bin"
     if world.is_main:
         save_artifact(path, blob, quantised, trainer.model, log)
     whole = log.section("clocks")["training_seconds"] + time.perf_counter() - begin
     log.put("clocks", train_to_artifact_seconds=round(whole, 3))
-    log_score(log, "averaged", "pre-quantization post-ema", score(trained.plan))
+    log_score(log, "averaged", "pre-quantization post-ema", score(plan))
     world.barrier()
     return path
-
-
-@contextlib.contextmanager
-def float32_products() -> Iterator[None]:
-    """Matrix products in full float32: error feedback cancels too finely for tf32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def evaluate_artifact(setup: Setup, path: Path) -> None:
@@ -2932,17 +2895,18 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         windows = document_windows(val, seq_len, stride)
         headline, score = "documents", evaluate(scorer, windows, by_document=True)
         log_score(log, headline, "quantized_documents", score)
-    full = score.seconds * (OFFICIAL_VAL_TARGETS / RECORD_RANKS) / (targets / world.size)
-    if config.ttt_enabled and config.ttt_mode == "sgd":
-        log.line(f"ttt:start chunks={num_chunks(targets, config.ttt_chunk_tokens)} "
-                 f"ttt_lr={config.ttt_lr} ttt_epochs={config.ttt_epochs}")
-        headline, score = "ttt_sgd", evaluate_adapting(scorer, sliding)
-    elif config.ttt_enabled:
+    if config.ttt_enabled and config.ttt_mode == "documents":
         adapters = LowRank(model, plan)
         full = project_documents(scorer, adapters)
         headline, score = "ttt_documents", evaluate_documents(scorer, adapters)
+    elif config.ttt_enabled:
+        log.line(f"ttt:start chunks={-(-targets // config.ttt_chunk_tokens)} "
+                 f"ttt_lr={config.ttt_lr} ttt_epochs={config.ttt_epochs}")
+        headline, score = "ttt_sgd", evaluate_adapting(scorer, sliding)
     if config.ttt_enabled:
         log_score(log, headline, "quantized_ttt", score)
+    if headline != "ttt_documents":
+        full = score.seconds * (OFFICIAL_VAL_TARGETS / RECORD_RANKS) / (targets / world.size)
     strict = time.perf_counter() - begin
     log.put("clocks", eval_seconds_strict=round(strict, 2),
             eval_seconds_lenient=round(score.seconds, 2),
@@ -3044,7 +3008,7 @@ def command_line(arguments: Sequence[str]) -> int:
             return 2
         else:
             main()
-    except GolfError as error:
+    except (GolfError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
