@@ -2221,9 +2221,8 @@ class ScoreLedger:
             raise LegalityError(f"a target between {positions.min()} and {positions.max()} was "
                                 "scored before")
         self.scored[positions] = 1
-        kept = np.flatnonzero(np.arange(nats_BS.shape[1]) < np.asarray(counts)[:, None])
-        source, place = (torch.from_numpy(a).to(nats_BS.device) for a in (kept, positions))
-        self.nats[place] = nats_BS.flatten()[source].float()
+        place = torch.from_numpy(positions).to(nats_BS.device)
+        self.nats[place] = nats_BS.flatten()[scored_places(counts, nats_BS)].float()
 
     def agree(self, first: int, last: int) -> None:
         """Makes the scores of all ranks for targets `first` to `last` final.
@@ -2245,14 +2244,12 @@ class ScoreLedger:
         return self.stream.tokens[first:last + 1]
 
     def released_nats(self, windows: Windows, nats_BS: Tensor) -> Tensor:
-        """Sum of every window's mean nats. Raises: LegalityError unless they were committed."""
-        counts = windows.counts()
+        """Total nats of windows, to learn from. Raises: LegalityError unless committed before."""
         spans = zip(windows.first_scored, windows.stops, strict=True)
         if not all(self.scored[first:stop].all() for first, stop in spans):
             raise LegalityError("a target was to be learned from before its score was committed")
         self.num_releases += 1
-        weight_BS = (np.arange(nats_BS.shape[1]) < counts[:, None]) / np.maximum(counts, 1)[:, None]
-        return (nats_BS[:len(counts)] * torch.from_numpy(weight_BS).to(nats_BS)).sum()
+        return nats_BS.flatten()[scored_places(windows.counts(), nats_BS)].sum()
 
     def require_final(self, first: int, last: int) -> None:
         """Raises LegalityError unless every target from `first` to `last` has a final score."""
@@ -2265,6 +2262,12 @@ class ScoreLedger:
         self.agree(0, self.final.size)
         self.require_final(0, self.final.size)
         return float(self.world.sum_(self.nats.double().sum()).item())
+
+
+def scored_places(counts: np.ndarray, nats_BS: Tensor) -> Tensor:
+    """Where the first counts[b] entries of every row b lie in the flattened scores."""
+    kept_BS = np.arange(nats_BS.shape[1]) < np.asarray(counts)[:, None]
+    return torch.from_numpy(np.flatnonzero(kept_BS)).to(nats_BS.device)
 
 
 class Windows(NamedTuple):
@@ -2315,10 +2318,10 @@ def document_windows(stream: ValStream, seq_len: int, stride: int) -> Windows:
 
 
 class Batch(NamedTuple):
-    """One forward pass: windows that skip equally many positions, and a shape of few."""
+    """One forward pass: windows that skip equally many positions, padded to a shape of few."""
 
     windows: Windows
-    rows: int  # those without a window are padding
+    rows: int
     width: int
     scored: int  # positions that go through the head, after the skipped ones
 
@@ -2329,32 +2332,27 @@ class Batch(NamedTuple):
 
 
 class Scorer:
-    """Runs windows through a model: the one way from a model to a number.
-
-    All batches of one kind have one shape, so that a compiled model is compiled once.
-    """
+    """Runs windows through a model: the one way from a model to a number."""
 
     def __init__(self, model: GPT, plan: DepthPlan, stream: ValStream, world: World,
                  audit: Audit | None = None) -> None:
         self.model, self.plan, self.stream, self.world = model, plan, stream, world
-        self.audit = audit
-        self.block_runner = maybe_compile(run_block, model.config)
+        self.block_runner, self.audit = maybe_compile(run_block, model.config), audit
         self.tokens = torch.from_numpy(stream.tokens).to(world.device)
 
     @torch.no_grad()
     def score(self, windows: Windows, ledger: ScoreLedger) -> None:
         """Scores windows in order; those that skip equally many positions share batches."""
-        skipped, config = windows.first_scored - windows.starts, self.model.config
+        skipped, rows = windows.first_scored - windows.starts, self.model.config.eval_rows
+        width = self.model.config.eval_seq_len
         for skip in np.unique(skipped):
             group = windows.select(skipped == skip)
-            for first in range(0, len(group.starts), config.eval_rows):
-                part = group.select(slice(first, first + config.eval_rows))
-                batch = Batch(part, config.eval_rows, config.eval_seq_len,
-                              config.eval_seq_len - int(skip))
-                ledger.commit(part.first_scored, part.counts(), self.predict(batch, ledger))
+            for first in range(0, len(group.starts), rows):
+                part = group.select(slice(first, first + rows))
+                nats_BS = self.predict(Batch(part, rows, width, width - int(skip)), ledger)
+                ledger.commit(part.first_scored, part.counts(), nats_BS)
 
-    def predict(self, batch: Batch, ledger: ScoreLedger,
-                adapter: LowRank | None = None) -> Tensor:
+    def predict(self, batch: Batch, ledger: ScoreLedger, adapter: LowRank | None = None) -> Tensor:
         """Nats (rows, scored) of the batch's targets under the weights as they are now."""
         starts = np.zeros((batch.rows, 1), dtype=np.int64)
         starts[:len(batch.windows.starts), 0] = batch.windows.starts
@@ -2366,7 +2364,7 @@ class Scorer:
             self.audit.observe(self, ledger, batch, rows, nats_BS, adapter)
         return nats_BS
 
-    def nats(self, rows: Tensor, batch: Batch, adapter: LowRank | None = None) -> Tensor:
+    def nats(self, rows: Tensor, batch: Batch, adapter: LowRank | None) -> Tensor:
         """Nats (rows, scored) of the targets in token rows (rows, width + 1)."""
         x_BSD = self.states(rows, batch, adapter)
         return self.model.nats(x_BSD, batch.span(rows[:, 1:]), adapter)
@@ -2377,14 +2375,14 @@ class Scorer:
         return batch.span(self.model.hidden(rows[:, :-1], self.plan, adapter, runner))
 
 
-AUDIT_SHARE = 0.02  # of an evaluation's seconds, beyond its first batch
+AUDIT_SHARE = 0.02  # of an evaluation's seconds, after its first batch
 AUDIT_TOLERANCE = 1e-4  # nats, or probability
 CONDITIONS = ("c1_causal", "c2_normalised", "c3_score_first", "c4_single_pass",
               "documents_isolated")
 
 
 class Audit:
-    """Checks evaluations while they run: the order always, distributions on sampled batches."""
+    """Checks evaluations while they run: order in every batch, distributions in sampled ones."""
 
     def __init__(self, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -2400,22 +2398,22 @@ class Audit:
 
     def observe(self, scorer: Scorer, ledger: ScoreLedger, batch: Batch, rows: Tensor,
                 nats_BS: Tensor, adapter: LowRank | None) -> None:
-        """Looks at a forward pass whose scores are not committed yet."""
+        """Looks at scores that are not committed yet: weights move only after a release."""
         weights = adapter.parameters if adapter else scorer.model.parameters()
         state, begin = (ledger.num_releases, [p._version for p in weights]), time.perf_counter()
         if ledger is not self.ledger:
             self.ledger, self.seconds, self.begin, self.state = ledger, 0.0, begin, state
-        opens = batch.windows.first_scored[-1] in ledger.stream.document_starts
-        stale = not (adapter and opens and adapter.is_fresh())
+        windows, pairs = batch.windows, adapter.pairs if adapter else []
+        opens = bool(pairs) and windows.first_scored[-1] in ledger.stream.document_starts
+        fresh = opens and not any(bool(b.any()) for _, b in pairs)
         moved = state[1] != self.state[1] and state[0] == self.state[0]
-        self.note("c3_score_first", 1, float(moved and stale))
+        self.note("c3_score_first", 1, float(moved and not fresh))
         self.state = state
-        if ledger.by_document:
-            width = batch.windows.stops - batch.windows.starts
-            inside_BT = torch.from_numpy(np.arange(1, batch.width) < width[:, None])
-            mixed = (rows[:len(width), 1:-1].cpu() == BOS_ID) & inside_BT
-            self.note("documents_isolated", len(width),
-                      float(mixed.any() or bool(adapter and opens and stale)))
+        if ledger.by_document:  # no document starts inside a context
+            sizes = (windows.stops - windows.starts)[:, None]
+            inside_BT = torch.from_numpy(np.arange(1, batch.width) < sizes).to(rows.device)
+            mixed = bool(((rows[:len(sizes), 1:-1] == BOS_ID) & inside_BT).any())
+            self.note("documents_isolated", len(sizes), float(mixed or (opens and not fresh)))
         if self.seconds <= AUDIT_SHARE * (begin - self.begin):
             self.sample(scorer, batch, rows, nats_BS, adapter)
             self.seconds += time.perf_counter() - begin
@@ -2423,18 +2421,16 @@ class Audit:
     @torch.no_grad()
     def sample(self, scorer: Scorer, batch: Batch, rows: Tensor, nats_BS: Tensor,
                adapter: LowRank | None) -> None:
-        """Scores a drawn position again with its target and all that follows replaced.
+        """Scores up to a drawn target again, with it, all that follows and other rows replaced.
 
-        Every second row is replaced whole, as no row may depend on another. What predicts the
-        position must give its target the same score, and sum to one over the vocabulary.
+        What predicts the target must give it the same score, and sum to one over the vocabulary.
         """
         vocabulary = torch.arange(scorer.model.config.vocab_size).to(rows)
         counts = batch.windows.counts()
         drawn = int(torch.randint(max(1, int(counts.min())), (), generator=self.generator))
         cut = batch.width - batch.span(rows)[:, drawn:].shape[1]
-        noise = torch.randint(len(vocabulary), rows.shape, generator=self.generator).to(rows)
-        altered = torch.where(torch.arange(batch.width + 1).to(rows) > cut, noise, rows)
-        altered[1::2] = noise[1::2]
+        altered = torch.randint(len(vocabulary), rows.shape, generator=self.generator).to(rows)
+        altered[::2, :cut + 1] = rows[::2, :cut + 1]
         with torch.set_grad_enabled(nats_BS.requires_grad):  # the graph that scored
             x_BSD = scorer.states(altered, batch, adapter).detach()
         again_BS = scorer.model.nats(x_BSD, batch.span(rows[:, 1:]), adapter)
@@ -2580,10 +2576,7 @@ def adapted_block(*inputs: object, factors: Factors, scale: float) -> Tensor:
 
 
 class LowRank:
-    """Adapters for a batch of documents: every row has its own in every visit and in the head.
-
-    The model is frozen. Output factors start at zero: a new document meets the model as it is.
-    """
+    """Adapters of a frozen model for a batch of documents: each row has its own in every layer."""
 
     def __init__(self, model: GPT, plan: DepthPlan) -> None:
         c, shapes = model.requires_grad_(False).config, {**model.stacks(), "head": model.embed}
@@ -2601,7 +2594,7 @@ class LowRank:
                     for site in sites if (site == "head") == (visit < 0)}
             for visit in range(-1, len(plan.visits))}
         self.pairs = [pair for factors in self.factors.values() for pair in factors.values()]
-        self.parameters = list(itertools.chain(*self.pairs))
+        self.parameters = [factor for pair in self.pairs for factor in pair]
         self.adam = torch.optim.AdamW(
             self.parameters, lr=c.ttt_lora_lr, betas=(c.ttt_beta1, c.ttt_beta2), eps=1e-10,
             weight_decay=c.ttt_weight_decay, fused=model.embed.is_cuda)
@@ -2617,7 +2610,7 @@ class LowRank:
 
     @torch.no_grad()
     def reset(self, keep_a: bool = False) -> None:
-        """Forgets all documents, except for what `keep_a` leaves in the input factors."""
+        """Makes all outputs zero; with `keep_a` the input factors stay as documents left them."""
         generator = torch.Generator().manual_seed(self.config.seed)
         self.adam.state.clear()
         for a, b in self.pairs:
@@ -2625,10 +2618,6 @@ class LowRank:
             if not keep_a:
                 uniform = torch.rand(a.shape[1:], generator=generator) * 2 - 1
                 a.copy_(uniform / math.sqrt(a.shape[1]))
-
-    def is_fresh(self) -> bool:
-        """Whether no output is changed yet."""
-        return not any(bool(b.any()) for _, b in self.pairs)
 
     def learn(self, loss: Tensor) -> None:
         """One step of every row on its own share of the loss."""
@@ -2643,34 +2632,40 @@ CHUNK_SCALES = ((512, 0.5), (4096, 1.0), (16_384, 4.0), (math.inf, 8.0))
 RECORD_RANKS = 8
 
 
-def document_passes(starts: np.ndarray, stops: np.ndarray, chunk: int,
-                    config: Config) -> list[Batch]:
-    """The forward pass of every chunk of documents side by side, with the context that fits."""
-    batches, most = [], config.eval_seq_len
-    for first in range(0, int((stops - starts).max()), chunk):
-        begin = max(0, first + chunk - most)
-        width = next(w for w in pass_widths(config) if w >= first + chunk - begin)
-        scored = (np.minimum(starts + n, stops) for n in (first, first + chunk))
-        batches.append(Batch(Windows(starts + begin, *scored), config.ttt_batch_size, width, chunk))
-    return batches
+class DocumentGroup(NamedTuple):
+    """Documents that adapt side by side."""
+
+    starts: np.ndarray  # first target of each
+    stops: np.ndarray
+    chunk: int  # targets between two steps
+
+    def widths(self, config: Config) -> list[int]:
+        """Width of the pass for every chunk, with as much context as fits: one of three shapes."""
+        choices = config.eval_seq_len // np.array([4, 2, 1])
+        longest = int((self.stops - self.starts).max())
+        ends = np.arange(self.chunk, longest + self.chunk, self.chunk)
+        return choices[np.searchsorted(choices, np.minimum(ends, choices[-1]))].tolist()
+
+    def passes(self, config: Config) -> Iterator[Batch]:
+        """The forward passes in order."""
+        for number, width in enumerate(self.widths(config)):
+            first, last = number * self.chunk, (number + 1) * self.chunk
+            scored = (np.minimum(self.starts + n, self.stops) for n in (first, last))
+            windows = Windows(self.starts + max(0, last - config.eval_seq_len), *scored)
+            yield Batch(windows, config.ttt_batch_size, width, self.chunk)
 
 
-def pass_widths(config: Config) -> tuple[int, ...]:
-    """Widths of a document's forward passes, few because each is compiled."""
-    return config.eval_seq_len // 4, config.eval_seq_len // 2, config.eval_seq_len
-
-
-def plan_documents(starts: np.ndarray, stops: np.ndarray, config: Config) -> list[list[Batch]]:
-    """The passes of all documents, which are grouped by chunk length and length."""
+def group_documents(starts: np.ndarray, stops: np.ndarray, config: Config) -> list[DocumentGroup]:
+    """All documents, by length, in groups that fill a batch and share a chunk length."""
     limits, scales = (np.array(column) for column in zip(*CHUNK_SCALES, strict=True))
     sizes = np.clip(config.ttt_chunk_size * scales, 1, config.eval_seq_len // 2).astype(int)
     chunks, groups = sizes[np.searchsorted(limits, stops - starts)], []
     order = np.argsort(stops - starts, kind="stable")
     for chunk in np.unique(chunks):
-        group = order[chunks[order] == chunk]
-        for first in range(0, len(group), config.ttt_batch_size):
-            rows = group[first:first + config.ttt_batch_size]
-            groups.append(document_passes(starts[rows], stops[rows], int(chunk), config))
+        same = order[chunks[order] == chunk]
+        for first in range(0, len(same), config.ttt_batch_size):
+            rows = same[first:first + config.ttt_batch_size]
+            groups.append(DocumentGroup(starts[rows], stops[rows], int(chunk)))
     return groups
 
 
@@ -2678,35 +2673,30 @@ def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
     """Indices by rank: the costliest first, each to the rank with the least so far."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0.0] * ranks
-    for index in np.argsort(-np.array(costs), kind="stable"):
+    for index in np.argsort(-np.array(costs), kind="stable").tolist():
         rank = loads.index(min(loads))
-        shares[rank].append(int(index))
+        shares[rank].append(index)
         loads[rank] += costs[index]
     return shares
 
 
-def adapt_to_documents(scorer: Scorer, ledger: ScoreLedger, adapters: LowRank,
-                       passes: list[Batch]) -> None:
-    """Scores documents chunk by chunk; each row learns from the past of its own document."""
-    adapters.reset(adapters.config.ttt_warm_start_a)
-    for batch in passes:
-        windows = batch.windows
-        nats_BS = scorer.predict(batch, ledger, adapters)  # 1. predict with what is known
-        ledger.commit(windows.first_scored, windows.counts(), nats_BS.detach())  # 2. final
-        if batch is not passes[-1]:
-            adapters.learn(ledger.released_nats(windows, nats_BS))  # 3. learn from final scores
-
-
 def evaluate_documents(scorer: Scorer, adapters: LowRank) -> Score:
-    """The score when every document is adapted to on its own; ranks share out the work by cost."""
-    begin, stream, world = time.perf_counter(), scorer.stream, scorer.world
-    ledger = ScoreLedger(stream, world)
+    """The score when each document, chunk by chunk, is learned from by adapters of its own."""
+    begin, stream, config = time.perf_counter(), scorer.stream, adapters.config
+    ledger = ScoreLedger(stream, scorer.world)
     ledger.by_document = True
     adapters.reset()
-    work = plan_documents(stream.document_starts, stream.document_stops, adapters.config)
-    costs = [sum(batch.width for batch in passes) for passes in work]
-    for index in share_out(costs, world.size)[world.rank]:
-        adapt_to_documents(scorer, ledger, adapters, work[index])
+    groups = group_documents(stream.document_starts, stream.document_stops, config)
+    costs = [sum(group.widths(config)) for group in groups]  # no clock: the same on every rank
+    for index in share_out(costs, scorer.world.size)[scorer.world.rank]:
+        adapters.reset(config.ttt_warm_start_a)
+        passes = list(groups[index].passes(config))
+        for batch in passes:
+            windows = batch.windows
+            nats_BS = scorer.predict(batch, ledger, adapters)  # 1. predict with what is known
+            ledger.commit(windows.first_scored, windows.counts(), nats_BS.detach())  # 2. final
+            if batch is not passes[-1]:
+                adapters.learn(ledger.released_nats(windows, nats_BS))  # 3. from final scores
     return finish_score(scorer, ledger, begin)
 
 
@@ -2719,21 +2709,18 @@ def official_lengths(count: int = 50_000) -> np.ndarray:
 
 
 def project_documents(scorer: Scorer, adapters: LowRank) -> float:
-    """Seconds of the busiest of eight ranks on the official documents at measured step times.
-
-    The steps are the warm-up, on random tokens, and compile every shape.
-    """
-    config, seconds, none = adapters.config, {}, np.zeros(1, dtype=np.int64)
-    for width in pass_widths(config) * 2:  # the first round compiles
-        rows = torch.randint(config.vocab_size, (config.ttt_batch_size, width + 1))
-        batch = Batch(Windows(none, none, none), len(rows), width, config.ttt_chunk_size)
+    """Warms up every shape on random tokens; seconds of the official text on eight ranks."""
+    config, stops, seconds = adapters.config, np.cumsum(official_lengths()), {}
+    groups = group_documents(np.append(0, stops[:-1]), stops, config)
+    ends = (batch for group in (groups[0], groups[-1]) for batch in group.passes(config))
+    shapes = {batch.width: batch for batch in ends}
+    for width, batch in (*shapes.items(), *shapes.items()):  # the first round compiles
+        rows = torch.randint(config.vocab_size, (batch.rows, width + 1))
         begin = time.perf_counter()
         adapters.learn(scorer.nats(rows.to(scorer.world.device), batch, adapters).sum())
         scorer.world.synchronize()
         seconds[width] = time.perf_counter() - begin
-    stops = np.cumsum(official_lengths())
-    costs = [sum(seconds[batch.width] for batch in passes)
-             for passes in plan_documents(np.append(0, stops[:-1]), stops, config)]
+    costs = [sum(map(seconds.__getitem__, group.widths(config))) for group in groups]
     return max(sum(costs[i] for i in share) for share in share_out(costs, RECORD_RANKS))
 
 
