@@ -51,7 +51,7 @@ def failed(config: golf.Config, kind: str) -> set[str]:
 
 @pytest.fixture(autouse=True)
 def audit_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(golf, "AUDIT_SHARE", 1e9)
+    monkeypatch.setattr(golf, "AUDIT_EVERY", 1)
 
 
 KINDS = ["plain", "sliding", "documents", "sgd", "ttt_documents"]
