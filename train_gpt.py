@@ -2494,8 +2494,7 @@ class Windows(NamedTuple):
 
 def plain_windows(num_targets: int, seq_len: int) -> Windows:
     """Windows side by side; each scores all its targets."""
-    starts = np.arange(0, num_targets, seq_len)
-    return Windows(starts, starts, np.minimum(starts + seq_len, num_targets))
+    return sliding_windows(num_targets, seq_len, seq_len)
 
 
 def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
@@ -2933,7 +2932,7 @@ class Setup(NamedTuple):
 
 def resolve_track(config: Config, world: World, val: ValStream, attention_name: str) -> str:
     """The track of the run. Raises: ConfigError if it claims 10min_16mb and cannot be on it."""
-    official = 0 <= val.num_targets - OFFICIAL_VAL_TARGETS < 2048  # with or without the tail
+    official = val.num_targets // 2048 * 2048 == OFFICIAL_VAL_TARGETS  # with a tail or without
     if config.track == "non_record" or (
             config.track == "auto" and not (official and world.size == RECORD_RANKS)):
         return "non_record"
@@ -3008,7 +3007,8 @@ def data_facts(config: Config, val: ValStream) -> dict[str, object]:
     if manifest.get("tokenizer_sha256", tokenizer) != tokenizer:
         raise DataError(f"{config.tokenizer_file}: sha256 {tokenizer[:16]}, but {path} says the "
                         f"shards were written with {manifest['tokenizer_sha256'][:16]}")
-    if val.num_targets == OFFICIAL_VAL_TARGETS and val.num_bytes not in OFFICIAL_VAL_BYTES:
+    if val.num_targets // 2048 * 2048 == OFFICIAL_VAL_TARGETS \
+            and val.num_bytes not in OFFICIAL_VAL_BYTES:
         raise DataError(f"{config.dataset_dir}: the official targets stand for {val.num_bytes} "
                         f"bytes, must be in {OFFICIAL_VAL_BYTES}")
     raw = {"val_raw_bytes": manifest["val_raw_bytes"]} if "val_raw_bytes" in manifest else {}

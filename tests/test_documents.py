@@ -76,7 +76,7 @@ def test_other_documents_move_no_score(config: golf.Config) -> None:
 
 def test_any_context_length(make_config: MakeConfig) -> None:
     for seq_len in (24, 64, 160):
-        config = make_config(EVAL_SEQ_LEN=seq_len, TTT_CHUNK_SIZE=8)
+        config = make_config(EVAL_SEQ_LEN=seq_len, TTT_CHUNK_SIZE=8, TTT_MODE="documents")
         scorer = make_scorer(config, stream_of(text(500)))
         windows = golf.document_windows(scorer.stream, seq_len, 8)
         assert math.isfinite(golf.evaluate(scorer, windows, by_document=True).bits)
@@ -87,7 +87,8 @@ def test_any_context_length(make_config: MakeConfig) -> None:
 
 @pytest.mark.parametrize("rows", [1, 4, 32])
 def test_passes_score_every_target_once_in_few_shapes(config: golf.Config, rows: int) -> None:
-    config = replace(config, eval_seq_len=256, ttt_batch_size=rows, ttt_chunk_size=40)
+    config = replace(config, eval_seq_len=256, ttt_batch_size=rows, ttt_chunk_size=40,
+                     ttt_mode="documents")
     lengths = golf.official_lengths(400)
     stops = np.cumsum(lengths)
     counts, shapes = np.zeros(int(stops[-1]), int), set()
@@ -104,7 +105,8 @@ def test_passes_score_every_target_once_in_few_shapes(config: golf.Config, rows:
 
 
 def test_longer_documents_take_longer_chunks(config: golf.Config) -> None:
-    config = replace(config, eval_seq_len=2048, ttt_chunk_size=48, ttt_batch_size=2)
+    config = replace(config, eval_seq_len=2048, ttt_chunk_size=48, ttt_batch_size=2,
+                     ttt_mode="documents")
     stops = np.cumsum([100, 1000, 8000, 97_000])
     groups = golf.group_documents(np.append(0, stops[:-1]), stops, config)
     assert [group.chunk for group in groups] == [24, 48, 192, 384]
