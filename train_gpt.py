@@ -106,6 +106,7 @@ class Config:
     run_dir: str = "runs"
     print_config: bool = False
     eval_only: str = ""  # path of an artifact; skips training
+    audit: bool = False  # checks sampled scores live and refuses a headline that fails
     attention: Literal["auto", "fa3", "fa4", "cudnn", "flash", "math"] = "auto"
     compile: bool = True
     # Data
@@ -176,15 +177,27 @@ class Config:
     eval_seq_len: int = within(2048, 8, 1 << 20)
     eval_stride: int = within(64, 1, 1 << 20)
     val_batch_tokens: int = within(524_288, 8, 1 << 27)  # eight ranks' share of a forward pass
-    sliding_window_enabled: bool = True
+    sliding_window_enabled: bool = False
+    val_tail: bool = True  # 0: without the tail that fills no sequence, as the published runs
     max_eval_seconds: float = within(600.0, 1, 1e7)
     # Test-time training
     ttt_enabled: bool = True
+    ttt_mode: Literal["sgd", "documents"] = "documents"  # one stream, or each document alone
     ttt_lr: float = within(0.005, 0, 10)
     ttt_epochs: int = within(3, 0, 100)
     ttt_momentum: float = within(0.9, 0, 0.9999)
     ttt_chunk_tokens: int = within(32_768, 8, 1 << 24)
     ttt_grad_clip: float = within(1.0, 0, 1e6)
+    ttt_batch_size: int = within(32, 1, 4096)  # documents that adapt side by side
+    ttt_chunk_size: int = within(48, 1, 1 << 16)  # targets between two steps; CHUNK_SCALES
+    ttt_lora_sites: str = "qkv,out,up,down,head"  # adapted layers, of every visit
+    ttt_lora_rank: int = within(80, 1, 4096)
+    ttt_lora_alpha: float = within(144.0, 0, 1e6)  # output is scaled by alpha / rank
+    ttt_lora_lr: float = within(1e-4, 0, 1)
+    ttt_beta1: float = within(0.0, 0, 0.9999)
+    ttt_beta2: float = within(0.99, 0, 0.99999)
+    ttt_weight_decay: float = within(0.5, 0, 100)
+    ttt_warm_start_a: bool = False  # input factors survive from one batch of documents to the next
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -251,11 +264,11 @@ class Config:
 
 
 NOT_METHOD = {"seed", "run_id", "log_dir", "run_dir", "print_config", "eval_only", "data_dir",
-              "data_path", "tokenizer_path"}
+              "data_path", "tokenizer_path", "audit"}
 
 PRESETS: dict[str, dict[str, object]] = {
     "record": {},
-    "pr1493": {},
+    "pr1493": {"sliding_window_enabled": True, "val_tail": False, "ttt_mode": "sgd"},
     # The same program at laptop size: two CPU cores, about two minutes.
     "demo": {
         "data_path": "data/datasets/demo_sp1024",
@@ -268,7 +281,8 @@ PRESETS: dict[str, dict[str, object]] = {
         "grad_clip_norm": 1.0, "ema_decay": 0.95, "max_wallclock_seconds": 75.0,
         "gptq_reserve_seconds": 1.0, "warmup_steps": 1, "train_log_every": 10, "val_loss_every": 0,
         "gptq_calibration_batches": 8, "eval_seq_len": 256, "val_batch_tokens": 65_536,
-        "ttt_chunk_tokens": 4096,
+        "ttt_chunk_tokens": 4096, "ttt_batch_size": 16, "ttt_chunk_size": 32, "ttt_lora_rank": 16,
+        "ttt_lora_alpha": 32.0, "ttt_lora_lr": 1e-3,
     },
 }
 
@@ -335,14 +349,15 @@ def check_consistency(config: Config) -> None:
         ("num_heads", "a multiple of", "num_kv_heads"), ("rope_dims", "at most", "head_dim"),
         ("rope_dims", "a multiple of", 2), ("micro_batch_tokens", "at least", "train_seq_len"),
         ("train_batch_tokens", "a multiple of", "train_seq_len"),
-        ("ttt_chunk_tokens", "a multiple of", "eval_seq_len"),
+        ("ttt_chunk_size", "at most", "eval_seq_len"),
         ("eval_stride", "at most", "eval_seq_len")]
     if config.num_loops:
         rules += [("loop_start", "at most", "loop_end"), ("loop_end", "below", "num_layers")]
     if config.max_wallclock_seconds:
         rules.append(("max_wallclock_seconds", "above", "gptq_reserve_seconds"))
-    if config.ttt_enabled:
-        rules.append(("ttt_enabled", "at most", "sliding_window_enabled"))
+    if config.ttt_enabled and config.ttt_mode == "sgd":
+        rules += [("ttt_enabled", "at most", "sliding_window_enabled"),
+                  ("ttt_chunk_tokens", "a multiple of", "eval_seq_len")]
     for name, relation, other in rules:
         value = getattr(config, name)
         bound = other if isinstance(other, int) else getattr(config, other)
@@ -352,6 +367,9 @@ def check_consistency(config: Config) -> None:
     if config.quantiser != "gptq" and config.compressor != "ans":
         raise ConfigError(f"COMPRESSOR={config.compressor} must be ans for QUANTISER "
                           f"({config.quantiser})")
+    if not set(config.ttt_lora_sites.split(",")) <= set(SITES):
+        raise ConfigError(f"TTT_LORA_SITES={config.ttt_lora_sites} must be some of "
+                          f"{','.join(SITES)}")
 
 
 # ==================================================================================================
@@ -807,16 +825,20 @@ def bytes_of_targets(previous: np.ndarray, target: np.ndarray, table: TokenBytes
 class ValStream:
     """The validation tokens in order, and the bytes of every target: any token but the first.
 
-    A tail that fills no sequence of `seq_len` is left out, as the published runs did.
+    A tail that fills no sequence of `seq_len` is left out unless `keep_tail`.
     """
 
-    def __init__(self, tokens: np.ndarray, table: TokenBytes, seq_len: int) -> None:
-        self.num_targets = max(0, tokens.size - 1) // seq_len * seq_len
-        if not self.num_targets:
+    def __init__(self, tokens: np.ndarray, table: TokenBytes, seq_len: int,
+                 keep_tail: bool = False) -> None:
+        whole = max(0, tokens.size - 1) // seq_len * seq_len
+        self.num_targets = tokens.size - 1 if keep_tail else whole
+        if not whole:
             raise DataError(f"validation shards hold {tokens.size} tokens, fewer than EVAL_SEQ_LEN "
                             f"({seq_len}) + 1")
         self.tokens = np.ascontiguousarray(tokens[:self.num_targets + 1], dtype=np.int32)
         self.num_documents = int((self.tokens == BOS_ID).sum())
+        self.document_starts = np.union1d(0, np.flatnonzero(self.tokens[:-1] == BOS_ID))
+        self.document_stops = np.append(self.document_starts[1:], self.num_targets)
         self.target_bytes = bytes_of_targets(self.tokens[:-1], self.tokens[1:], table)
         self.num_bytes = int(self.target_bytes.sum(dtype=np.int64))
         if not self.num_bytes:
@@ -828,7 +850,7 @@ class ValStream:
         table = token_bytes(load_tokenizer(config.tokenizer_file, config.vocab_size))
         shards = find_shards(config.dataset_dir, "val")
         tokens = np.concatenate([read_shard(path, config.vocab_size) for path in shards])
-        return cls(tokens, table, config.eval_seq_len)
+        return cls(tokens, table, config.eval_seq_len, config.val_tail)
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
@@ -848,6 +870,7 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 NORM_EPS = torch.finfo(torch.float32).eps
 
 Site = Literal["qkv", "out", "up", "down", "head"]
+SITES: tuple[Site, ...] = typing.get_args(Site)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q_BTHK, k_BTGK, v_BTGK -> y_BTHK, causal
 Tap = Callable[[Site, Tensor, Tensor], Tensor]  # input and output of a layer -> output to use
 
@@ -1120,22 +1143,22 @@ class GPT(nn.Module):
         return rms_norm(x)
 
     def forward(self, ids_BT: Tensor, target_BT: Tensor, plan: DepthPlan,
-                adapter: Adapter | None = None, first_scored: int = 0,
+                adapter: Adapter | None = None,
                 block_runner: Callable[..., Tensor] = run_block) -> Tensor:
-        """Nats of the targets from position `first_scored` on, float32 (B, T - first_scored)."""
-        x_BTD = self.hidden(ids_BT, plan, adapter, block_runner)[:, first_scored:]
+        """Nats of all targets, float32 (B, T)."""
+        return self.nats(self.hidden(ids_BT, plan, adapter, block_runner), target_BT, adapter)
+
+    def nats(self, x_BTD: Tensor, target_BT: Tensor, adapter: Adapter | None = None) -> Tensor:
+        """Nats of targets, float32 (B, T), given the hidden states that predict them."""
         tap = bind_tap(adapter, -1, -1)
         logits_NV = linear(x_BTD, self.embed.to(self.dtype), "head", tap).flatten(0, 1)
-        target_BT = target_BT[:, first_scored:].long()
-        nats_N = softcapped_nll(logits_NV, target_BT.flatten(), self.config.logit_softcap)
-        return nats_N.view(target_BT.shape)
+        target_N = target_BT.flatten().long()
+        return softcapped_nll(logits_NV, target_N, self.config.logit_softcap).view(target_BT.shape)
 
 
 def bind_tap(adapter: Adapter | None, visit: int, block: int) -> Tap | None:
     """The adapter as one virtual layer sees it."""
-    if adapter is None:
-        return None
-    return lambda site, x, y: adapter(visit, block, site, x, y)
+    return None if adapter is None else functools.partial(adapter, visit, block)
 
 
 def block_form(config: Config, block: int) -> BlockForm:
@@ -2399,15 +2422,13 @@ class ScoreLedger:
 
     def __init__(self, stream: ValStream, world: World) -> None:
         self.stream, self.world = stream, world
+        self.by_document, self.num_releases = False, 0
         self.scored = np.zeros(stream.num_targets, dtype=np.uint8)  # by this rank
         self.final = np.zeros(stream.num_targets, dtype=np.uint8)  # by any rank, as agreed
         self.nats = torch.zeros(stream.num_targets, device=world.device)
 
     def commit(self, starts: np.ndarray, counts: np.ndarray, nats_BS: Tensor) -> None:
-        """Takes the scores of targets starts[b] to starts[b] + counts[b] from the front of row b.
-
-        Raises: LegalityError if one of them was scored before.
-        """
+        """Takes scores of counts[b] targets from starts[b] on. Raises: LegalityError if one had."""
         spans = zip(starts, counts, strict=True)
         positions = np.concatenate([np.arange(start, start + n) for start, n in spans])
         again = (self.scored[positions] | self.final[positions]).any()
@@ -2415,27 +2436,29 @@ class ScoreLedger:
             raise LegalityError(f"a target between {positions.min()} and {positions.max()} was "
                                 "scored before")
         self.scored[positions] = 1
-        rows_BS = nats_BS[:len(starts)]
-        keep_BS = torch.from_numpy(np.arange(rows_BS.shape[1]) < counts[:, None]).to(rows_BS.device)
-        self.nats[torch.from_numpy(positions).to(rows_BS.device)] = rows_BS[keep_BS].float()
+        place = torch.from_numpy(positions).to(nats_BS.device)
+        self.nats[place] = nats_BS.flatten()[scored_places(counts, nats_BS)].float()
 
     def agree(self, first: int, last: int) -> None:
-        """Makes the scores of all ranks for targets `first` to `last` final.
-
-        Raises: LegalityError if two ranks scored the same target.
-        """
+        """Makes all ranks' scores of some targets final. Raises: LegalityError if two have one."""
         flags = torch.from_numpy(self.scored[first:last].copy())
         if bool((self.world.combine(flags, dist.ReduceOp.SUM) > 1).any()):
             raise LegalityError(f"a target between {first} and {last} was scored by two ranks")
         self.final[first:last] = flags.numpy()
 
     def released(self, first: int, last: int) -> np.ndarray:
-        """Inputs and targets `first` to `last`, int32 (last - first + 1), their scores final.
-
-        Raises: LegalityError if one of those targets has no final score.
-        """
+        """Inputs and targets `first` to `last`. Raises: LegalityError unless all are final."""
         self.require_final(first, last)
+        self.num_releases += 1
         return self.stream.tokens[first:last + 1]
+
+    def released_nats(self, windows: Windows, nats_BS: Tensor) -> Tensor:
+        """Total nats of windows, to learn from. Raises: LegalityError unless committed before."""
+        spans = zip(windows.first_scored, windows.stops, strict=True)
+        if not all(self.scored[first:stop].all() for first, stop in spans):
+            raise LegalityError("a target was to be learned from before its score was committed")
+        self.num_releases += 1
+        return nats_BS.flatten()[scored_places(windows.counts(), nats_BS)].sum()
 
     def require_final(self, first: int, last: int) -> None:
         """Raises LegalityError unless every target from `first` to `last` has a final score."""
@@ -2450,6 +2473,12 @@ class ScoreLedger:
         return float(self.world.sum_(self.nats.double().sum()).item())
 
 
+def scored_places(counts: np.ndarray, nats_BS: Tensor) -> Tensor:
+    """Where the first counts[b] entries of every row b lie in the flattened scores."""
+    kept_BS = np.arange(nats_BS.shape[1]) < np.asarray(counts)[:, None]
+    return torch.from_numpy(np.flatnonzero(kept_BS)).to(nats_BS.device)
+
+
 class Windows(NamedTuple):
     """Stretches of the stream to run through the model, and which targets each of them scores."""
 
@@ -2461,6 +2490,10 @@ class Windows(NamedTuple):
         """Some of the windows."""
         return Windows(*(a[chosen] for a in self))
 
+    def counts(self) -> np.ndarray:
+        """Targets that each window scores."""
+        return self.stops - self.first_scored
+
     def share(self, world: World) -> Windows:
         """This rank's contiguous share."""
         count = len(self.starts)
@@ -2470,8 +2503,7 @@ class Windows(NamedTuple):
 
 def plain_windows(num_targets: int, seq_len: int) -> Windows:
     """Windows side by side; each scores all its targets."""
-    starts = np.arange(0, num_targets, seq_len)
-    return Windows(starts, starts, np.minimum(starts + seq_len, num_targets))
+    return sliding_windows(num_targets, seq_len, seq_len)
 
 
 def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
@@ -2485,37 +2517,141 @@ def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
     return Windows(starts, first_scored, np.minimum(starts + seq_len, num_targets))
 
 
+def document_windows(stream: ValStream, seq_len: int, stride: int) -> Windows:
+    """The sliding windows of every document; its last target is the next one's first token."""
+    spans = zip(stream.document_starts, stream.document_stops, strict=True)
+    parts = [[start + a for a in sliding_windows(stop - start, seq_len, stride)]
+             for start, stop in spans]
+    return Windows(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+class Batch(NamedTuple):
+    """One forward pass: windows that skip equally many positions, padded to a shape of few."""
+
+    windows: Windows
+    rows: int
+    width: int
+    scored: int  # positions that go through the head, after the skipped ones
+
+    def span(self, sequence_BT: Tensor) -> Tensor:
+        """The scored positions of a sequence."""
+        skip = int(self.windows.first_scored[-1] - self.windows.starts[-1])
+        return sequence_BT[:, skip:skip + self.scored]
+
+
 class Scorer:
-    """Runs windows through a model and commits their scores: the one way from a model to a number.
+    """Runs windows through a model: the one way from a model to a number."""
 
-    All batches have one shape, the last one padded, so that a compiled model is compiled once.
-    """
-
-    def __init__(self, model: GPT, plan: DepthPlan, stream: ValStream, world: World) -> None:
+    def __init__(self, model: GPT, plan: DepthPlan, stream: ValStream, world: World,
+                 audit: Audit | None = None) -> None:
         self.model, self.plan, self.stream, self.world = model, plan, stream, world
-        self.block_runner = maybe_compile(run_block, model.config)
+        self.block_runner, self.audit = maybe_compile(run_block, model.config), audit
         self.tokens = torch.from_numpy(stream.tokens).to(world.device)
 
     @torch.no_grad()
     def score(self, windows: Windows, ledger: ScoreLedger) -> None:
         """Scores windows in order; those that skip equally many positions share batches."""
         skipped, rows = windows.first_scored - windows.starts, self.model.config.eval_rows
+        width = self.model.config.eval_seq_len
         for skip in np.unique(skipped):
             group = windows.select(skipped == skip)
             for first in range(0, len(group.starts), rows):
-                self.score_batch(group.select(slice(first, first + rows)), int(skip), ledger)
+                part = group.select(slice(first, first + rows))
+                nats_BS = self.predict(Batch(part, rows, width, width - int(skip)), ledger)
+                ledger.commit(part.first_scored, part.counts(), nats_BS)
 
-    def score_batch(self, windows: Windows, skip: int, ledger: ScoreLedger) -> None:
-        """Scores at most one batch of windows, all without their first `skip` positions."""
-        config = self.model.config
-        starts = np.zeros((config.eval_rows, 1), dtype=np.int64)
-        starts[:len(windows.starts), 0] = windows.starts
-        offsets = torch.arange(config.eval_seq_len + 1, device=self.world.device)
+    def predict(self, batch: Batch, ledger: ScoreLedger, adapter: LowRank | None = None) -> Tensor:
+        """Nats (rows, scored) of the batch's targets under the weights as they are now."""
+        starts = np.resize(batch.windows.starts, (batch.rows, 1))  # repeats pad the batch
+        offsets = torch.arange(batch.width + 1, device=self.world.device)
         index = torch.from_numpy(starts).to(self.world.device) + offsets
         rows = self.tokens[index.clamp_(max=len(self.tokens) - 1)]
-        nats = self.model(rows[:, :-1], rows[:, 1:], self.plan, first_scored=skip,
-                          block_runner=self.block_runner)
-        ledger.commit(windows.first_scored, windows.stops - windows.first_scored, nats)
+        nats_BS = self.nats(rows, batch, adapter)
+        if self.audit:
+            self.audit.observe(self, ledger, batch, rows, nats_BS, adapter)
+        return nats_BS
+
+    def nats(self, rows: Tensor, batch: Batch, adapter: LowRank | None) -> Tensor:
+        """Nats (rows, scored) of the targets in token rows (rows, width + 1)."""
+        x_BSD = self.states(rows, batch, adapter)
+        return self.model.nats(x_BSD, batch.span(rows[:, 1:]), adapter)
+
+    def states(self, rows: Tensor, batch: Batch, adapter: LowRank | None) -> Tensor:
+        """Hidden states at the scored positions."""
+        runner = adapter.run_block if adapter else self.block_runner
+        return batch.span(self.model.hidden(rows[:, :-1], self.plan, adapter, runner))
+
+
+AUDIT_EVERY = 100  # batches, from the first on: what keeps the overhead at a few percent
+AUDIT_TOLERANCE = 1e-4  # nats, or probability
+CONDITIONS = ("c1_causal", "c2_normalised", "c3_score_first", "c4_single_pass",
+              "documents_isolated")
+
+
+class Audit:
+    """Checks evaluations while they run: order in every batch, distributions in sampled ones."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.checked, self.worst = torch.zeros(2, len(CONDITIONS), dtype=torch.float64)
+        self.ledger: ScoreLedger | None = None
+        self.state: tuple[int, list[int]] = 0, []
+
+    def note(self, condition: str, checked: int, violation: float | Tensor) -> None:
+        """Counts checks of a condition and keeps the largest violation."""
+        index = CONDITIONS.index(condition)
+        self.checked[index] += checked
+        self.worst[index] = self.worst[index].maximum(torch.as_tensor(violation).cpu())
+
+    def observe(self, scorer: Scorer, ledger: ScoreLedger, batch: Batch, rows: Tensor,
+                nats_BS: Tensor, adapter: LowRank | None) -> None:
+        """Looks at scores that are not committed yet: weights move only after a release."""
+        weights = adapter.parameters if adapter else scorer.model.parameters()
+        state = ledger.num_releases, [p._version for p in weights]
+        if ledger is not self.ledger:
+            self.ledger, self.number, self.state = ledger, 0, state
+        windows, starts = batch.windows, ledger.stream.document_starts
+        opened = adapter.pairs if adapter and windows.first_scored[-1] in starts else []
+        stale = any(bool(b.any()) for _, b in opened)
+        moved = state[1] != self.state[1] and state[0] == self.state[0]
+        self.note("c3_score_first", 1, float(moved and (stale or not opened)))
+        if ledger.by_document:  # no document starts inside a context, nor with another's adapter
+            inside = np.searchsorted(starts, windows.stops)
+            inside -= np.searchsorted(starts, windows.starts, "right")
+            self.note("documents_isolated", len(inside), float(stale or inside.max() > 0))
+        if self.number % AUDIT_EVERY == 0:
+            self.sample(scorer, batch, rows, nats_BS, adapter)
+        self.state, self.number = state, self.number + 1
+
+    @torch.no_grad()
+    def sample(self, scorer: Scorer, batch: Batch, rows: Tensor, nats_BS: Tensor,
+               adapter: LowRank | None) -> None:
+        """Scores up to a drawn target again, with it, all that follows and other rows replaced."""
+        vocabulary = torch.arange(scorer.model.config.vocab_size).to(rows)
+        counts = batch.windows.counts()
+        drawn = int(torch.randint(int(counts.max()), (), generator=self.generator))
+        cut = batch.width - batch.span(rows)[:, drawn:].shape[1]
+        altered = torch.randint(len(vocabulary), rows.shape, generator=self.generator).to(rows)
+        altered[::2, :cut + 1] = rows[::2, :cut + 1]
+        with torch.set_grad_enabled(nats_BS.requires_grad):  # the graph that scored
+            x_BSD = scorer.states(altered, batch, adapter).detach()
+        again_BS = scorer.model.nats(x_BSD, batch.span(rows[:, 1:]), adapter)
+        shift = (again_BS - nats_BS)[:len(counts):2, :drawn + 1].abs()
+        self.note("c1_causal", shift.numel(), shift.max())
+        mass_B = torch.zeros(batch.rows, dtype=torch.float64, device=rows.device)
+        for ids in vocabulary.split(64):
+            x_BKD = x_BSD[:, drawn:drawn + 1].expand(-1, len(ids), -1)
+            nats_BK = scorer.model.nats(x_BKD, ids.expand(batch.rows, -1), adapter)
+            mass_B += (-nats_BK.double()).exp().sum(1)
+        self.note("c2_normalised", batch.rows, (mass_B - 1).abs().max())
+
+    def report(self, world: World) -> dict[str, dict[str, object]]:
+        """Of every condition that any rank checked: whether it held, how often, the worst case."""
+        world.combine(self.checked, dist.ReduceOp.SUM)
+        world.combine(self.worst, dist.ReduceOp.MAX)
+        facts = zip(CONDITIONS, self.checked.tolist(), self.worst.tolist(), strict=True)
+        return {name: {"passed": worst <= AUDIT_TOLERANCE, "checked": int(count), "worst": worst}
+                for name, count, worst in facts if count}
 
 
 class Score(NamedTuple):
@@ -2526,17 +2662,20 @@ class Score(NamedTuple):
     seconds: float
 
 
-def evaluate(scorer: Scorer, windows: Windows) -> Score:
+def evaluate(scorer: Scorer, windows: Windows, by_document: bool = False) -> Score:
     """The score of a fixed model on all windows."""
     begin = time.perf_counter()
     ledger = ScoreLedger(scorer.stream, scorer.world)
+    ledger.by_document = by_document
     scorer.score(windows.share(scorer.world), ledger)
-    return finish_score(ledger, begin)
+    return finish_score(scorer, ledger, begin)
 
 
-def finish_score(ledger: ScoreLedger, begin: float) -> Score:
+def finish_score(scorer: Scorer, ledger: ScoreLedger, begin: float) -> Score:
     """The score of a complete ledger whose evaluation began at `begin`."""
     nats, stream = ledger.total_nats(), ledger.stream
+    if scorer.audit and scorer.world.is_main:  # an incomplete or repeated score has raised
+        scorer.audit.note("c4_single_pass", stream.num_targets, 0.0)
     bits = bits_per_byte(nats, stream.num_bytes)
     return Score(nats / stream.num_targets, bits, time.perf_counter() - begin)
 
@@ -2579,18 +2718,13 @@ class ChunkLearner:
                 self.descend(batch)
 
     def descend(self, batch: Tensor) -> None:
-        """One step on the mean over the batch, shared out over ranks.
-
-        Every rank runs equally many rows and joins the collective; padding rows weigh nothing.
-        """
+        """One step on the mean over the batch: equally many rows per rank, padding weighs 0."""
         world, total = self.world, len(batch)
         share = -(-total // world.size)
         mine = batch[world.rank * share:(world.rank + 1) * share]
-        rows = torch.zeros(share, batch.shape[1], dtype=batch.dtype)
-        rows[:len(mine)] = mine
-        weight_B1 = torch.zeros(share, 1)
-        weight_B1[:len(mine)] = 1 / (total * (batch.shape[1] - 1))
-        rows, weight_B1 = rows.to(world.device), weight_B1.to(world.device)
+        weight_B1 = torch.full((len(mine), 1), 1 / (total * (batch.shape[1] - 1)))
+        rows, weight_B1 = (F.pad(t, (0, 0, 0, share - len(mine))).to(world.device)
+                           for t in (mine, weight_B1))
         nats = self.scorer.model(rows[:, :-1], rows[:, 1:], self.scorer.plan,
                                  block_runner=self.scorer.block_runner)
         (nats * weight_B1).sum().backward()
@@ -2602,10 +2736,7 @@ class ChunkLearner:
 
 
 def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
-    """The score of a model that learns from every chunk once all its targets are scored.
-
-    The last chunk is scored only. The learning rate falls along a cosine over the chunks.
-    """
+    """The score of a model that learns, along a cosine, from every chunk but the last."""
     config, num_targets = scorer.model.config, scorer.stream.num_targets
     begin, size = time.perf_counter(), config.ttt_chunk_tokens
     ledger, learner = ScoreLedger(scorer.stream, scorer.world), ChunkLearner(scorer)
@@ -2619,7 +2750,172 @@ def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
         if chunk < last_chunk:
             lr = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
             learner.adapt(ledger.released(first, last), lr)  # 3. learn from final tokens only
-    return finish_score(ledger, begin)
+    return finish_score(scorer, ledger, begin)
+
+
+Factors = dict[Site, tuple[Tensor, Tensor]]  # (B, inputs, R) and (B, R, outputs); R is the rank
+
+
+def low_rank(factors: Factors, scale: float, site: Site, x: Tensor, y: Tensor) -> Tensor:
+    """`y` plus, row by row of the batch, a scaled low-rank map of `x`."""
+    if site not in factors:
+        return y
+    a, b = (t.to(x.dtype) for t in factors[site])
+    return y + scale * (x @ a @ b)
+
+
+def adapted_block(*inputs: object, factors: Factors, scale: float) -> Tensor:
+    """`run_block` as a function of the factors, so that one graph serves all visits."""
+    return run_block(*inputs, functools.partial(low_rank, factors, scale))  # type: ignore
+
+
+class LowRank:
+    """Adapters of a frozen model for a batch of documents: each row has its own in every layer."""
+
+    def __init__(self, model: GPT, plan: DepthPlan) -> None:
+        c, shapes = model.requires_grad_(False).config, {**model.stacks(), "head": model.embed}
+        sites = [site for site in SITES if site in c.ttt_lora_sites.split(",")]
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(c.ttt_batch_size, *shape, device=model.embed.device,
+                               requires_grad=True)
+
+        self.config, self.scale = c, c.ttt_lora_alpha / c.ttt_lora_rank
+        self.compiled = maybe_compile(adapted_block, c)
+        self.factors: dict[int, Factors] = {
+            visit: {site: (zeros(shapes[site].shape[-1], c.ttt_lora_rank),
+                           zeros(c.ttt_lora_rank, shapes[site].shape[-2]))
+                    for site in sites if (site == "head") == (visit < 0)}
+            for visit in range(-1, len(plan.visits))}
+        self.pairs = [pair for factors in self.factors.values() for pair in factors.values()]
+        self.parameters = [factor for pair in self.pairs for factor in pair]
+        self.adam = torch.optim.AdamW(
+            self.parameters, lr=c.ttt_lora_lr, betas=(c.ttt_beta1, c.ttt_beta2), eps=1e-10,
+            weight_decay=c.ttt_weight_decay, fused=model.embed.is_cuda)
+
+    def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """The adapted output of one layer."""
+        return low_rank(self.factors[visit], self.scale, site, x, y)
+
+    def run_block(self, *inputs: object) -> Tensor:
+        """One block, adapted as in the visit that its last input is bound to."""
+        visit = typing.cast("functools.partial[Tensor]", inputs[-1]).args[0]
+        return self.compiled(*inputs[:-1], factors=self.factors[visit], scale=self.scale)
+
+    @torch.no_grad()
+    def reset(self, keep_a: bool = False) -> None:
+        """Makes all outputs zero; with `keep_a` the input factors stay as documents left them."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        self.adam.state.clear()
+        for a, b in self.pairs:
+            b.zero_()
+            if not keep_a:
+                uniform = torch.rand(a.shape[1:], generator=generator) * 2 - 1
+                a.copy_(uniform / math.sqrt(a.shape[1]))
+
+    def learn(self, loss: Tensor) -> None:
+        """One step of every row on its own share of the loss."""
+        loss.backward()
+        self.adam.step()
+        self.adam.zero_grad()
+
+
+# Longest document, in targets, and its chunk in units of TTT_CHUNK_SIZE: short documents gain from
+# early steps, and the longest must not hold up a rank.
+CHUNK_SCALES = ((512, 0.5), (4096, 1.0), (16_384, 4.0), (math.inf, 8.0))
+RECORD_RANKS = 8
+
+
+class DocumentGroup(NamedTuple):
+    """Documents that adapt side by side."""
+
+    starts: np.ndarray  # first target of each
+    stops: np.ndarray
+    chunk: int  # targets between two steps
+
+    def widths(self, config: Config) -> list[int]:
+        """Width of the pass for every chunk, with as much context as fits: one of three shapes."""
+        choices = config.eval_seq_len // np.array([4, 2, 1])
+        longest = int((self.stops - self.starts).max())
+        ends = np.arange(self.chunk, longest + self.chunk, self.chunk)
+        return choices[np.searchsorted(choices, np.minimum(ends, choices[-1]))].tolist()
+
+    def passes(self, config: Config) -> Iterator[Batch]:
+        """The forward passes in order."""
+        for number, width in enumerate(self.widths(config)):
+            first, last = number * self.chunk, (number + 1) * self.chunk
+            scored = (np.minimum(self.starts + n, self.stops) for n in (first, last))
+            windows = Windows(self.starts + max(0, last - config.eval_seq_len), *scored)
+            yield Batch(windows, config.ttt_batch_size, width, self.chunk)
+
+
+def group_documents(starts: np.ndarray, stops: np.ndarray, config: Config) -> list[DocumentGroup]:
+    """All documents, by length, in groups that fill a batch and share a chunk length."""
+    limits, scales = (np.array(column) for column in zip(*CHUNK_SCALES, strict=True))
+    sizes = np.clip(config.ttt_chunk_size * scales, 1, config.eval_seq_len // 2).astype(int)
+    chunks, groups = sizes[np.searchsorted(limits, stops - starts)], []
+    order = np.argsort(stops - starts, kind="stable")
+    for chunk in np.unique(chunks):
+        same = order[chunks[order] == chunk]
+        for first in range(0, len(same), config.ttt_batch_size):
+            rows = same[first:first + config.ttt_batch_size]
+            groups.append(DocumentGroup(starts[rows], stops[rows], int(chunk)))
+    return groups
+
+
+def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Indices by rank: the costliest first, each to the rank with the least so far."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for index in np.argsort(-np.array(costs), kind="stable").tolist():
+        rank = loads.index(min(loads))
+        shares[rank].append(index)
+        loads[rank] += costs[index]
+    return shares
+
+
+def evaluate_documents(scorer: Scorer, adapters: LowRank) -> Score:
+    """The score when each document, chunk by chunk, is learned from by adapters of its own."""
+    begin, stream, config = time.perf_counter(), scorer.stream, adapters.config
+    ledger = ScoreLedger(stream, scorer.world)
+    ledger.by_document = True
+    adapters.reset()
+    groups = group_documents(stream.document_starts, stream.document_stops, config)
+    costs = [sum(group.widths(config)) for group in groups]  # no clock: the same on every rank
+    for index in share_out(costs, scorer.world.size)[scorer.world.rank]:
+        adapters.reset(config.ttt_warm_start_a)
+        passes = list(groups[index].passes(config))
+        for batch in passes:
+            windows = batch.windows
+            nats_BS = scorer.predict(batch, ledger, adapters)  # 1. predict with what is known
+            ledger.commit(windows.first_scored, windows.counts(), nats_BS.detach())  # 2. final
+            if batch is not passes[-1]:
+                adapters.learn(ledger.released_nats(windows, nats_BS))  # 3. from final scores
+    return finish_score(scorer, ledger, begin)
+
+
+def official_lengths(count: int = 50_000) -> np.ndarray:
+    """Document lengths like the official ones: mean 957, 59 % of targets in those up to 2,048."""
+    quantiles = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    lengths = np.exp(6.33 + 1.022 * quantiles.numpy()).astype(np.int64)
+    lengths[-16:] = np.geomspace(30_000, 97_000, 16)
+    return lengths
+
+
+def project_documents(scorer: Scorer, adapters: LowRank) -> float:
+    """Warms up every shape on random tokens; seconds of the official text on eight ranks."""
+    config, stops, seconds = adapters.config, np.cumsum(official_lengths()), {}
+    groups = group_documents(np.append(0, stops[:-1]), stops, config)
+    ends = (batch for group in (groups[0], groups[-1]) for batch in group.passes(config))
+    shapes = {batch.width: batch for batch in ends}
+    for width, batch in (*shapes.items(), *shapes.items()):  # the first round compiles
+        rows = torch.randint(config.vocab_size, (batch.rows, width + 1))
+        begin = time.perf_counter()
+        adapters.learn(scorer.nats(rows.to(scorer.world.device), batch, adapters).sum())
+        scorer.world.synchronize()
+        seconds[width] = time.perf_counter() - begin
+    costs = [sum(map(seconds.__getitem__, group.widths(config))) for group in groups]
+    return max(sum(costs[i] for i in share) for share in share_out(costs, RECORD_RANKS))
 
 
 # ==================================================================================================
@@ -2629,9 +2925,8 @@ def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
 # that file. Every error that a user can act on ends the program with one line.
 # ==================================================================================================
 
-OFFICIAL_VAL_TARGETS = 40_540_160
+OFFICIAL_VAL_TARGETS = 40_540_160  # whole sequences of 2,048
 OFFICIAL_VAL_BYTES = range(151_070_000, 151_090_000)  # tokenizers truncate at different places
-RECORD_RANKS = 8
 
 
 class Setup(NamedTuple):
@@ -2646,7 +2941,7 @@ class Setup(NamedTuple):
 
 def resolve_track(config: Config, world: World, val: ValStream, attention_name: str) -> str:
     """The track of the run. Raises: ConfigError if it claims 10min_16mb and cannot be on it."""
-    official = val.num_targets == OFFICIAL_VAL_TARGETS
+    official = val.num_targets // 2048 * 2048 == OFFICIAL_VAL_TARGETS  # with a tail or without
     if config.track == "non_record" or (
             config.track == "auto" and not (official and world.size == RECORD_RANKS)):
         return "non_record"
@@ -2721,7 +3016,8 @@ def data_facts(config: Config, val: ValStream) -> dict[str, object]:
     if manifest.get("tokenizer_sha256", tokenizer) != tokenizer:
         raise DataError(f"{config.tokenizer_file}: sha256 {tokenizer[:16]}, but {path} says the "
                         f"shards were written with {manifest['tokenizer_sha256'][:16]}")
-    if val.num_targets == OFFICIAL_VAL_TARGETS and val.num_bytes not in OFFICIAL_VAL_BYTES:
+    if val.num_targets // 2048 * 2048 == OFFICIAL_VAL_TARGETS \
+            and val.num_bytes not in OFFICIAL_VAL_BYTES:
         raise DataError(f"{config.dataset_dir}: the official targets stand for {val.num_bytes} "
                         f"bytes, must be in {OFFICIAL_VAL_BYTES}")
     raw = {"val_raw_bytes": manifest["val_raw_bytes"]} if "val_raw_bytes" in manifest else {}
@@ -2776,26 +3072,42 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     headline's evaluation alone.
     """
     config, world, log, attend, val = setup
-    begin = time.perf_counter()
+    begin, targets = time.perf_counter(), val.num_targets
     model, plan = load_artifact(path, config, world, attend)
-    scorer, targets = Scorer(model, plan, val, world), val.num_targets
-    headline, score = "quantised", evaluate(scorer, plain_windows(targets, config.eval_seq_len))
+    scorer = Scorer(model, plan, val, world, Audit(config.seed) if config.audit else None)
+    seq_len, stride = config.eval_seq_len, config.eval_stride
+    sliding = sliding_windows(targets, seq_len, stride)
+    headline, score = "quantised", evaluate(scorer, plain_windows(targets, seq_len))
     log_score(log, headline, "quantized", score)
     if config.sliding_window_enabled:
-        windows = sliding_windows(targets, config.eval_seq_len, config.eval_stride)
-        headline, score = "sliding", evaluate(scorer, windows)
+        headline, score = "sliding", evaluate(scorer, sliding)
         log_score(log, headline, "quantized_sliding_window", score)
-        if config.ttt_enabled:
-            log.line(f"ttt:start chunks={-(-targets // config.ttt_chunk_tokens)} "
-                     f"ttt_lr={config.ttt_lr} ttt_epochs={config.ttt_epochs}")
-            headline, score = "ttt_sgd", evaluate_adapting(scorer, windows)
-            log_score(log, headline, "quantized_ttt", score)
+    if config.ttt_mode == "documents":
+        windows = document_windows(val, seq_len, stride)
+        headline, score = "documents", evaluate(scorer, windows, by_document=True)
+        log_score(log, headline, "quantized_documents", score)
+    if config.ttt_enabled and config.ttt_mode == "documents":
+        adapters = LowRank(model, plan)
+        full = project_documents(scorer, adapters)
+        headline, score = "ttt_documents", evaluate_documents(scorer, adapters)
+    elif config.ttt_enabled:
+        log.line(f"ttt:start chunks={-(-targets // config.ttt_chunk_tokens)} "
+                 f"ttt_lr={config.ttt_lr} ttt_epochs={config.ttt_epochs}")
+        headline, score = "ttt_sgd", evaluate_adapting(scorer, sliding)
+    if config.ttt_enabled:
+        log_score(log, headline, "quantized_ttt", score)
+    if headline != "ttt_documents":
+        full = score.seconds * (OFFICIAL_VAL_TARGETS / RECORD_RANKS) / (targets / world.size)
     strict = time.perf_counter() - begin
-    scaled = score.seconds * (OFFICIAL_VAL_TARGETS / RECORD_RANKS) / (targets / world.size)
     log.put("clocks", eval_seconds_strict=round(strict, 2),
             eval_seconds_lenient=round(score.seconds, 2),
             eval_budget_seconds=config.max_eval_seconds,
-            projected_full_eval_seconds_8gpu=round(strict - score.seconds + scaled, 1))
+            projected_full_eval_seconds_8gpu=round(strict - score.seconds + full, 1))
+    if scorer.audit:
+        log.result["audit"] = record = scorer.audit.report(world)
+        failed = [f"{name} {facts}" for name, facts in record.items() if not facts["passed"]]
+        if failed:
+            raise LegalityError(f"audit: no headline, because of {'; '.join(failed)}")
     log.result |= {"headline": headline, "val_bpb": score.bits, "val_loss": score.nats}
 
 
