@@ -152,6 +152,15 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path,
     assert path.read_bytes() == b"old"
 
 
+def test_written_file_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    path, reader = tmp_path / "result.json", tmp_path / "as_seen_by_a_reader"
+    golf.write_atomically(path, b"old")
+    os.link(path, reader)
+    golf.write_atomically(path, b"new")
+    assert (path.read_bytes(), reader.read_bytes()) == (b"new", b"old")
+    assert sorted(tmp_path.iterdir()) == sorted([path, reader])
+
+
 def test_program_source_is_the_file() -> None:
     assert golf.program_source() == PROGRAM.read_text(encoding="utf-8")
 

@@ -181,7 +181,7 @@ def run_program(program: Path, env: dict[str, str], *arguments: str,
                 cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """`python program arguments` in a fresh process."""
     return subprocess.run([sys.executable, str(program), *arguments], env=quiet_environment(**env),
-                          cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+                          cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
 
 
 def free_port() -> int:
@@ -204,7 +204,7 @@ def run_ranks(script: Path, size: int, out: Path, env: dict[str, str]) -> None:
                 ranks.append(subprocess.Popen(
                     [sys.executable, str(script), str(out)], stdout=file, stderr=subprocess.STDOUT,
                     env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
-        codes = [process.wait(timeout=120) for process in ranks]
+        codes = [process.wait(timeout=300) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
