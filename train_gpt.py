@@ -85,10 +85,7 @@ class TrainingError(GolfError):
     """Training produced a value that no later step can recover from."""
 
 
-Number = typing.TypeVar("Number", int, float)
-
-
-def within(default: Number, low: float, high: float) -> Number:
+def within(default: float, low: float, high: float) -> typing.Any:
     """A setting with its range, both ends included."""
     return field(default=default, metadata={"range": (low, high)})
 
@@ -201,10 +198,9 @@ class Config:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            low, high = f.metadata.get("range", (None, None))
-            if low is not None and not low <= getattr(self, f.name) <= high:
-                raise ConfigError(f"{f.name.upper()}={getattr(self, f.name)} must be between "
-                                  f"{low:g} and {high:g}")
+            value, (low, high) = getattr(self, f.name), f.metadata.get("range", (None, None))
+            if low is not None and not low <= value <= high:
+                raise ConfigError(f"{f.name.upper()}={value} must be between {low:g} and {high:g}")
         check_consistency(self)
 
     @classmethod
@@ -217,7 +213,7 @@ class Config:
         types = typing.get_type_hints(cls)
         given = {f.name: parse_setting(f.name, env[f.name.upper()], types[f.name])
                  for f in fields(cls) if f.name.upper() in env}
-        return cls(**{**PRESETS[preset], "preset": preset, **given})  # type: ignore[arg-type]
+        return cls(**{**PRESETS[preset], "preset": preset, **given})
 
     @property
     def head_dim(self) -> int:
@@ -242,14 +238,14 @@ class Config:
     @property
     def dataset_dir(self) -> Path:
         """Folder with the shards."""
-        default = Path(self.data_dir) / "datasets" / f"fineweb10B_sp{self.vocab_size}"
-        return Path(self.data_path or default)
+        default = f"datasets/fineweb10B_sp{self.vocab_size}"
+        return Path(self.data_path or Path(self.data_dir, default))
 
     @property
     def tokenizer_file(self) -> Path:
         """The SentencePiece model."""
-        default = Path(self.data_dir) / "tokenizers" / f"fineweb_{self.vocab_size}_bpe.model"
-        return Path(self.tokenizer_path or default)
+        default = f"tokenizers/fineweb_{self.vocab_size}_bpe.model"
+        return Path(self.tokenizer_path or Path(self.data_dir, default))
 
     @property
     def config_hash(self) -> str:
@@ -259,31 +255,28 @@ class Config:
 
     def differs(self) -> dict[str, object]:
         """The settings that are unlike the preset's."""
-        base = Config(**{**PRESETS[self.preset], "preset": self.preset})  # type: ignore[arg-type]
+        base = Config.from_env({"PRESET": self.preset})
         return {k: v for k, v in asdict(self).items() if v != getattr(base, k)}
 
 
 NOT_METHOD = {"seed", "run_id", "log_dir", "run_dir", "print_config", "eval_only", "data_dir",
               "data_path", "tokenizer_path", "audit"}
 
-PRESETS: dict[str, dict[str, object]] = {
+PRESETS: dict[str, dict] = {
     "record": {},
-    "pr1493": {"sliding_window_enabled": True, "val_tail": False, "ttt_mode": "sgd"},
+    "pr1493": dict(sliding_window_enabled=True, val_tail=False, ttt_mode="sgd"),
     # The same program at laptop size: two CPU cores, about two minutes.
-    "demo": {
-        "data_path": "data/datasets/demo_sp1024",
-        "tokenizer_path": "data/tokenizers/demo_1024_bpe.model",
-        "compile": False, "vocab_size": 1024, "train_seq_len": 256, "train_batch_tokens": 6144,
-        "micro_batch_tokens": 6144, "num_layers": 5, "model_dim": 128, "num_heads": 4,
-        "num_kv_heads": 2, "mlp_mult": 3.0, "rope_dims": 8, "xsa_last_n": 5,
-        "parallel_residual_start": 3, "num_loops": 1, "loop_start": 1, "loop_end": 2,
-        "matrix_lr": 0.03, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 40,
-        "grad_clip_norm": 1.0, "ema_decay": 0.95, "max_wallclock_seconds": 75.0,
-        "gptq_reserve_seconds": 1.0, "warmup_steps": 1, "train_log_every": 10, "val_loss_every": 0,
-        "gptq_calibration_batches": 8, "eval_seq_len": 256, "val_batch_tokens": 65_536,
-        "ttt_chunk_tokens": 4096, "ttt_batch_size": 16, "ttt_chunk_size": 32, "ttt_lora_rank": 16,
-        "ttt_lora_alpha": 32.0, "ttt_lora_lr": 1e-3,
-    },
+    "demo": dict(
+        data_path="data/datasets/demo_sp1024", tokenizer_path="data/tokenizers/demo_1024_bpe.model",
+        compile=False, vocab_size=1024, train_seq_len=256, train_batch_tokens=6144,
+        micro_batch_tokens=6144, num_layers=5, model_dim=128, num_heads=4, num_kv_heads=2,
+        mlp_mult=3.0, rope_dims=8, xsa_last_n=5, parallel_residual_start=3, num_loops=1,
+        loop_start=1, loop_end=2, matrix_lr=0.03, muon_momentum=0.95,
+        muon_momentum_warmup_steps=40, grad_clip_norm=1.0, ema_decay=0.95,
+        max_wallclock_seconds=75.0, gptq_reserve_seconds=1.0, warmup_steps=1, train_log_every=10,
+        val_loss_every=0, gptq_calibration_batches=8, eval_seq_len=256, val_batch_tokens=65_536,
+        ttt_chunk_tokens=4096, ttt_batch_size=16, ttt_chunk_size=32, ttt_lora_rank=16,
+        ttt_lora_alpha=32.0, ttt_lora_lr=1e-3),
 }
 
 # Published variables without effect here, and what to do instead.
@@ -304,22 +297,18 @@ OWNED_WORDS = {"TTT", "MUON", "GPTQ", "EMA", "SWA", "WARMDOWN", "LOOPS", "LOOPIN
                "QK", "SOFTCAP", "LR", "SMEAR"}
 
 
-def parse_setting(name: str, text: str, kind: object) -> object:
+def parse_setting(name: str, text: str, kind: typing.Any) -> object:
     """The value of `text` as the type of field `name`. Raises: ConfigError."""
-    variable, choices = f"{name.upper()}={text!r}", typing.get_args(kind)
-    if kind is bool:
-        choices = ("0", "1")
+    variable = f"{name.upper()}={text!r}"
+    choices = ("0", "1") if kind is bool else typing.get_args(kind)
     if choices and text not in choices:
         raise ConfigError(f"{variable} is not one of {', '.join(choices)}")
-    if kind is bool:
-        return text == "1"
     if kind not in (int, float):
-        return text
+        return text == "1" if kind is bool else text
     try:
-        number = float(text) if kind is float else int(text)
+        number = kind(text)
     except ValueError:
-        what = "a number" if kind is float else "a whole number"
-        raise ConfigError(f"{variable} is not {what}") from None
+        raise ConfigError(f"{variable} is not a {'whole ' * (kind is int)}number") from None
     if not math.isfinite(number):
         raise ConfigError(f"{variable} is not finite")
     return number
@@ -337,20 +326,19 @@ def reject_unknown_variables(env: Mapping[str, str]) -> None:
             raise ConfigError(f"unknown setting {variable}; did you mean {near[0]}?")
 
 
-RELATIONS: dict[str, Callable[[float, float], bool]] = {
+RELATIONS: dict[str, Callable] = {
     "a multiple of": lambda a, b: a % b == 0, "at most": operator.le, "at least": operator.ge,
-    "below": operator.lt, "above": operator.gt}
+    "below": operator.lt, "above": operator.gt, "ans for": lambda a, b: a == "ans" or b == "gptq"}
 
 
 def check_consistency(config: Config) -> None:
     """Raises ConfigError for the first two settings that contradict each other."""
-    rules: list[tuple[str, str, str | int]] = [
-        ("model_dim", "a multiple of", "num_heads"), ("head_dim", "a multiple of", 2),
+    rules = [
+        ("model_dim", "a multiple of", "num_heads"), ("head_dim", "a multiple of", "2"),
         ("num_heads", "a multiple of", "num_kv_heads"), ("rope_dims", "at most", "head_dim"),
-        ("rope_dims", "a multiple of", 2), ("micro_batch_tokens", "at least", "train_seq_len"),
+        ("rope_dims", "a multiple of", "2"), ("micro_batch_tokens", "at least", "train_seq_len"),
         ("train_batch_tokens", "a multiple of", "train_seq_len"),
-        ("ttt_chunk_size", "at most", "eval_seq_len"),
-        ("eval_stride", "at most", "eval_seq_len")]
+        ("ttt_chunk_size", "at most", "eval_seq_len"), ("eval_stride", "at most", "eval_seq_len")]
     if config.num_loops:
         rules += [("loop_start", "at most", "loop_end"), ("loop_end", "below", "num_layers")]
     if config.max_wallclock_seconds:
@@ -358,18 +346,14 @@ def check_consistency(config: Config) -> None:
     if config.ttt_enabled and config.ttt_mode == "sgd":
         rules += [("ttt_enabled", "at most", "sliding_window_enabled"),
                   ("ttt_chunk_tokens", "a multiple of", "eval_seq_len")]
-    for name, relation, other in rules:
+    for name, rule, other in [*rules, ("compressor", "ans for", "quantiser")]:
         value = getattr(config, name)
-        bound = other if isinstance(other, int) else getattr(config, other)
-        if not RELATIONS[relation](value, bound):
-            raise ConfigError(f"{name.upper()}={value} must be {relation} {str(other).upper()} "
-                              f"({bound})")
-    if config.quantiser != "gptq" and config.compressor != "ans":
-        raise ConfigError(f"COMPRESSOR={config.compressor} must be ans for QUANTISER "
-                          f"({config.quantiser})")
-    if not set(config.ttt_lora_sites.split(",")) <= set(SITES):
-        raise ConfigError(f"TTT_LORA_SITES={config.ttt_lora_sites} must be some of "
-                          f"{','.join(SITES)}")
+        bound = int(other) if other.isdigit() else getattr(config, other)
+        if not RELATIONS[rule](value, bound):
+            raise ConfigError(f"{name.upper()}={value} must be {rule} {other.upper()} ({bound})")
+    sites = config.ttt_lora_sites
+    if not set(sites.split(",")) <= set(SITES):
+        raise ConfigError(f"TTT_LORA_SITES={sites} must be some of {','.join(SITES)}")
 
 
 # ==================================================================================================
@@ -381,14 +365,12 @@ def check_consistency(config: Config) -> None:
 
 
 class World:
-    """This process among its peers. At world size 1 every collective is the identity.
-
-    Decisions of the host travel over a CPU group of their own and never wait for the device.
-    """
+    """This process among its peers. At world size 1 every collective is the identity."""
 
     def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu") -> None:
         self.rank, self.size, self.device = rank, size, torch.device(device)
         self.is_main, self.is_cuda = rank == 0, self.device.type == "cuda"
+        # Decisions of the host travel over a CPU group and never wait for the device.
         self.control: dist.ProcessGroup | None = None
 
     @classmethod
@@ -416,16 +398,15 @@ class World:
         """Connects the ranks for the duration of a block."""
         if self.is_cuda:
             torch.cuda.set_device(self.device)
-        if self.size == 1:
-            yield
-            return
-        backend, device = ("nccl", self.device) if self.is_cuda else ("gloo", None)
-        dist.init_process_group(backend, rank=self.rank, world_size=self.size, device_id=device)
-        self.control = dist.new_group(backend="gloo") if self.is_cuda else dist.group.WORLD
+        if self.size > 1:
+            backend, device = ("nccl", self.device) if self.is_cuda else ("gloo", None)
+            dist.init_process_group(backend, rank=self.rank, world_size=self.size, device_id=device)
+            self.control = dist.new_group(backend="gloo") if self.is_cuda else dist.group.WORLD
         try:
             yield
         finally:
-            dist.destroy_process_group()
+            if self.size > 1:
+                dist.destroy_process_group()
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """`tensor`, replaced by its sum over ranks."""
@@ -444,10 +425,9 @@ class World:
         """This rank's equal share, along dim 0, of the mean of `stack` over ranks."""
         if self.size == 1:
             return stack
-        share = stack.shape[0] // self.size
         if not self.is_cuda:  # gloo has no reduce-scatter
-            return self.sum_(stack).div_(self.size)[self.rank * share:(self.rank + 1) * share]
-        out = torch.empty_like(stack[:share])
+            return self.sum_(stack).div_(self.size).chunk(self.size)[self.rank]
+        out = torch.empty_like(stack[:stack.shape[0] // self.size])
         dist.reduce_scatter_tensor(out, stack, op=dist.ReduceOp.AVG)
         return out
 
@@ -486,9 +466,9 @@ class World:
 
 
 class RunLog:
-    """The files of one run: text, JSON lines and the result. Ranks other than 0 are silent.
+    """The files of one run: text, JSON lines and the `result`. Ranks other than 0 are silent.
 
-    `result` collects the keys of the result file as they become known.
+    Raises: ConfigError if they exist or cannot be written.
     """
 
     def __init__(self, config: Config, world: World) -> None:
@@ -497,21 +477,18 @@ class RunLog:
         self.run_id = config.run_id or f"{config.preset}-{config.seed}-{stamp}"
         self.folder = Path(config.run_dir) / self.run_id
         self.result_path = Path(config.log_dir) / f"{self.run_id}.json"
-        self.result: dict[str, object] = {}
+        self.result: dict = {}  # filled as its keys become known
         self.files: list[typing.TextIO] = []
-        if world.is_main:
-            self.open_files()
-
-    def open_files(self) -> None:
-        """Creates the log files. Raises: ConfigError if they exist or cannot be written."""
-        if not self.run_id.replace("-", "").replace(".", "").replace("_", "").isalnum() \
-                or not self.run_id.isascii() or self.run_id.startswith("."):
+        if not world.is_main:
+            return
+        letters = self.run_id.translate(dict.fromkeys(b"-._"))
+        if not (letters.isascii() and letters.isalnum()) or self.run_id.startswith("."):
             raise ConfigError(f"RUN_ID={self.run_id!r} may hold only letters, digits, . _ and -")
         try:
             self.result_path.parent.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(parents=True)
-            for suffix in (".txt", ".jsonl"):
-                self.files.append(self.result_path.with_name(self.run_id + suffix).open("x"))
+            self.files = [self.result_path.with_name(self.run_id + suffix).open("x")
+                          for suffix in (".txt", ".jsonl")]
         except FileExistsError as error:
             raise ConfigError(f"RUN_ID={self.run_id}: {error.filename} exists; nothing is "
                               "overwritten") from None
@@ -523,15 +500,13 @@ class RunLog:
         if self.files:
             if console:
                 print(text, flush=True)
-            self.files[0].write(text + "\n")
-            self.files[0].flush()
+            print(text, file=self.files[0], flush=True)
 
     def event(self, kind: str, **values: object) -> None:
         """Writes one JSON line for programs."""
         if self.files:
             record = {"event": kind, "t": round(time.time() - self.started, 3), **values}
-            self.files[1].write(json.dumps(record) + "\n")
-            self.files[1].flush()
+            print(json.dumps(record), file=self.files[1], flush=True)
 
     def warn(self, message: str) -> None:
         """Says something the user should know, in both files."""
@@ -549,11 +524,11 @@ class RunLog:
 
     def section(self, title: str) -> dict[str, float]:
         """A section of the result, empty at first; most values are numbers."""
-        return typing.cast("dict[str, float]", self.result.setdefault(title, {}))
+        return self.result.setdefault(title, {})
 
-    def put(self, title: str, **values: object) -> None:
+    def put(self, title: str, **values: typing.Any) -> None:
         """Adds keys to a section of the result."""
-        self.section(title).update(typing.cast("dict[str, float]", values))
+        self.section(title).update(values)
 
     def finish(self, status: Literal["complete", "partial"], reason: str) -> dict[str, object]:
         """Writes the result file and closes the logs."""
@@ -581,28 +556,25 @@ def write_atomically(path: Path, data: bytes) -> None:
     partial.replace(path)
 
 
-def archive_path() -> str | None:
-    """The packed program that is running, or None for the plain script."""
-    return getattr(globals().get("__loader__"), "archive", None)
+# The packed program that is running, or None for the plain script.
+ARCHIVE = getattr(globals().get("__loader__"), "archive", None)
 
 
 def program_source() -> str:
     """The text of the running program, also when it runs from its packed form."""
-    archive = archive_path()
-    return unpack_program(Path(archive)) if archive else Path(__file__).read_text(encoding="utf-8")
+    return unpack_program(Path(ARCHIVE)) if ARCHIVE else Path(__file__).read_text(encoding="utf-8")
 
 
 def packed_program() -> bytes:
     """The packed form of the running program, which may be packed already."""
-    archive = archive_path()
-    return Path(archive).read_bytes() if archive else pack_program(program_source())
+    return Path(ARCHIVE).read_bytes() if ARCHIVE else pack_program(program_source())
 
 
 def environment_facts(world: World) -> dict[str, object]:
     """Hardware and versions: everything outside the program whose change could move a number."""
-    hardware: dict[str, object] = {"gpu": "none", "gpus": 0, "cpu_count": os.cpu_count()}
-    versions: dict[str, object] = {"python": platform.python_version(), "torch": torch.__version__,
-                                   "numpy": np.__version__}
+    hardware = {"gpu": "none", "gpus": 0, "cpu_count": os.cpu_count()}
+    versions: dict = {"python": platform.python_version(), "torch": torch.__version__,
+                      "numpy": np.__version__}
     if world.is_cuda:
         hardware |= {"gpu": torch.cuda.get_device_name(world.device), "gpus": world.size}
         versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
@@ -610,8 +582,8 @@ def environment_facts(world: World) -> dict[str, object]:
             versions["triton"] = __import__("triton").__version__
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-            hardware["driver"] = answer.stdout.split("\n")[0].strip()
+            text = subprocess.check_output(query, stderr=subprocess.DEVNULL, text=True, timeout=20)
+            hardware["driver"] = text.split("\n")[0].strip()
     return {"hardware": hardware, "versions": versions}
 
 
@@ -628,10 +600,7 @@ SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a leading 
 
 
 def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
-    """The token ids of a shard, uint16, mapped and not loaded; below `vocab_size` if given.
-
-    Raises: DataError if the header, the length or an id is wrong.
-    """
+    """The uint16 ids of a shard, mapped, below `vocab_size` if given. Raises: DataError."""
     try:
         header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
         actual = path.stat().st_size
@@ -639,14 +608,12 @@ def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     if header.size < SHARD_HEADER_INTS:
         raise DataError(f"{path}: {actual} bytes, shorter than a header ({4 * SHARD_HEADER_INTS})")
-    magic, version, count = (int(n) for n in header[:3])
+    magic, version, count = header[:3].tolist()
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise DataError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} "
                         f"and {SHARD_VERSION}")
     if count < 0 or actual != 4 * SHARD_HEADER_INTS + 2 * count:
         raise DataError(f"{path}: {actual} bytes, but the header announces {count} tokens")
-    if count == 0:
-        return np.empty(0, dtype="<u2")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
     if vocab_size is not None:
         check_ids(tokens, vocab_size, str(path))
@@ -676,10 +643,9 @@ def find_shards(folder: Path, split: str) -> list[Path]:
 
 
 class TrainLoader:
-    """Windows of `seq_len + 1` tokens, drawn without replacement from all shards.
+    """Windows of `seq_len + 1` tokens, without replacement, new boundaries and order every pass.
 
-    Window number n is a function of the seed and the shards alone: the order does not depend on the
-    world size, and a run resumes from a number. Every pass has new window boundaries and order.
+    Window number n depends on the seed and the shards alone, so a run can resume from a number.
     """
 
     def __init__(self, shards: Sequence[np.ndarray], config: Config) -> None:
@@ -688,18 +654,18 @@ class TrainLoader:
         self.num_tokens = int(self.offsets[-1])
         self.enter_epoch(0, 0)
         if not self.starts.size:
-            raise DataError(f"{config.dataset_dir}: {self.num_tokens} training tokens in "
-                            f"{len(shards)} shards, none as long as TRAIN_SEQ_LEN "
-                            f"({self.seq_len}) + 1")
+            raise DataError(
+                f"{config.dataset_dir}: {self.num_tokens} training tokens in {len(shards)} shards, "
+                f"none as long as TRAIN_SEQ_LEN ({self.seq_len}) + 1")
 
     def enter_epoch(self, epoch: int, first_number: int) -> None:
         """Draws the windows of one pass: start positions in the concatenation of all shards."""
         rng = np.random.Generator(np.random.PCG64([self.config.seed, epoch]))
         starts = []
         for shard, offset in zip(self.shards, self.offsets[:-1], strict=True):
-            phase = int(rng.integers(0, max(1, min(self.seq_len, shard.size - self.seq_len))))
-            count = max(0, (shard.size - 1 - phase) // self.seq_len)
-            starts.append(offset + phase + self.seq_len * np.arange(count))
+            last = shard.size - self.seq_len  # where a window would lack its final token
+            phase = rng.integers(max(1, min(self.seq_len, last)))
+            starts.append(offset + np.arange(phase, last, self.seq_len))
         self.starts = rng.permutation(np.concatenate(starts))
         self.epoch, self.first_number = epoch, first_number
 
@@ -713,8 +679,7 @@ class TrainLoader:
                 self.enter_epoch(self.epoch + 1, self.first_number + self.starts.size)
             start = self.starts[number - self.first_number]
             shard = int(np.searchsorted(self.offsets, start, side="right")) - 1
-            begin = start - self.offsets[shard]
-            row[:] = self.shards[shard][begin:begin + self.seq_len + 1]
+            row[:] = self.shards[shard][start - self.offsets[shard]:][:self.seq_len + 1]
         check_ids(windows, self.config.vocab_size, f"{self.config.dataset_dir}: training shards")
         return windows
 
@@ -727,19 +692,15 @@ class BatchShape(NamedTuple):
 
 
 def batch_shape(config: Config, world_size: int) -> BatchShape:
-    """The fewest micro-steps that respect MICRO_BATCH_TOKENS at the same global batch.
-
-    Raises: ConfigError if the batch does not divide by the world size.
-    """
+    """The fewest micro-steps within MICRO_BATCH_TOKENS, same global batch. Raises: ConfigError."""
     total = config.train_batch_tokens // config.train_seq_len
     if total % world_size:
         possible = ", ".join(str(w) for w in range(1, 9) if total % w == 0)
         raise ConfigError(f"WORLD_SIZE={world_size} does not divide the {total} sequences of "
                           f"TRAIN_BATCH_TOKENS ({config.train_batch_tokens}); possible: {possible}")
     per_rank, most = total // world_size, config.micro_batch_tokens // config.train_seq_len
-    micro_steps = next(m for m in range(1, per_rank + 1)
-                       if per_rank % m == 0 and per_rank // m <= most)
-    return BatchShape(micro_steps, per_rank // micro_steps)
+    sequences = next(n for n in range(most, 0, -1) if per_rank % n == 0)
+    return BatchShape(per_rank // sequences, sequences)
 
 
 class BatchStream:
@@ -792,10 +753,8 @@ def load_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
 
 
 def token_bytes(tokenizer: SentencePieceProcessor) -> TokenBytes:
-    """Bytes of decoded text that each token id stands for; control tokens count 0.
+    """Bytes of decoded text per token id, 0 for control tokens; `bytes_of_targets` adds the space.
 
-    A leading U+2581 is one space byte unless the previous token is a boundary; `bytes_of_targets`
-    adds it, never this table.
     Raises: DataError if U+2581 is no piece of its own (its fallback bytes would count it as 3), or
     if a piece holds it anywhere but in front.
     Example: pieces (U+2581)"caf", "<0xC3>", "<0xA9>" -> 3 and a leading space, 1, 1
@@ -823,14 +782,11 @@ def bytes_of_targets(previous: np.ndarray, target: np.ndarray, table: TokenBytes
 
 
 class ValStream:
-    """The validation tokens in order, and the bytes of every target: any token but the first.
-
-    A tail that fills no sequence of `seq_len` is left out unless `keep_tail`.
-    """
+    """The validation tokens in order, and the bytes of every target: any token but the first."""
 
     def __init__(self, tokens: np.ndarray, table: TokenBytes, seq_len: int,
                  keep_tail: bool = False) -> None:
-        whole = max(0, tokens.size - 1) // seq_len * seq_len
+        whole = max(0, tokens.size - 1) // seq_len * seq_len  # the tail fills no sequence
         self.num_targets = tokens.size - 1 if keep_tail else whole
         if not whole:
             raise DataError(f"validation shards hold {tokens.size} tokens, fewer than EVAL_SEQ_LEN "
@@ -840,7 +796,7 @@ class ValStream:
         self.document_starts = np.union1d(0, np.flatnonzero(self.tokens[:-1] == BOS_ID))
         self.document_stops = np.append(self.document_starts[1:], self.num_targets)
         self.target_bytes = bytes_of_targets(self.tokens[:-1], self.tokens[1:], table)
-        self.num_bytes = int(self.target_bytes.sum(dtype=np.int64))
+        self.num_bytes = int(self.target_bytes.sum())
         if not self.num_bytes:
             raise DataError(f"validation stream of {self.num_targets} targets holds no text")
 
