@@ -832,10 +832,7 @@ Tap = Callable[[Site, Tensor, Tensor], Tensor]  # input and output of a layer ->
 
 
 class Adapter(Protocol):
-    """Sees every linear layer of the forward pass and may change its output.
-
-    Low-rank adaptation and calibration are adapters. `visit` counts virtual layers; the head is -1.
-    """
+    """Sees every linear layer and may change its output. `visit` counts; the head is -1."""
 
     def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor: ...
 
@@ -861,33 +858,30 @@ class DepthPlan(NamedTuple):
         return f"encoder:{order[:half]} decoder:{order[half:]}"
 
 
-def plan_from_order(name: str, order: Sequence[int]) -> DepthPlan:
+def plan_from_order(name: str, order: list[int]) -> DepthPlan:
     """A U-Net over `order`: decoder j, in the second half, takes the j-th last encoder's output.
 
     Example: order 0 1 2 3 4 -> encoders 0 1; decoders 2 (skip from 1), 3 (skip from 0), 4
     """
-    num_encoder, visits = len(order) // 2, []
+    half, visits = len(order) // 2, []
     for position, block in enumerate(order):
-        row = position - num_encoder
-        skip = (row, num_encoder - 1 - row) if 0 <= row < num_encoder else (-1, -1)
-        visits.append(Visit(block, list(order[:position]).count(block), *skip))
+        row, skip_from = position - half, 2 * half - 1 - position
+        skip = (row, skip_from) if row >= 0 <= skip_from else ()
+        visits.append(Visit(block, order[:position].count(block), *skip))
     return DepthPlan(name, tuple(visits))
 
 
 def depth_plans(config: Config) -> tuple[DepthPlan, ...]:
     """The plans of a run, in the order in which training reaches them."""
     blocks, first, last = list(range(config.num_layers)), config.loop_start, config.loop_end + 1
-    plans = (plan_from_order("unlooped", blocks),)
-    if not config.num_loops:
-        return plans
     looped = blocks[:first] + blocks[first:last] * (config.num_loops + 1) + blocks[last:]
-    return (*plans, plan_from_order("looped", looped))
+    plans = (plan_from_order("unlooped", blocks), plan_from_order("looped", looped))
+    return plans if config.num_loops else plans[:1]
 
 
 def plan_at(config: Config, progress: float) -> DepthPlan:
     """The plan in force at `progress` (0 to 1)."""
-    plans = depth_plans(config)
-    return plans[-1] if progress >= config.enable_looping_at else plans[0]
+    return depth_plans(config)[-1 if progress >= config.enable_looping_at else 0]
 
 
 class BlockForm(NamedTuple):
@@ -933,13 +927,10 @@ def rotary_tables(num_positions: int, rotated_dims: int, base: float) -> Rotary:
 
 
 def rotate(x_BTHK: Tensor, rotary: Rotary) -> Tensor:
-    """Rotates the first dimensions of every head by its position; the others pass. Float32.
-
-    Dimension i is paired with i + half: (a, b) -> (a cos + b sin, -a sin + b cos).
-    """
+    """Rotates pairs (i, i + half) of every head by its position; other dimensions pass. Float32."""
     half = rotary.cos.shape[-1]
     cos, sin = (t[:x_BTHK.shape[1], None, :] for t in rotary)
-    a, b, rest = x_BTHK[..., :half], x_BTHK[..., half:2 * half], x_BTHK[..., 2 * half:]
+    a, b, rest = x_BTHK.tensor_split((half, 2 * half), dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
@@ -1007,11 +998,7 @@ class Matrix(NamedTuple):
 
 
 class GPT(nn.Module):
-    """The language model. Parameters are float32, stacked over blocks; the compute type is free.
-
-    `forward` is the only forward pass of the program: training, calibration, every evaluation and
-    test-time training call it, and differ only in the plan and the adapter.
-    """
+    """The language model: float32 parameters stacked over blocks, and the only forward pass."""
 
     norm_scale: Tensor
     cos: Tensor
@@ -1019,12 +1006,12 @@ class GPT(nn.Module):
 
     def __init__(self, config: Config, attend: Attend, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        L, D, heads = config.num_layers, config.model_dim, config.model_dim
+        L, D = config.num_layers, config.model_dim
         num_skips = max(sum(v.skip_row >= 0 for v in p.visits) for p in depth_plans(config))
         self.config, self.attend, self.dtype = config, attend, dtype
         self.embed = nn.Parameter(torch.zeros(config.vocab_size, D))
-        self.qkv = nn.Parameter(torch.zeros(L, heads + 2 * config.kv_dim, D))
-        self.out = nn.Parameter(torch.zeros(L, D, heads))
+        self.qkv = nn.Parameter(torch.zeros(L, D + 2 * config.kv_dim, D))
+        self.out = nn.Parameter(torch.zeros(L, D, D))
         self.up = nn.Parameter(torch.zeros(L, config.mlp_dim, D))
         self.down = nn.Parameter(torch.zeros(L, D, config.mlp_dim))
         self.attn_scale = nn.Parameter(torch.ones(L, D))
@@ -1033,8 +1020,7 @@ class GPT(nn.Module):
         self.q_gain = nn.Parameter(torch.full((L, config.num_heads), config.qk_gain_init))
         self.skip_weights = nn.Parameter(torch.ones(num_skips, D))
         self.skip_gates = nn.Parameter(torch.zeros(num_skips, D))
-        depth = torch.arange(1.0, L + 1)
-        norm_scale = depth.rsqrt() if config.ln_scale else torch.ones(L)
+        norm_scale = torch.arange(1.0, L + 1).rsqrt() if config.ln_scale else torch.ones(L)
         rotary = rotary_tables(max(config.train_seq_len, config.eval_seq_len),
                                config.rope_dims or config.head_dim, config.rope_base)
         for name, table in {"norm_scale": norm_scale, **rotary._asdict()}.items():
@@ -1053,30 +1039,23 @@ class GPT(nn.Module):
 
     def matrices(self) -> list[Matrix]:
         """The matrices that Muon trains, by role."""
-        heads, kv = self.config.model_dim, self.config.kv_dim
-        return [Matrix("q", self.qkv, slice(0, heads)),
-                Matrix("k", self.qkv, slice(heads, heads + kv)),
-                Matrix("v", self.qkv, slice(heads + kv, heads + 2 * kv)),
-                Matrix("out", self.out, slice(None)), Matrix("up", self.up, slice(None)),
-                Matrix("down", self.down, slice(None))]
+        k, v = self.config.model_dim, self.config.model_dim + self.config.kv_dim  # first rows
+        return [Matrix("q", self.qkv, slice(k)), Matrix("k", self.qkv, slice(k, v)),
+                Matrix("v", self.qkv, slice(v, None)), Matrix("out", self.out, slice(None)),
+                Matrix("up", self.up, slice(None)), Matrix("down", self.down, slice(None))]
 
     def vectors(self) -> dict[str, nn.Parameter]:
         """The small parameters, by name."""
-        return {"attn_scale": self.attn_scale, "mlp_scale": self.mlp_scale,
-                "resid_mix": self.resid_mix, "q_gain": self.q_gain,
-                "skip_weights": self.skip_weights, "skip_gates": self.skip_gates}
+        names = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "skip_gates")
+        return {name: getattr(self, name) for name in names}
 
     def stacks(self) -> dict[str, nn.Parameter]:
         """The tensors that are quantised, by name: matrices over blocks, and the embedding."""
-        return {"embed": self.embed, "qkv": self.qkv, "out": self.out, "up": self.up,
-                "down": self.down}
+        return {name: getattr(self, name) for name in ("embed", "qkv", "out", "up", "down")}
 
     def block_weights(self) -> list[BlockWeights]:
-        """The parameters of every block.
-
-        Each stack is cast and unbound once: indexing it on every visit would make the backward pass
-        build a full-size gradient per visit.
-        """
+        """The parameters of every block."""
+        # Unbound once: backward through an index per visit would build a full-size gradient each.
         matrices = [p.to(self.dtype).unbind() for p in (self.qkv, self.out, self.up, self.down)]
         vectors = [p.unbind() for p in (self.attn_scale, self.mlp_scale, self.resid_mix,
                                         self.q_gain, self.norm_scale)]
@@ -1086,15 +1065,16 @@ class GPT(nn.Module):
                block_runner: Callable[..., Tensor] = run_block) -> Tensor:
         """Normalised output of the last block, (B, T, D) in the compute type."""
         weights, rotary = self.block_weights(), Rotary(self.cos, self.sin)
-        skip_weights, skip_gates = self.skip_weights.unbind(), self.skip_gates.sigmoid().unbind()
+        skips = torch.stack((self.skip_weights, self.skip_gates.sigmoid()), 1).unbind()
         x = x0 = rms_norm(F.embedding(ids_BT, self.embed).to(self.dtype))
         outputs: list[Tensor] = []
         for number, visit in enumerate(plan.visits):
             if visit.skip_row >= 0:
-                weight, gate = (t[visit.skip_row].to(x.dtype) for t in (skip_weights, skip_gates))
+                weight, gate = skips[visit.skip_row].to(x.dtype)
                 x = (1 - gate) * (weight * outputs[visit.skip_from]) + gate * x
+            tap = functools.partial(adapter, number, visit.block) if adapter else None
             x = block_runner(x, x0, weights[visit.block], self.forms[visit.block], rotary,
-                             self.attend, bind_tap(adapter, number, visit.block))
+                             self.attend, tap)
             outputs.append(x)
         return rms_norm(x)
 
@@ -1106,15 +1086,10 @@ class GPT(nn.Module):
 
     def nats(self, x_BTD: Tensor, target_BT: Tensor, adapter: Adapter | None = None) -> Tensor:
         """Nats of targets, float32 (B, T), given the hidden states that predict them."""
-        tap = bind_tap(adapter, -1, -1)
+        tap = functools.partial(adapter, -1, -1) if adapter else None
         logits_NV = linear(x_BTD, self.embed.to(self.dtype), "head", tap).flatten(0, 1)
         target_N = target_BT.flatten().long()
         return softcapped_nll(logits_NV, target_N, self.config.logit_softcap).view(target_BT.shape)
-
-
-def bind_tap(adapter: Adapter | None, visit: int, block: int) -> Tap | None:
-    """The adapter as one virtual layer sees it."""
-    return None if adapter is None else functools.partial(adapter, visit, block)
 
 
 def block_form(config: Config, block: int) -> BlockForm:
@@ -1126,26 +1101,19 @@ def block_form(config: Config, block: int) -> BlockForm:
 
 def count_parameters(model: GPT) -> dict[str, tuple[int, int]]:
     """(tensors, parameters) per optimizer group, counted as the published systems' tensors."""
-    matrices = [m.view(m.parameter) for m in model.matrices()]
-    vectors = model.vectors()
-    skips = sum(name.startswith("skip") for name in vectors)
-    blocks = model.config.num_layers
+    blocks, vectors = model.config.num_layers, model.vectors()
+    tensors = sum(1 if name.startswith("skip") else blocks for name in vectors)
+    matrices = [m.view(m.parameter).numel() for m in model.matrices()]
     return {"embedding": (1, model.embed.numel()),
-            "matrix": (blocks * len(matrices), sum(m.numel() for m in matrices)),
-            "vector": (blocks * (len(vectors) - skips) + skips,
-                       sum(v.numel() for v in vectors.values()))}
+            "matrix": (blocks * len(matrices), sum(matrices)),
+            "vector": (tensors, sum(v.numel() for v in vectors.values()))}
 
 
 def flops_per_token(config: Config, plan: DepthPlan) -> float:
-    """Operations of one training token, forward and backward.
-
-    Attention counts its causal half, and a backward pass of 2.5 times the forward one.
-    """
-    dim = config.model_dim
-    matrices = dim * (2 * dim + 2 * config.kv_dim + 2 * config.mlp_dim)
-    attention_forward = 2 * config.train_seq_len * dim
-    per_visit = 6 * matrices + 3.5 * attention_forward
-    return len(plan.visits) * per_visit + 6 * config.vocab_size * dim
+    """Operations of one training token, forward and backward; attention counts its causal half."""
+    matrices = 2 * (config.model_dim + config.kv_dim + config.mlp_dim)
+    per_visit = 6 * matrices + 2 * 3.5 * config.train_seq_len  # backward is 2.5 times forward
+    return config.model_dim * (len(plan.visits) * per_visit + 6 * config.vocab_size)
 
 
 class AttentionBackend(NamedTuple):
@@ -1159,8 +1127,7 @@ class AttentionBackend(NamedTuple):
 def sdpa_attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
     """Causal attention by PyTorch; `load_sdpa` decides which of its kernels runs."""
     q, k, v = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return y.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def load_sdpa(device: torch.device, kernel: str) -> Attend:
@@ -1179,8 +1146,7 @@ def load_sdpa(device: torch.device, kernel: str) -> Attend:
 def attention_error(attend: Attend, device: torch.device) -> float:
     """Largest relative error of output and gradients against float32, on random input."""
     generator = torch.Generator().manual_seed(0)
-    heads = (8, 4, 4, 8)
-    q, k, v, dy = (torch.randn(2, 256, n, 64, generator=generator) for n in heads)
+    q, k, v, dy = (torch.randn(2, 256, n, 64, generator=generator) for n in (8, 4, 4, 8))
 
     def run(function: Attend, where: torch.device, kind: torch.dtype) -> list[Tensor]:
         leaves = [t.to(where, kind).requires_grad_() for t in (q, k, v)]
@@ -1194,20 +1160,16 @@ def attention_error(attend: Attend, device: torch.device) -> float:
 
 
 def choose_attention(name: str, device: torch.device) -> AttentionBackend:
-    """The named back-end; with `auto` the first that loads and agrees with float32.
-
-    Raises: ConfigError if none does.
-    """
-    loaders: dict[str, Callable[[torch.device], Attend]] = {
-        "fa3": load_fa3, "fa4": load_fa4,
-        **{k: functools.partial(load_sdpa, kernel=k) for k in ("cudnn", "flash", "math")}}
+    """The named back-end, or the first that loads and is exact enough. Raises: ConfigError."""
+    loaders: dict[str, Callable[[torch.device], Attend]] = {"fa3": load_fa3, "fa4": load_fa4}
+    loaders |= {k: functools.partial(load_sdpa, kernel=k) for k in ("cudnn", "flash", "math")}
     rejected: dict[str, str] = {}
     tolerance = 0.02 if device.type == "cuda" else 1e-4
     for candidate in loaders if name == "auto" else (name,):
         try:
             attend = loaders[candidate](device)
             error = attention_error(attend, device)
-            if error > tolerance or math.isnan(error):
+            if not error <= tolerance:  # NaN is not
                 raise GolfError(f"error {error:.1e} against float32, at most {tolerance:g}")
         except Exception as problem:  # whatever a foreign library raises only loses the choice
             rejected[candidate] = f"{type(problem).__name__}: {problem}".split("\n")[0][:160]
@@ -1223,9 +1185,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 def maybe_compile(function: Callable[..., Tensor], config: Config) -> Callable[..., Tensor]:
     """`function`, compiled to one graph where the settings ask for it."""
-    if not config.compile:
-        return function
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True, dynamic=False) if config.compile else function
 
 
 # ==================================================================================================
@@ -1238,8 +1198,6 @@ def maybe_compile(function: Callable[..., Tensor], config: Config) -> Callable[.
 #   M matrices of one shape, laid wide   R rows   C columns (R <= C)
 # ==================================================================================================
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-
 
 def lr_scale(progress: float, warmdown_frac: float, floor: float) -> float:
     """1 until the last `warmdown_frac` of the run, then linear down to `floor`."""
@@ -1248,9 +1206,8 @@ def lr_scale(progress: float, warmdown_frac: float, floor: float) -> float:
 
 def muon_momentum(step: int, config: Config) -> float:
     """Linear ramp from the warm-up start to the final momentum."""
-    share = min(step / config.muon_momentum_warmup_steps, 1.0)
-    first = config.muon_momentum_warmup_start
-    return first + share * (config.muon_momentum - first)
+    share, first = step / config.muon_momentum_warmup_steps, config.muon_momentum_warmup_start
+    return first + min(share, 1.0) * (config.muon_momentum - first)
 
 
 def orthogonalise(update_MRC: Tensor, iterations: int) -> Tensor:
@@ -1258,7 +1215,7 @@ def orthogonalise(update_MRC: Tensor, iterations: int) -> Tensor:
 
     Source: Newton-Schulz iteration of Muon (Jordan et al. 2024), a quintic in three coefficients.
     """
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = 3.4445, -4.7750, 2.0315
     x = update_MRC.bfloat16()
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(iterations):
@@ -1268,23 +1225,19 @@ def orthogonalise(update_MRC: Tensor, iterations: int) -> Tensor:
 
 
 class MatrixGroup:
-    """All logical matrices of one shape, laid wide and padded to a multiple of the world size.
-
-    Stacking makes Newton-Schulz a handful of batched products; laying tall matrices on their side
-    lets both MLP matrices share a stack, so that the ranks get equal work.
-    """
+    """All matrices of one shape, laid wide, in one stack padded to a multiple of the world size."""
 
     def __init__(self, matrices: Sequence[Matrix], world: World) -> None:
-        self.matrices, self.world = tuple(matrices), world
+        self.matrices, self.world = matrices, world
         views = [m.view(m.parameter.data) for m in matrices]
+        # Tall ones lie on their side: both MLP matrices share a stack, and ranks get equal work.
         self.tall = [v.shape[1] > v.shape[2] for v in views]
         self.counts = [len(v) for v in views]
-        share = -(-sum(self.counts) // world.size)
-        self.padding = share * world.size - sum(self.counts)
-        tall = torch.repeat_interleave(torch.tensor([*self.tall, False]),
-                                       torch.tensor([*self.counts, self.padding]))
-        self.tall_M11 = tall.split(share)[world.rank].view(-1, 1, 1).to(views[0].device)
-        self.momentum = views[0].new_zeros(share, *sorted(views[0].shape[1:]))
+        self.padding = -sum(self.counts) % world.size
+        counts = torch.tensor([*self.counts, self.padding])
+        tall = torch.tensor([*self.tall, False]).repeat_interleave(counts).to(views[0].device)
+        self.tall_M11 = tall.chunk(world.size)[world.rank].view(-1, 1, 1)
+        self.momentum = views[0].new_zeros(len(self.tall_M11), *sorted(views[0].shape[1:]))
 
     def reduce_gradients(self) -> Tensor:
         """This rank's share of the gradients, averaged over ranks, float32 (M, R, C)."""
@@ -1303,10 +1256,9 @@ class MatrixGroup:
         updates = self.world.gather(orthogonalise(update, config.muon_backend_steps))
         parts = updates[:sum(self.counts)].split(self.counts)
         for matrix, tall, part in zip(self.matrices, self.tall, parts, strict=True):
-            view = matrix.view(matrix.parameter.data)
-            scale = lr * math.sqrt(max(1.0, view.shape[1] / view.shape[2]))
-            part = part.mT if tall else part
-            view.mul_(1 - lr * config.muon_wd).sub_(part.float(), alpha=scale)
+            w = matrix.view(matrix.parameter.data)
+            scale = lr * math.sqrt(max(1.0, w.shape[1] / w.shape[2]))
+            w.mul_(1 - lr * config.muon_wd).sub_((part.mT if tall else part).float(), alpha=scale)
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:
@@ -1318,37 +1270,32 @@ class Optimizer:
     """Muon for the matrices, AdamW for the rest, one global gradient clip for all."""
 
     def __init__(self, model: GPT, config: Config, world: World) -> None:
-        self.config, self.world = config, world
+        self.model, self.config, self.world = model, config, world
         shapes: dict[tuple[int, ...], list[Matrix]] = {}
         for matrix in model.matrices():
-            shape = matrix.view(matrix.parameter.data).shape[1:]
-            shapes.setdefault(tuple(sorted(shape)), []).append(matrix)
+            shape = tuple(sorted(matrix.view(matrix.parameter).shape[1:]))
+            shapes.setdefault(shape, []).append(matrix)
         self.groups = [MatrixGroup(matrices, world) for matrices in shapes.values()]
         vectors = list(model.vectors().values())
         self.replicated = [model.embed, *vectors]
-        stacked = {id(m.parameter): m.parameter for m in model.matrices()}
-        self.parameters = [*stacked.values(), *self.replicated]
-        if sorted(map(id, self.parameters)) != sorted(map(id, model.parameters())):
+        stacked = {id(m.parameter) for m in model.matrices()}
+        if sorted([*stacked, *map(id, self.replicated)]) != sorted(map(id, model.parameters())):
             raise TypeError("a parameter is in no optimizer group, or in two")
         self.adam = torch.optim.AdamW(
-            [{"params": members, "base": base, "weight_decay": decay} for members, base, decay in (
-                ([model.embed], config.tied_embed_lr, config.embed_wd),
-                (vectors, config.scalar_lr, config.adam_wd))],
+            [dict(params=[model.embed], base=config.tied_embed_lr, weight_decay=config.embed_wd),
+             dict(params=vectors, base=config.scalar_lr, weight_decay=config.adam_wd)],
             lr=0.0, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=world.is_cuda)
 
     @torch.no_grad()
     def step(self, step: int, scale: float) -> Tensor:
-        """Applies the gradients at `scale` times the base learning rates and clears them.
-
-        Returns the gradient norm before clipping, 0-D: nothing here waits for the device.
-        """
+        """Applies and clears gradients, at `scale` times the base rates; their unclipped norm."""
         config = self.config
         shares = [group.reduce_gradients() for group in self.groups]
         replicated = [gradient_of(p) for p in self.replicated]
         self.world.sum_all_(replicated, 1 / self.world.size)
-        squares = torch.stack(torch._foreach_norm(shares)).square().sum()
-        norm = (self.world.sum_(squares)
-                + torch.stack(torch._foreach_norm(replicated)).square().sum()).sqrt()
+        own, common = (torch.stack(torch._foreach_norm(gradients)).square().sum()
+                       for gradients in (shares, replicated))
+        norm = (self.world.sum_(own) + common).sqrt()
         if config.grad_clip_norm:
             factor = (config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([*shares, *replicated], factor)
@@ -1358,8 +1305,7 @@ class Optimizer:
         momentum = muon_momentum(step, config)
         for group, share in zip(self.groups, shares, strict=True):
             group.step(share, config.matrix_lr * scale, momentum, config)
-        for parameter in self.parameters:
-            parameter.grad = None
+        self.model.zero_grad()
         return norm
 
 
@@ -1387,21 +1333,15 @@ class WeightAverage:
 # budget. The host runs two steps ahead of the device and never waits for a value it does not need.
 # ==================================================================================================
 
-STEPS_IN_FLIGHT = 2
-
 
 class TrainingClock:
-    """Budget of the training loop: from the first step to the last read of training data.
-
-    Validation pauses it. Rank 0's clock decides for all ranks.
-    """
+    """Budget from the first step to the last read of training data. Rank 0's decides for all."""
 
     def __init__(self, config: Config, world: World, reserve_seconds: float) -> None:
         budget = config.max_wallclock_seconds
         self.world, self.iterations = world, config.iterations
         self.limit = budget - reserve_seconds if budget else 0.0
-        self.begin, self.last_mark = time.perf_counter(), math.nan
-        self.intervals: deque[float] = deque(maxlen=8)
+        self.begin, self.marks = time.perf_counter(), deque[float](maxlen=9)
 
     def elapsed(self) -> float:
         """Seconds of training so far."""
@@ -1415,21 +1355,16 @@ class TrainingClock:
         self.begin += time.perf_counter() - begin
 
     def next_step(self, step: int, in_flight: int) -> tuple[float, bool]:
-        """Progress at which to run `step`, and whether to stop instead so as to keep the limit.
-
-        Each unfinished step is expected to take as long as the slowest of the last eight.
-        """
+        """Progress at which to run `step`, and whether to stop instead so as to keep the limit."""
         if not self.limit:
             return min(1.0, step / self.iterations), step >= self.iterations
         now = self.elapsed()
-        if not math.isnan(self.last_mark):
-            self.intervals.append(now - self.last_mark)
-        self.last_mark = now
-        ahead = now + 1.02 * max(self.intervals, default=0.0) * (in_flight + 1)
-        stop = step >= self.iterations or ahead > self.limit
-        progress = max(now / self.limit, step / self.iterations)
-        progress, stopped = self.world.decide(progress, float(stop))
-        return min(1.0, progress), bool(stopped)
+        self.marks.append(now)
+        slowest = float(max(np.diff(self.marks), default=0.0))  # of the last eight steps
+        ahead = now + 1.02 * slowest * (in_flight + 1)
+        progress, stop = self.world.decide(max(now / self.limit, step / self.iterations),
+                                           step >= self.iterations or ahead > self.limit)
+        return min(1.0, progress), bool(stop)
 
 
 class StepRecord(NamedTuple):
@@ -1450,8 +1385,8 @@ class Trainer:
     def __init__(self, config: Config, world: World, log: RunLog, attend: Attend) -> None:
         self.config, self.world, self.log = config, world, log
         self.shape = batch_shape(config, world.size)
-        shards = [read_shard(path) for path in find_shards(config.dataset_dir, "train")]
-        self.loader = TrainLoader(shards, config)
+        shards = map(read_shard, find_shards(config.dataset_dir, "train"))
+        self.loader = TrainLoader(list(shards), config)
         self.model = GPT(config, attend, compute_dtype(world.device))
         self.model.initialise(config.seed)
         self.model.to(world.device)
@@ -1477,30 +1412,25 @@ class Trainer:
         return total
 
     def warm_up(self) -> float:
-        """Compiles what the clock will meet, on random tokens; the calibration reserve in seconds.
-
-        Weights and optimizer state are afterwards what they were before.
-        """
+        """Compiles, without trace, what the clock will meet; the calibration reserve in seconds."""
         config = self.config
-        weights = [p.detach().clone() for p in self.model.parameters()]
-        generator = torch.Generator().manual_seed(0)
-        size = (self.shape.sequences, config.train_seq_len + 1)
-        rows = torch.randint(config.vocab_size, size, generator=generator, dtype=torch.int32)
-        rows = rows.to(self.world.device)
+        before = WeightAverage(self.model, 1.0)
+        rows = torch.randint(
+            config.vocab_size, (self.shape.sequences, config.train_seq_len + 1), dtype=torch.int32,
+            generator=torch.Generator().manual_seed(0)).to(self.world.device)
         for plan in depth_plans(config):
             with self.log.phase(f"warm_up {plan.name}"):
                 for _ in range(config.warmup_steps):
                     self.forward_backward(plan, [rows])
                 self.optimizer.step(0, 0.0)
                 self.world.synchronize()
-        torch._foreach_copy_([p.data for p in self.model.parameters()], weights)
+        before.apply()
         self.optimizer = Optimizer(self.model, config, self.world)
-        seconds = 0.0
         for _ in range(2):  # the second is warm
             begin = time.perf_counter()
             collect(Hessians(self.model), rows, depth_plans(config)[-1])
             self.world.synchronize()
-            seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
         needed = 1.15 * seconds * calibration_share(config, self.world, self.shape) + 0.2
         slowest = self.world.combine(torch.tensor(needed), dist.ReduceOp.MAX).item()
         if 0 < config.max_wallclock_seconds <= slowest:
@@ -1525,7 +1455,7 @@ class Trainer:
         step, stopped, plan, loop_step = 0, False, depth_plans(config)[0], 0
         try:
             while not stopped:
-                self.drain(STEPS_IN_FLIGHT)
+                self.drain(2)  # the steps that the host runs ahead
                 progress, stopped = clock.next_step(step, len(self.flight))
                 if config.val_loss_every and (stopped or step % config.val_loss_every == 0):
                     self.drain(0)
@@ -1560,19 +1490,15 @@ class Trainer:
             loss = self.forward_backward(plan, batches)
         if cuda:
             marks[1].record()
-        micro_seconds = time.perf_counter() - begin
-        values = torch.stack([loss, self.optimizer.step(step, scale)])
+        middle = time.perf_counter()
+        values = torch.stack([loss, self.optimizer.step(step, scale)]).to("cpu", non_blocking=True)
         if cuda:
-            values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
             marks[2].record()
-        seconds = (micro_seconds, time.perf_counter() - begin)
+        seconds = (middle - begin, time.perf_counter() - begin)
         self.flight.append(StepRecord(step + 1, plan, progress, scale, values, marks, seconds))
 
     def drain(self, most_in_flight: int) -> None:
-        """Waits until at most that many steps are unfinished; takes in the finished ones.
-
-        Raises: TrainingError if one of their numbers is not finite.
-        """
+        """Leaves at most that many steps unfinished. Raises: TrainingError if one is not finite."""
         while len(self.flight) > most_in_flight:
             record = self.flight.popleft()
             micro, whole = record.seconds
@@ -1581,7 +1507,7 @@ class Trainer:
                 end.synchronize()
                 micro, whole = (begin.elapsed_time(mark) / 1e3 for mark in (middle, end))
             self.last_loss, norm = record.values.tolist()
-            if not (math.isfinite(self.last_loss) and math.isfinite(norm)):
+            if not record.values.isfinite().all():
                 raise TrainingError(f"step {record.step} on rank {self.world.rank}: train_loss="
                                     f"{self.last_loss} and gradient norm={norm} must be finite")
             self.micro_seconds.setdefault(record.plan.name, []).append(micro)
@@ -1591,7 +1517,7 @@ class Trainer:
     def log_step(self, record: StepRecord, norm: float, seconds: float) -> None:
         """Writes the numbers of a finished step."""
         tok_s = self.config.train_batch_tokens / seconds
-        memory = torch.cuda.memory_allocated() >> 20 if record.marks else 0
+        memory = torch.cuda.memory_allocated() >> 20  # 0 on CPU
         self.log.event("train", step=record.step, train_loss=self.last_loss, gradient_norm=norm,
                        train_seconds=round(self.clock.elapsed(), 3), lr_scale=record.scale,
                        tok_s=round(tok_s), plan=record.plan.name, mem_mib=memory,
@@ -1618,10 +1544,9 @@ class Trainer:
         """Writes the training section of the result."""
         config, log = self.config, self.log
         tokens = steps * config.train_batch_tokens
-        per_rank = config.train_batch_tokens
-        by_plan = {name: round(per_rank / float(np.median(times)))
+        by_plan = {name: round(config.train_batch_tokens / float(np.median(times)))
                    for name, times in self.micro_seconds.items()}
-        peak = torch.cuda.max_memory_allocated() >> 20 if self.world.is_cuda else 0
+        peak = torch.cuda.max_memory_allocated() >> 20  # 0 on CPU
         log.put("train", steps=steps, seconds=round(seconds, 3), tokens=tokens,
                 ms_per_step=round(1e3 * seconds / max(steps, 1), 3), tok_s=round(tokens / seconds),
                 tok_s_by_plan=by_plan, loop_enabled_step=loop_step, final_loss=self.last_loss,
@@ -3164,8 +3089,7 @@ def command_line(arguments: Sequence[str]) -> int:
 # ==================================================================================================
 # 12  Kernels
 #
-# Attention libraries behind one signature. Each loader imports what it needs, so that a machine
-# without the library only loses the choice.
+# Attention libraries, each imported by its loader: a machine without one only loses the choice.
 # ==================================================================================================
 
 
@@ -3220,15 +3144,11 @@ def fa4_operator() -> Callable[..., tuple[Tensor, Tensor]]:
           log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
-    def save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...],
-             output: tuple[Tensor, Tensor]) -> None:
+    def save(ctx: typing.Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs, *output)
 
-    def differentiate(ctx: torch.autograd.function.FunctionCtx, dy: Tensor,
-                      _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        saved = ctx.saved_tensors  # type: ignore[attr-defined]
-        dq, dk, dv = backward(dy.contiguous(), *saved)
-        return dq, dk, dv
+    def differentiate(ctx: typing.Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return backward(dy.contiguous(), *ctx.saved_tensors)
 
     forward.register_autograd(differentiate, setup_context=save)
     return forward
