@@ -1571,14 +1571,9 @@ class Trainer:
 #   R rows (outputs)   C columns (inputs)
 # ==================================================================================================
 
-SMALLEST_SCALE = 2.0**-24  # of float16
-
 
 class Hessians:
-    """An adapter that changes nothing and sums x x^T over all inputs of every linear layer.
-
-    A looped block is visited several times and gets the sum: its weights serve all visits.
-    """
+    """An adapter that changes nothing and sums x x^T of every linear layer over all visits."""
 
     def __init__(self, model: GPT) -> None:
         self.model = model
@@ -1628,8 +1623,7 @@ def collect_gradients(hessians: Hessians, rows: Tensor, plan: DepthPlan, weight:
 def calibration_share(config: Config, world: World, shape: BatchShape) -> int:
     """Calibration batches of one rank, so that all ranks together read the configured tokens."""
     per_batch = config.micro_batch_tokens // config.train_seq_len
-    sequences = config.gptq_calibration_batches * per_batch
-    return -(-sequences // (shape.sequences * world.size))
+    return -(-config.gptq_calibration_batches * per_batch // (shape.sequences * world.size))
 
 
 class QuantRule(NamedTuple):
@@ -1648,12 +1642,9 @@ def quant_rule(config: Config, stack: str, widen: float = 1.0) -> QuantRule:
 
 
 def row_scales(w_RC: Tensor, rule: QuantRule) -> Tensor:
-    """Step size of every row, float16 (R,).
-
-    A wider clip means a larger step: fewer bytes, more error. The rounded scale also quantises.
-    """
-    scale_R = rule.clip_sigmas * w_RC.float().std(dim=1) / rule.max_level
-    return scale_R.nan_to_num(0.0).clamp(SMALLEST_SCALE, 65_504).half()
+    """Steps of rows, float16 (R,): a wider clip means larger ones, fewer bytes, more error."""
+    scale_R = rule.clip_sigmas * w_RC.float().std(1) / rule.max_level
+    return scale_R.nan_to_num(0.0).clamp(2**-24, 65_504).half()
 
 
 def coarse(values: Tensor, bits: int, dither: Tensor | int) -> Tensor:
@@ -1692,21 +1683,17 @@ def dequantise(q_RC: Tensor, scale_R: Tensor) -> Tensor:
 
 
 def inverse_factor(hessian_CC: Tensor, damp: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped Hessian.
-
-    Damping is raised tenfold until the factorisation succeeds. Raises: TrainingError if the Hessian
-    is not finite.
-    """
-    if not bool(torch.isfinite(hessian_CC).all()):
+    """Upper Cholesky factor of the damped Hessian's inverse. Raises: TrainingError (NaN, inf)."""
+    if not torch.isfinite(hessian_CC).all():
         raise TrainingError("a calibration Hessian is not finite")
     ridge = torch.eye(len(hessian_CC), device=hessian_CC.device) * hessian_CC.diagonal().mean()
     while True:
         lower, failed = torch.linalg.cholesky_ex(hessian_CC + damp * ridge)
-        if not bool(failed):
+        if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not bool(failed):
+            if not failed:
                 return upper
-        damp *= 10
+        damp *= 10  # until both factorisations succeed
 
 
 def gptq(w_RC: Tensor, hessian_CC: Tensor, scale_R: Tensor, max_level: int, damp: float,
@@ -1734,11 +1721,10 @@ def gptq(w_RC: Tensor, hessian_CC: Tensor, scale_R: Tensor, max_level: int, damp
         errors = torch.empty_like(w[:, first:last])
         for j in range(first, last):
             level = w[:, j] / scale
-            level = (level - shift[:, j] * level.sign()).round()
-            q[:, j] = level.clamp(-max_level, max_level)
-            error = (w[:, j] - q[:, j] * scale) / factor[j, j]
-            w[:, j:last] -= torch.outer(error, factor[j, j:last])
-            errors[:, j - first] = error
+            level -= shift[:, j] * level.sign()
+            q[:, j] = level.round().clamp(-max_level, max_level)
+            errors[:, j - first] = error = (w[:, j] - q[:, j] * scale) / factor[j, j]
+            w[:, j:last] -= error.outer(factor[j, j:last])
         w[:, last:] -= errors @ factor[first:last, last:]
     return q[:, torch.argsort(order)].to(torch.int8)
 
@@ -1754,7 +1740,7 @@ class QuantisedModel(NamedTuple):
 def quantise(model: GPT, hessians: dict[str, Tensor], world: World,
              widen: float = 1.0) -> QuantisedModel:
     """Quantises every stack; each rank solves its share of the blocks, and all get the integers."""
-    integers, all_scales, config = {}, {}, model.config
+    integers, all_scales, config, damp = {}, {}, model.config, model.config.gptq_damp
     vectors = {name: v.detach().half().cpu() for name, v in model.vectors().items()}
     balanced = config.quantiser == "rate"
     for name, parameter in model.stacks().items():
@@ -1765,26 +1751,23 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World,
         for block in range(world.rank, len(stack_LRC), world.size):
             w_RC, key, column_C = stack_LRC[block], hessian_name(name, block), columns[block]
             if balanced:
-                scales[block], column_C[:] = balanced_steps(
-                    w_RC, hessians, key, widen, config.gptq_damp)
+                scales[block], column_C[:] = balanced_steps(w_RC, hessians, key, widen, damp)
             else:
                 scales[block], column_C[:] = row_scales(w_RC, rule), 1.0
             levels[block] = gptq(
                 w_RC / column_C, hessians[key] * column_C.float().outer(column_C.float()),
-                scales[block], rule.max_level, config.gptq_damp, bit_cost=0.04 * balanced)
+                scales[block], rule.max_level, damp, bit_cost=0.04 * balanced)
         integers[name] = world.sum_(levels).view(stack.shape).cpu()
         all_scales[name] = world.sum_(scales).view(stack.shape[:-1]).cpu()
         if config.compressor == "ans":
-            shape = stack.shape[:-2] + stack.shape[-1:]
-            vectors[f"{name}.column"] = world.sum_(columns).view(shape).cpu()
+            vectors[f"{name}.column"] = world.sum_(columns).view(stack[..., 0, :].shape).cpu()
     return QuantisedModel(integers, all_scales, vectors)
 
 
 def stored_weights(quantised: QuantisedModel, name: str) -> Tensor:
     """The float32 stack that the integers, row scales and column scales of `name` stand for."""
-    stack = dequantise(quantised.integers[name], quantised.scales[name])
-    column = quantised.vectors.get(f"{name}.column")
-    return stack if column is None else stack * column.float().unsqueeze(-2)
+    column = quantised.vectors.get(f"{name}.column", torch.ones(1)).float().unsqueeze(-2)
+    return dequantise(quantised.integers[name], quantised.scales[name]) * column
 
 
 @torch.no_grad()
@@ -1798,7 +1781,7 @@ def restore_weights(model: GPT, quantised: QuantisedModel) -> None:
 
 def tensor_report(model: GPT, quantised: QuantisedModel) -> list[dict[str, object]]:
     """Entropy in bits per weight and relative error of every stack."""
-    rows: list[dict[str, object]] = []
+    rows = []
     for name, parameter in model.stacks().items():
         q, w = quantised.integers[name], parameter.detach().float().cpu()
         error = (w - stored_weights(quantised, name)).norm() / w.norm()
@@ -1811,28 +1794,25 @@ def entropy_bits(levels: Tensor) -> float:
     """Order-0 entropy of a stack of integers in bits, with one histogram per matrix."""
     total = 0.0
     for matrix in levels if levels.dim() == 3 else levels[None]:
-        counts = torch.bincount(matrix.flatten().int() + 128).double()
-        counts = counts[counts > 0]
-        total += float((counts * (counts.sum().log2() - counts.log2())).sum())
+        shares = torch.bincount(matrix.flatten().int() + 128).double() / matrix.numel()
+        total += matrix.numel() * float(torch.special.entr(shares).sum()) / math.log(2)
     return total
 
 
 def estimate_artifact_bytes(config: Config) -> int:
-    """Bytes of program and model to expect before training, as if rows were Gaussian.
-
-    Bits per weight are the differential entropy less the logarithm of the step.
-    """
+    """Bytes of program and model to expect before training, as if rows were Gaussian."""
     if config.quantiser == "rate":
         return config.artifact_cap_bytes
-    with torch.device("meta"):
-        model = GPT(config, sdpa_attend)
+    integers, floats = expected_shapes(config, "brotli")  # without column scales
     coder_loss = {"brotli": 1.014, "ans": 1.001}[config.compressor]
     total = float(len(packed_program()))
-    for name, stack in model.stacks().items():
+    for name, shape in integers.items():
         rule = quant_rule(config, name)
+        # Differential entropy less the logarithm of the step.
         bits = 0.5 * math.log2(2 * math.pi * math.e) - math.log2(rule.clip_sigmas / rule.max_level)
-        total += coder_loss * stack.numel() * max(bits, 0.05) / 8 + 1.33 * stack[..., 0].numel()
-    return int(total + 1.5 * sum(v.numel() for v in model.vectors().values()))
+        total += coder_loss * shape.numel() * max(bits, 0.05) / 8
+        total += 1.33 * floats.pop(f"{name}.scale").numel()
+    return int(total + 1.5 * sum(shape.numel() for shape in floats.values()))
 
 
 # ==================================================================================================
@@ -1854,6 +1834,7 @@ SLOTS = 1 << 15  # the sum of a context's frequencies
 CONTEXTS = 64
 FIRST_MAGNITUDE = 0x3D800000  # the bits of 1/16 as float32
 
+Shapes = dict[str, torch.Size]
 LevelTables = tuple[np.ndarray, np.ndarray]
 Visitor = Callable[[np.ndarray, np.ndarray, LevelTables], np.ndarray]
 
@@ -1883,18 +1864,16 @@ class Artifact(NamedTuple):
 def compress(levels: np.ndarray) -> bytes:
     """The bytes of an array as a brotli stream."""
     import brotli
-    return typing.cast(bytes, brotli.compress(levels.tobytes(), quality=11, lgwin=24))
+    return brotli.compress(levels.tobytes(), quality=11, lgwin=24)
 
 
 def decompress(data: bytes, size: int) -> bytes:
-    """The inverse of `compress`. Raises: ArtifactError unless exactly `size` bytes come out.
-
-    No more than one byte over `size` is ever produced.
-    """
+    """The inverse of `compress`. Raises: ArtifactError unless exactly `size` bytes come out."""
     import brotli
     decoder, out, piece = brotli.Decompressor(), b"", b" "
     try:
         while not decoder.is_finished() and len(out) <= size and (piece or data):
+            # Never over one byte more than `size`, whatever the stream would expand to.
             piece = decoder.process(data, output_buffer_limit=size + 1 - len(out))
             out, data = out + piece, b""
     except Exception as error:
@@ -1906,17 +1885,16 @@ def decompress(data: bytes, size: int) -> bytes:
 
 def require_compressor(config: Config) -> None:
     """Raises ConfigError where the codec is missing, before time goes into a model for it."""
-    package = f"COMPRESSOR={config.compressor} needs brotli 1.2: pip install -U 'brotli>=1.2'"
     try:
         from brotli import Decompressor
     except ImportError:
-        raise ConfigError(package) from None
+        Decompressor = None
     if not hasattr(Decompressor, "can_accept_more_data"):
-        raise ConfigError(package)
+        raise ConfigError(f"COMPRESSOR={config.compressor} needs brotli 1.2: "
+                          "pip install -U 'brotli>=1.2'")
 
 
-def expected_shapes(config: Config,
-                    codec: str) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
+def expected_shapes(config: Config, codec: str) -> tuple[Shapes, Shapes]:
     """Shapes of a file's integers and float16 tensors, in order; takes no memory."""
     with torch.device("meta"):
         model = GPT(config, sdpa_attend)
@@ -1959,10 +1937,10 @@ def walk_levels(levels_LRC: np.ndarray, row_LR: np.ndarray, limits: Sequence[int
     ratio = np.arange(low, low + size) / class_magnitude(np.arange(CONTEXTS), 20)[:, None]
     tail = np.square(np.square(1 + np.square(ratio.astype(np.float64)) / 23))
     counts = (4096 / np.square(tail)).astype(np.int64) + 1
-    tables, patience, waiting = level_tables(counts), 2048, 0
+    tables, patience, fresh = level_tables(counts), 2048, []
     row_RL1 = class_magnitude(row_LR.T, 21)[..., None]
-    rows_L1, shown_LC = 8 * row_RL1[0], np.repeat(8 * row_RL1[0], levels_LRC.shape[2], axis=1)
-    fresh: list[np.ndarray] = []
+    rows_L1 = 8 * row_RL1[0]
+    shown_LC = rows_L1.repeat(levels_LRC.shape[2], 1)
     for number, row_L1 in enumerate(row_RL1):
         context_LC = magnitude_class(shown_LC * (row_L1 / rows_L1), 20)
         symbol_LC = visit(context_LC, levels_LRC[:, number].astype(np.int32) - low, tables)
@@ -1970,12 +1948,10 @@ def walk_levels(levels_LRC: np.ndarray, row_LR: np.ndarray, limits: Sequence[int
         shown_LC += np.abs(symbol_LC + low)
         rows_L1 += row_L1
         fresh.append((context_LC * size + symbol_LC).ravel())
-        waiting += symbol_LC.size
-        if waiting > patience:
+        if len(fresh) * symbol_LC.size > patience:
             found = np.bincount(np.concatenate(fresh), minlength=counts.size)
             counts += 64 * found.reshape(counts.shape)
-            tables, patience = level_tables(counts), min(2 * patience, 1 << 20)
-            waiting, fresh = 0, []
+            tables, patience, fresh = level_tables(counts), min(2 * patience, 1 << 20), []
 
 
 def walk_stack(levels_LRC: np.ndarray, classes: np.ndarray, facts: Sequence[int],
@@ -2018,8 +1994,8 @@ def encode_levels(levels_LRC: np.ndarray) -> bytes:
             words.append(x[full].astype(np.uint16))
             x[full] >>= 16
             x += x // freq * (SLOTS - freq) + (cell & 0xFFFF)
-    return b"".join([struct.pack("5b", *facts), states.astype("<u4").tobytes(),
-                     np.concatenate(words[::-1]).astype("<u2").tobytes()])
+    tail = np.concatenate(words[::-1]).astype("<u2")
+    return struct.pack("5b", *facts) + states.astype("<u4").tobytes() + tail.tobytes()
 
 
 def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
@@ -2051,7 +2027,7 @@ def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
         walk_stack(levels_LRC, classes, struct.unpack_from("5b", data), take)
     except (ValueError, IndexError):  # facts or states that no encoder writes
         position = -1
-    if position != len(words) or bool((states != 1 << 16).any()):
+    if position != len(words) or (states != 1 << 16).any():
         raise ArtifactError("artifact: a stream of levels does not end where it began")
     return levels_LRC
 
@@ -2063,14 +2039,12 @@ def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) 
     values = np.concatenate([tensors[name].numpy().ravel() for name in floats]).astype("<f2")
     # Low bytes apart from high bytes: exponents compress, mantissas do not.
     planes = values.view(np.int8).reshape(-1, 2).T
-    stacks = [quantised.integers[name].view(-1, *shape[-2:]).numpy()
-              for name, shape in integers.items()]
+    stacks = [quantised.integers[k].view(-1, *shape[-2:]).numpy() for k, shape in integers.items()]
     encode = encode_levels if config.compressor == "ans" else compress
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         streams = [*pool.map(encode, stacks), compress(planes)]
     settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
-    lengths = [len(stream) for stream in streams]
-    header = Header(settings, plan.name, config.preset, config.compressor, lengths)
+    header = Header(settings, plan.name, config.preset, config.compressor, [*map(len, streams)])
     text = json.dumps(header._asdict(), separators=(",", ":")).encode()
     packed = lzma.compress(text, lzma.FORMAT_ALONE)
     frame = struct.pack("<II", len(packed), len(text))
@@ -2228,8 +2202,7 @@ def save_artifact(path: Path, blob: bytes, quantised: QuantisedModel, model: GPT
     write_atomically(path, blob)
     cap, code_bytes = model.config.artifact_cap_bytes, len(packed_program())
     total = code_bytes + len(blob)
-    sizes: dict[str, object] = {"code_bytes": code_bytes, "model_bytes": len(blob),
-                                "total_bytes": total}
+    sizes = {"code_bytes": code_bytes, "model_bytes": len(blob), "total_bytes": total}
     log.put("artifact", **sizes, cap_bytes=cap, unused_bytes=cap - total, path=str(path),
             sha256=hashlib.sha256(blob).hexdigest(), codec=model.config.compressor)
     weights = sum(q.numel() for q in quantised.integers.values())
@@ -2238,8 +2211,6 @@ def save_artifact(path: Path, blob: bytes, quantised: QuantisedModel, model: GPT
     log.event("artifact", **sizes)
     log.line(f"artifact_bytes = {code_bytes:,} code + {len(blob):,} model = {total:,} / {cap:,}")
 
-
-PACKED_MEMBER = "source"
 
 # Runs the program inside its archive. The line cache gets the text, because tracebacks,
 # torch.compile and Triton read the source of what they compile.
@@ -2272,18 +2243,17 @@ def pack_program(source: str) -> bytes:
     data = bz2.compress(strip_source(source).encode())
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content, method in ((PACKED_MEMBER, data, zipfile.ZIP_STORED), (
-                "__main__.py", PACKED_STUB.encode(), zipfile.ZIP_DEFLATED)):
+        for name, content in (("source", data), ("__main__.py", PACKED_STUB.encode())):
             member = zipfile.ZipInfo(name)  # its fixed date makes the archive reproducible
             member.create_system = 3
-            archive.writestr(member, content, method, 9)
+            archive.writestr(member, content, zipfile.ZIP_DEFLATED, 9)
     return buffer.getvalue()
 
 
 def unpack_program(path: Path) -> str:
     """The source inside a packed program."""
     with zipfile.ZipFile(path) as archive:
-        return bz2.decompress(archive.read(PACKED_MEMBER)).decode()
+        return bz2.decompress(archive.read("source")).decode()
 
 
 # ==================================================================================================
