@@ -2265,11 +2265,7 @@ def unpack_program(path: Path) -> str:
 
 
 class ScoreLedger:
-    """Every target's score, taken exactly once.
-
-    `released` hands out tokens for adaptation only after their scores are final; `total_nats`
-    refuses an incomplete ledger. `agree` makes final what all ranks have scored.
-    """
+    """Every target's score, taken exactly once; nothing is released before it is scored."""
 
     def __init__(self, stream: ValStream, world: World) -> None:
         self.stream, self.world = stream, world
@@ -2284,11 +2280,11 @@ class ScoreLedger:
         positions = np.concatenate([np.arange(start, start + n) for start, n in spans])
         again = (self.scored[positions] | self.final[positions]).any()
         if again or np.unique(positions).size != positions.size:
-            raise LegalityError(f"a target between {positions.min()} and {positions.max()} was "
-                                "scored before")
+            first, last = positions.min(), positions.max()
+            raise LegalityError(f"a target between {first} and {last} was scored before")
         self.scored[positions] = 1
         place = torch.from_numpy(positions).to(nats_BS.device)
-        self.nats[place] = nats_BS.flatten()[scored_places(counts, nats_BS)].float()
+        self.nats[place] = scored_nats(counts, nats_BS).float()
 
     def agree(self, first: int, last: int) -> None:
         """Makes all ranks' scores of some targets final. Raises: LegalityError if two have one."""
@@ -2309,11 +2305,11 @@ class ScoreLedger:
         if not all(self.scored[first:stop].all() for first, stop in spans):
             raise LegalityError("a target was to be learned from before its score was committed")
         self.num_releases += 1
-        return nats_BS.flatten()[scored_places(windows.counts(), nats_BS)].sum()
+        return scored_nats(windows.counts(), nats_BS).sum()
 
     def require_final(self, first: int, last: int) -> None:
         """Raises LegalityError unless every target from `first` to `last` has a final score."""
-        missing = int((self.final[first:last] == 0).sum())
+        missing = (self.final[first:last] == 0).sum()
         if missing:
             raise LegalityError(f"{missing} targets between {first} and {last} are not scored")
 
@@ -2321,13 +2317,13 @@ class ScoreLedger:
         """Sum over all targets and ranks, in float64. Raises: LegalityError if one is missing."""
         self.agree(0, self.final.size)
         self.require_final(0, self.final.size)
-        return float(self.world.sum_(self.nats.double().sum()).item())
+        return float(self.world.sum_(self.nats.double().sum()))
 
 
-def scored_places(counts: np.ndarray, nats_BS: Tensor) -> Tensor:
-    """Where the first counts[b] entries of every row b lie in the flattened scores."""
+def scored_nats(counts: np.ndarray, nats_BS: Tensor) -> Tensor:
+    """The first counts[b] entries of every row b, one after the other."""
     kept_BS = np.arange(nats_BS.shape[1]) < np.asarray(counts)[:, None]
-    return torch.from_numpy(np.flatnonzero(kept_BS)).to(nats_BS.device)
+    return nats_BS.flatten()[torch.from_numpy(np.flatnonzero(kept_BS)).to(nats_BS.device)]
 
 
 class Windows(NamedTuple):
@@ -2347,9 +2343,8 @@ class Windows(NamedTuple):
 
     def share(self, world: World) -> Windows:
         """This rank's contiguous share."""
-        count = len(self.starts)
-        first, last = (count * r // world.size for r in (world.rank, world.rank + 1))
-        return self.select(slice(first, last))
+        ranks = np.array([world.rank, world.rank + 1])
+        return self.select(slice(*len(self.starts) * ranks // world.size))
 
 
 def plain_windows(num_targets: int, seq_len: int) -> Windows:
@@ -2370,9 +2365,8 @@ def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
 
 def document_windows(stream: ValStream, seq_len: int, stride: int) -> Windows:
     """The sliding windows of every document; its last target is the next one's first token."""
-    spans = zip(stream.document_starts, stream.document_stops, strict=True)
     parts = [[start + a for a in sliding_windows(stop - start, seq_len, stride)]
-             for start, stop in spans]
+             for start, stop in zip(stream.document_starts, stream.document_stops, strict=True)]
     return Windows(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
@@ -2402,8 +2396,8 @@ class Scorer:
     @torch.no_grad()
     def score(self, windows: Windows, ledger: ScoreLedger) -> None:
         """Scores windows in order; those that skip equally many positions share batches."""
-        skipped, rows = windows.first_scored - windows.starts, self.model.config.eval_rows
-        width = self.model.config.eval_seq_len
+        skipped, config = windows.first_scored - windows.starts, self.model.config
+        rows, width = config.eval_rows, config.eval_seq_len
         for skip in np.unique(skipped):
             group = windows.select(skipped == skip)
             for first in range(0, len(group.starts), rows):
@@ -2414,9 +2408,8 @@ class Scorer:
     def predict(self, batch: Batch, ledger: ScoreLedger, adapter: LowRank | None = None) -> Tensor:
         """Nats (rows, scored) of the batch's targets under the weights as they are now."""
         starts = np.resize(batch.windows.starts, (batch.rows, 1))  # repeats pad the batch
-        offsets = torch.arange(batch.width + 1, device=self.world.device)
-        index = torch.from_numpy(starts).to(self.world.device) + offsets
-        rows = self.tokens[index.clamp_(max=len(self.tokens) - 1)]
+        index = np.minimum(starts + np.arange(batch.width + 1), self.stream.num_targets)
+        rows = self.tokens[torch.from_numpy(index).to(self.world.device)]
         nats_BS = self.nats(rows, batch, adapter)
         if self.audit:
             self.audit.observe(self, ledger, batch, rows, nats_BS, adapter)
@@ -2424,8 +2417,7 @@ class Scorer:
 
     def nats(self, rows: Tensor, batch: Batch, adapter: LowRank | None) -> Tensor:
         """Nats (rows, scored) of the targets in token rows (rows, width + 1)."""
-        x_BSD = self.states(rows, batch, adapter)
-        return self.model.nats(x_BSD, batch.span(rows[:, 1:]), adapter)
+        return self.model.nats(self.states(rows, batch, adapter), batch.span(rows[:, 1:]), adapter)
 
     def states(self, rows: Tensor, batch: Batch, adapter: LowRank | None) -> Tensor:
         """Hidden states at the scored positions."""
@@ -2435,8 +2427,7 @@ class Scorer:
 
 AUDIT_EVERY = 100  # batches, from the first on: what keeps the overhead at a few percent
 AUDIT_TOLERANCE = 1e-4  # nats, or probability
-CONDITIONS = ("c1_causal", "c2_normalised", "c3_score_first", "c4_single_pass",
-              "documents_isolated")
+CONDITIONS = "c1_causal", "c2_normalised", "c3_score_first", "c4_single_pass", "documents_isolated"
 
 
 class Audit:
@@ -2527,19 +2518,17 @@ def finish_score(scorer: Scorer, ledger: ScoreLedger, begin: float) -> Score:
     nats, stream = ledger.total_nats(), ledger.stream
     if scorer.audit and scorer.world.is_main:  # an incomplete or repeated score has raised
         scorer.audit.note("c4_single_pass", stream.num_targets, 0.0)
-    bits = bits_per_byte(nats, stream.num_bytes)
-    return Score(nats / stream.num_targets, bits, time.perf_counter() - begin)
+    return Score(nats / stream.num_targets, bits_per_byte(nats, stream.num_bytes),
+                 time.perf_counter() - begin)
 
 
 def log_score(log: RunLog, key: str, label: str, score: Score) -> None:
     """Writes a score under its key, and in the text under the label that published logs use."""
-    log.put("bpb", **{key: score.bits})
-    log.put("nats", **{key: score.nats})
-    log.put("eval_seconds", **{key: round(score.seconds, 2)})
-    log.event("eval", label=key, val_loss=score.nats, val_bpb=score.bits,
-              seconds=round(score.seconds, 3))
-    log.line(f"{label} val_loss:{score.nats:.8f} val_bpb:{score.bits:.8f} "
-             f"eval_time:{1e3 * score.seconds:.0f}ms")
+    nats, bits, seconds = score
+    for section, value in ("bpb", bits), ("nats", nats), ("eval_seconds", round(seconds, 2)):
+        log.put(section, **{key: value})
+    log.event("eval", label=key, val_loss=nats, val_bpb=bits, seconds=round(seconds, 3))
+    log.line(f"{label} val_loss:{nats:.8f} val_bpb:{bits:.8f} eval_time:{1e3 * seconds:.0f}ms")
 
 
 # ==================================================================================================
@@ -2561,24 +2550,20 @@ class ChunkLearner:
     def adapt(self, tokens: np.ndarray, lr: float) -> None:
         """All epochs on one released chunk; a tail shorter than a sequence is left out."""
         seq_len = self.config.eval_seq_len
-        rows = torch.from_numpy(tokens).unfold(0, seq_len + 1, seq_len) \
-            if tokens.size > seq_len else torch.empty(0, seq_len + 1, dtype=torch.int32)
-        self.sgd.param_groups[0]["lr"] = lr
-        for batch in rows.split(self.config.eval_rows) * self.config.ttt_epochs:
-            if len(batch):
+        if tokens.size > seq_len:
+            self.sgd.param_groups[0]["lr"] = lr
+            rows = torch.from_numpy(tokens).unfold(0, seq_len + 1, seq_len)
+            for batch in rows.split(self.config.eval_rows) * self.config.ttt_epochs:
                 self.descend(batch)
 
     def descend(self, batch: Tensor) -> None:
-        """One step on the mean over the batch: equally many rows per rank, padding weighs 0."""
-        world, total = self.world, len(batch)
-        share = -(-total // world.size)
+        """One step on the mean over the batch: equally many rows per rank, padding not counted."""
+        world, share = self.world, -(-len(batch) // self.world.size)
         mine = batch[world.rank * share:(world.rank + 1) * share]
-        weight_B1 = torch.full((len(mine), 1), 1 / (total * (batch.shape[1] - 1)))
-        rows, weight_B1 = (F.pad(t, (0, 0, 0, share - len(mine))).to(world.device)
-                           for t in (mine, weight_B1))
+        rows = F.pad(mine, (0, 0, 0, share - len(mine))).to(world.device)
         nats = self.scorer.model(rows[:, :-1], rows[:, 1:], self.scorer.plan,
                                  block_runner=self.scorer.block_runner)
-        (nats * weight_B1).sum().backward()
+        (nats[:len(mine)].sum() / batch[:, 1:].numel()).backward()
         world.sum_all_([gradient_of(p) for p in self.parameters])
         if self.config.ttt_grad_clip:
             nn.utils.clip_grad_norm_(self.parameters, self.config.ttt_grad_clip)
@@ -2592,10 +2577,9 @@ def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     begin, size = time.perf_counter(), config.ttt_chunk_tokens
     ledger, learner = ScoreLedger(scorer.stream, scorer.world), ChunkLearner(scorer)
     last_chunk = (num_targets - 1) // size
-    chunk_of_window = np.minimum(windows.first_scored // size, last_chunk)
     for chunk in range(last_chunk + 1):
         first, last = chunk * size, min((chunk + 1) * size, num_targets)
-        of_chunk = windows.select(chunk_of_window == chunk)
+        of_chunk = windows.select(windows.first_scored // size == chunk)
         scorer.score(of_chunk.share(scorer.world), ledger)  # 1. predict with the present weights
         ledger.agree(first, last)  # 2. final: a second score raises
         if chunk < last_chunk:
@@ -2625,7 +2609,6 @@ class LowRank:
 
     def __init__(self, model: GPT, plan: DepthPlan) -> None:
         c, shapes = model.requires_grad_(False).config, {**model.stacks(), "head": model.embed}
-        sites = [site for site in SITES if site in c.ttt_lora_sites.split(",")]
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(c.ttt_batch_size, *shape, device=model.embed.device,
@@ -2636,7 +2619,8 @@ class LowRank:
         self.factors: dict[int, Factors] = {
             visit: {site: (zeros(shapes[site].shape[-1], c.ttt_lora_rank),
                            zeros(c.ttt_lora_rank, shapes[site].shape[-2]))
-                    for site in sites if (site == "head") == (visit < 0)}
+                    for site in SITES
+                    if site in c.ttt_lora_sites.split(",") and (site == "head") == (visit < 0)}
             for visit in range(-1, len(plan.visits))}
         self.pairs = [pair for factors in self.factors.values() for pair in factors.values()]
         self.parameters = [factor for pair in self.pairs for factor in pair]
@@ -2648,10 +2632,10 @@ class LowRank:
         """The adapted output of one layer."""
         return low_rank(self.factors[visit], self.scale, site, x, y)
 
-    def run_block(self, *inputs: object) -> Tensor:
+    def run_block(self, *inputs: typing.Any) -> Tensor:
         """One block, adapted as in the visit that its last input is bound to."""
-        visit = typing.cast("functools.partial[Tensor]", inputs[-1]).args[0]
-        return self.compiled(*inputs[:-1], factors=self.factors[visit], scale=self.scale)
+        factors = self.factors[inputs[-1].args[0]]
+        return self.compiled(*inputs[:-1], factors=factors, scale=self.scale)
 
     @torch.no_grad()
     def reset(self, keep_a: bool = False) -> None:
@@ -2661,8 +2645,7 @@ class LowRank:
         for a, b in self.pairs:
             b.zero_()
             if not keep_a:
-                uniform = torch.rand(a.shape[1:], generator=generator) * 2 - 1
-                a.copy_(uniform / math.sqrt(a.shape[1]))
+                a.copy_((torch.rand(a.shape[1:], generator=generator) * 2 - 1) / a.shape[1] ** 0.5)
 
     def learn(self, loss: Tensor) -> None:
         """One step of every row on its own share of the loss."""
@@ -2717,11 +2700,8 @@ def group_documents(starts: np.ndarray, stops: np.ndarray, config: Config) -> li
 def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
     """Indices by rank: the costliest first, each to the rank with the least so far."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0.0] * ranks
-    for index in np.argsort(-np.array(costs), kind="stable").tolist():
-        rank = loads.index(min(loads))
-        shares[rank].append(index)
-        loads[rank] += costs[index]
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        min(shares, key=lambda share: sum(costs[i] for i in share)).append(index)
     return shares
 
 
@@ -2757,15 +2737,15 @@ def project_documents(scorer: Scorer, adapters: LowRank) -> float:
     """Warms up every shape on random tokens; seconds of the official text on eight ranks."""
     config, stops, seconds = adapters.config, np.cumsum(official_lengths()), {}
     groups = group_documents(np.append(0, stops[:-1]), stops, config)
-    ends = (batch for group in (groups[0], groups[-1]) for batch in group.passes(config))
-    shapes = {batch.width: batch for batch in ends}
-    for width, batch in (*shapes.items(), *shapes.items()):  # the first round compiles
+    shapes = {batch.width: batch for group in groups[:1] + groups[-1:]
+              for batch in group.passes(config)}
+    for width, batch in 2 * list(shapes.items()):  # the first round compiles
         rows = torch.randint(config.vocab_size, (batch.rows, width + 1))
         begin = time.perf_counter()
         adapters.learn(scorer.nats(rows.to(scorer.world.device), batch, adapters).sum())
         scorer.world.synchronize()
         seconds[width] = time.perf_counter() - begin
-    costs = [sum(map(seconds.__getitem__, group.widths(config))) for group in groups]
+    costs = [sum(seconds[width] for width in group.widths(config)) for group in groups]
     return max(sum(costs[i] for i in share) for share in share_out(costs, RECORD_RANKS))
 
 
@@ -2797,21 +2777,19 @@ def resolve_track(config: Config, world: World, val: ValStream, attention_name: 
             config.track == "auto" and not (official and world.size == RECORD_RANKS)):
         return "non_record"
     compiled = config.compile and not os.environ.get("TORCH_COMPILE_DISABLE")
-    rules = (
-        (world.size == RECORD_RANKS, "WORLD_SIZE", world.size, RECORD_RANKS),
-        (official, "validation targets", val.num_targets, OFFICIAL_VAL_TARGETS),
-        (compiled, "COMPILE", 0, 1),
-        (attention_name not in ("flash", "math"), "ATTENTION", attention_name, "fa3, fa4 or cudnn"),
-        (0 < config.max_wallclock_seconds <= 600, "MAX_WALLCLOCK_SECONDS",
-         config.max_wallclock_seconds, "at most 600"),
-        (config.max_eval_seconds <= 600, "MAX_EVAL_SECONDS", config.max_eval_seconds,
-         "at most 600"),
-        (config.artifact_cap_bytes <= 16_000_000, "ARTIFACT_CAP_BYTES", config.artifact_cap_bytes,
-         "at most 16000000"),
-    )
-    for holds, name, value, bound in rules:
+    train_seconds, eval_seconds = config.max_wallclock_seconds, config.max_eval_seconds
+    cap = config.artifact_cap_bytes
+    for holds, setting, bound in (
+            (world.size == RECORD_RANKS, f"WORLD_SIZE={world.size}", RECORD_RANKS),
+            (official, f"validation targets={val.num_targets}", OFFICIAL_VAL_TARGETS),
+            (compiled, "COMPILE=0", 1),
+            (attention_name not in ("flash", "math"), f"ATTENTION={attention_name}",
+             "fa3, fa4 or cudnn"),
+            (0 < train_seconds <= 600, f"MAX_WALLCLOCK_SECONDS={train_seconds}", "at most 600"),
+            (eval_seconds <= 600, f"MAX_EVAL_SECONDS={eval_seconds}", "at most 600"),
+            (cap <= 16_000_000, f"ARTIFACT_CAP_BYTES={cap}", "at most 16000000")):
         if not holds:
-            raise ConfigError(f"TRACK=10min_16mb: {name}={value} must be {bound}")
+            raise ConfigError(f"TRACK=10min_16mb: {setting} must be {bound}")
     return "10min_16mb"
 
 
@@ -2822,19 +2800,18 @@ def prepare(config: Config, world: World) -> Setup:
     batch_shape(config, world.size)
     require_compressor(config)
     val = ValStream.load(config)
-    if len(packed_program()) >= config.artifact_cap_bytes:
+    source, packed = program_source(), packed_program()
+    if len(packed) >= config.artifact_cap_bytes:
         raise ConfigError(f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes} must be above the bytes "
-                          f"of the packed program ({len(packed_program())})")
+                          f"of the packed program ({len(packed)})")
     if config.eval_only:
         open_artifact(Path(config.eval_only), config)
     else:
         TrainLoader([read_shard(p) for p in find_shards(config.dataset_dir, "train")], config)
-    facts = {**environment_facts(world), "data": data_facts(config, val)}
+    facts: dict[str, typing.Any] = {**environment_facts(world), "data": data_facts(config, val)}
     backend = choose_attention(config.attention, world.device)
-    track = resolve_track(config, world, val, backend.name)
-    log = RunLog(config, world)
-    source, packed = program_source(), packed_program()
-    typing.cast("dict[str, object]", facts["versions"])["attention_backend"] = backend.name
+    track, log = resolve_track(config, world, val, backend.name), RunLog(config, world)
+    facts["versions"]["attention_backend"] = backend.name
     log.result |= {"run_id": log.run_id, "track": track, "preset": config.preset,
                    "seed": config.seed, "world_size": world.size, "config_hash": config.config_hash,
                    "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
@@ -2864,9 +2841,10 @@ def data_facts(config: Config, val: ValStream) -> dict[str, object]:
     except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}") from None
     tokenizer = digest(config.tokenizer_file.read_bytes()).hexdigest()
-    if manifest.get("tokenizer_sha256", tokenizer) != tokenizer:
+    written = manifest.get("tokenizer_sha256", tokenizer)
+    if written != tokenizer:
         raise DataError(f"{config.tokenizer_file}: sha256 {tokenizer[:16]}, but {path} says the "
-                        f"shards were written with {manifest['tokenizer_sha256'][:16]}")
+                        f"shards were written with {written[:16]}")
     if val.num_targets // 2048 * 2048 == OFFICIAL_VAL_TARGETS \
             and val.num_bytes not in OFFICIAL_VAL_BYTES:
         raise DataError(f"{config.dataset_dir}: the official targets stand for {val.num_bytes} "
@@ -2886,7 +2864,7 @@ def train_to_artifact(setup: Setup) -> Path:
     groups = count_parameters(trainer.model)
     total = sum(count for _, count in groups.values())
     log.put("data", train_tokens=tokens, train_shards=shards)
-    log.put("model", parameters=total, groups={name: list(pair) for name, pair in groups.items()})
+    log.put("model", parameters=total, groups=groups)
     log.line(f"train_shards: {shards} | train_tokens: {tokens} | model_params:{total}")
 
     def score(plan: DepthPlan) -> Score:
@@ -2894,10 +2872,9 @@ def train_to_artifact(setup: Setup) -> Path:
         return evaluate(Scorer(trainer.model, plan, val, world), windows)
 
     def validate(step: int, plan: DepthPlan, is_last: bool) -> None:
-        result = score(plan)
-        log.event("val", step=step, label="raw", val_loss=result.nats, val_bpb=result.bits)
-        log.line(f"{step}/{config.iterations} val_loss: {result.nats:.4f} "
-                 f"val_bpb: {result.bits:.4f}")
+        nats, bits, _ = result = score(plan)
+        log.event("val", step=step, label="raw", val_loss=nats, val_bpb=bits)
+        log.line(f"{step}/{config.iterations} val_loss: {nats:.4f} val_bpb: {bits:.4f}")
         if is_last:
             log_score(log, "raw", "final raw weights", result)
 
@@ -2919,8 +2896,7 @@ def train_to_artifact(setup: Setup) -> Path:
 def evaluate_artifact(setup: Setup, path: Path) -> None:
     """Scores what the file at `path` stands for; the last evaluation is the headline.
 
-    The strict clock runs from opening the file to the last score, the lenient one over the
-    headline's evaluation alone.
+    The strict clock runs from opening the file on, the lenient one over the headline alone.
     """
     config, world, log, attend, val = setup
     begin, targets = time.perf_counter(), val.num_targets
@@ -2937,18 +2913,19 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         windows = document_windows(val, seq_len, stride)
         headline, score = "documents", evaluate(scorer, windows, by_document=True)
         log_score(log, headline, "quantized_documents", score)
-    if config.ttt_enabled and config.ttt_mode == "documents":
-        adapters = LowRank(model, plan)
-        full = project_documents(scorer, adapters)
-        headline, score = "ttt_documents", evaluate_documents(scorer, adapters)
-    elif config.ttt_enabled:
-        log.line(f"ttt:start chunks={-(-targets // config.ttt_chunk_tokens)} "
-                 f"ttt_lr={config.ttt_lr} ttt_epochs={config.ttt_epochs}")
-        headline, score = "ttt_sgd", evaluate_adapting(scorer, sliding)
     if config.ttt_enabled:
+        headline = f"ttt_{config.ttt_mode}"
+        if config.ttt_mode == "documents":
+            adapters = LowRank(model, plan)
+            full = project_documents(scorer, adapters)
+            score = evaluate_documents(scorer, adapters)
+        else:
+            log.line(f"ttt:start chunks={-(-targets // config.ttt_chunk_tokens)} "
+                     f"ttt_lr={config.ttt_lr} ttt_epochs={config.ttt_epochs}")
+            score = evaluate_adapting(scorer, sliding)
         log_score(log, headline, "quantized_ttt", score)
     if headline != "ttt_documents":
-        full = score.seconds * (OFFICIAL_VAL_TARGETS / RECORD_RANKS) / (targets / world.size)
+        full = score.seconds * OFFICIAL_VAL_TARGETS / RECORD_RANKS * world.size / targets
     strict = time.perf_counter() - begin
     log.put("clocks", eval_seconds_strict=round(strict, 2),
             eval_seconds_lenient=round(score.seconds, 2),
@@ -2977,12 +2954,12 @@ def report_outcome(log: RunLog) -> None:
 
 def crossed_budget(config: Config, log: RunLog) -> str:
     """The budget that the run did not keep, or nothing."""
-    clocks = log.section("clocks")
-    for clock, setting in (("training_seconds", "max_wallclock_seconds"),
-                           ("eval_seconds_strict", "max_eval_seconds")):
-        seconds, budget = clocks.get(clock, 0.0), getattr(config, setting)
+    for name, clock, budget in (
+            ("MAX_WALLCLOCK_SECONDS", "training_seconds", config.max_wallclock_seconds),
+            ("MAX_EVAL_SECONDS", "eval_seconds_strict", config.max_eval_seconds)):
+        seconds = log.section("clocks").get(clock, 0.0)
         if 0 < budget < seconds:
-            return f"{setting.upper()}={budget:g} was crossed: {seconds:.1f}s"
+            return f"{name}={budget:g} was crossed: {seconds:.1f}s"
     return ""
 
 
@@ -2994,20 +2971,19 @@ def describe_config(config: Config, world: World) -> str:
     for plan in depth_plans(config):
         lines.append(f"plan {plan.name}: {plan.describe()} "
                      f"{flops_per_token(config, plan) / 1e6:.1f} MFLOP per training token")
-        for number, visit in enumerate(plan.visits):
-            form = block_form(config, visit.block)
-            skip = f", skip {visit.skip_row} from visit {visit.skip_from}"
-            lines.append(f"  visit {number:>2}: block {visit.block} pass {visit.pass_number} "
-                         f"{form.residual}{' xsa' if form.exclusive else ''}"
-                         f"{skip if visit.skip_row >= 0 else ''}")
+        for number, (block, pass_number, skip_row, skip_from) in enumerate(plan.visits):
+            form = block_form(config, block)
+            skip = f", skip {skip_row} from visit {skip_from}" if skip_row >= 0 else ""
+            lines.append(f"  visit {number:>2}: block {block} pass {pass_number} {form.residual}"
+                         f"{' xsa' if form.exclusive else ''}{skip}")
     with torch.device("meta"):
         groups = count_parameters(GPT(config, sdpa_attend))
     lines += [f"{name}: {tensors} tensors, {count:,} parameters"
               for name, (tensors, count) in groups.items()]
-    shape = batch_shape(config, world.size)
+    micro_steps, sequences = batch_shape(config, world.size)
     lines += [f"total: {sum(count for _, count in groups.values()):,} parameters",
-              f"batch: {world.size} ranks x {shape.micro_steps} micro-steps x {shape.sequences} "
-              f"sequences x {config.train_seq_len} tokens",
+              f"batch: {world.size} ranks x {micro_steps} micro-steps x {sequences} sequences x "
+              f"{config.train_seq_len} tokens",
               f"expected artifact: {estimate_artifact_bytes(config):,} of "
               f"{config.artifact_cap_bytes:,} bytes"]
     return "\n".join(lines)
