@@ -2472,7 +2472,7 @@ class Audit:
         vocabulary = torch.arange(scorer.model.config.vocab_size).to(rows)
         counts = batch.windows.counts()
         drawn = int(torch.randint(int(counts.max()), (), generator=self.generator))
-        cut = batch.width - batch.span(rows)[:, drawn:].shape[1]
+        cut = int(batch.windows.first_scored[-1] - batch.windows.starts[-1]) + drawn
         altered = torch.randint(len(vocabulary), rows.shape, generator=self.generator).to(rows)
         altered[::2, :cut + 1] = rows[::2, :cut + 1]
         with torch.set_grad_enabled(nats_BS.requires_grad):  # the graph that scored
