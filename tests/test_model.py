@@ -400,3 +400,19 @@ def test_shallow_models_train(make_config: MakeConfig, layers: int) -> None:
     model(rows[:, :-1], rows[:, 1:], plan).mean().backward()
     norm = golf.Optimizer(model, config, golf.World()).step(0, 1.0)
     assert math.isfinite(norm.item())
+
+
+def test_kernel_with_broken_gradients_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return golf.sdpa_attend(q, k, v)
+
+        @staticmethod
+        def backward(ctx: object, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            nan = torch.full((2, 256, 4, 64), torch.nan)
+            return torch.zeros_like(dy), nan, nan
+
+    monkeypatch.setattr(golf, "load_sdpa", lambda device, kernel: Broken.apply)
+    with pytest.raises(golf.ConfigError, match="nan"):
+        golf.choose_attention("math", torch.device("cpu"))
