@@ -23,24 +23,27 @@ import difflib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import lzma
 import math
 import os
 import platform
 import queue
+import shlex
+import signal
 import struct
 import subprocess
 import sys
 import threading
 import time
+import traceback
 import typing
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -86,6 +89,14 @@ class TrainingError(GolfError):
     """Training produced a value that no later step can recover from."""
 
 
+class StorageError(GolfError, OSError):
+    """A file cannot be written."""
+
+
+class StopError(GolfError):
+    """A signal ended the run; what it had is on disk."""
+
+
 Number = typing.TypeVar("Number", int, float)
 
 
@@ -107,6 +118,9 @@ class Config:
     run_dir: str = "runs"
     print_config: bool = False
     eval_only: str = ""  # path of an artifact; skips training
+    resume: str = ""  # a checkpoint, the folder of a run, or auto: RUN_ID's newest, if there is one
+    checkpoint_every: float = within(0.0, 0, 1e7)  # seconds; 0: only when a signal ends training
+    rank_timeout_seconds: float = within(900.0, 1, 1e6)  # for which a rank waits for the others
     attention: Literal["auto", "fa3", "fa4", "cudnn", "flash", "math"] = "auto"
     compile: bool = True
     # Data
@@ -251,7 +265,7 @@ class Config:
 
 
 NOT_METHOD = {"seed", "run_id", "log_dir", "run_dir", "print_config", "eval_only", "data_dir",
-              "data_path", "tokenizer_path"}
+              "data_path", "tokenizer_path", "resume", "checkpoint_every", "rank_timeout_seconds"}
 
 PRESETS: dict[str, dict[str, object]] = {
     "record": {},
@@ -346,6 +360,8 @@ def check_consistency(config: Config) -> None:
          "max_wallclock_seconds", "0 or above", "gptq_reserve_seconds"),
         (c.sliding_window_enabled or not c.ttt_enabled, "ttt_enabled", "0 without",
          "sliding_window_enabled"),
+        (c.run_id or c.resume != "auto", "resume", "a path, or given with", "run_id"),
+        (not (c.resume and c.eval_only), "resume", "empty with", "eval_only"),
     )
     for holds, name, relation, other in rules:
         if not holds:
@@ -371,6 +387,7 @@ class World:
         self.rank, self.size, self.device = rank, size, torch.device(device)
         self.is_main, self.is_cuda = rank == 0, self.device.type == "cuda"
         self.control: dist.ProcessGroup | None = None
+        self.training = self.signalled = self.stopping = False
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> World:
@@ -393,20 +410,63 @@ class World:
         return cls(rank, size, f"cuda:{local_rank}")
 
     @contextlib.contextmanager
-    def process_group(self) -> Iterator[None]:
-        """Connects the ranks for the duration of a block."""
+    def process_group(self, timeout_seconds: float = 900.0) -> Iterator[None]:
+        """Connects the ranks and listens to signals for the duration of a block.
+
+        Of several ranks, one that fails ends at once and brings the others down; only the first
+        to fail says why.
+        """
         if self.is_cuda:
             torch.cuda.set_device(self.device)
-        if self.size == 1:
-            yield
-            return
-        backend, device = ("nccl", self.device) if self.is_cuda else ("gloo", None)
-        dist.init_process_group(backend, rank=self.rank, world_size=self.size, device_id=device)
-        self.control = dist.new_group(backend="gloo") if self.is_cuda else dist.group.WORLD
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        handlers = [signal.signal(number, self.interrupt) for number in numbers]
         try:
+            if self.size > 1:
+                self.connect(timedelta(seconds=timeout_seconds))
             yield
+            if self.size > 1:
+                dist.destroy_process_group()
+        except BaseException as error:
+            if self.size > 1:
+                text = self.explain(error)
+                if text.startswith(f"rank {self.rank}:"):
+                    print(f"error: {text}", file=sys.stderr, flush=True)
+                # An orderly end would wait for peers that are gone.
+                os._exit(75 if isinstance(error, StopError) else 1)
+            raise
         finally:
-            dist.destroy_process_group()
+            for number, handler in zip(numbers, handlers, strict=True):
+                signal.signal(number, handler)
+
+    def connect(self, timeout: timedelta) -> None:
+        """Joins the other ranks."""
+        backend, device = ("nccl", self.device) if self.is_cuda else ("gloo", None)
+        dist.init_process_group(backend, rank=self.rank, world_size=self.size, device_id=device,
+                                timeout=timeout)
+        self.control = (dist.new_group(backend="gloo", timeout=timeout) if self.is_cuda
+                        else dist.group.WORLD)
+
+    def interrupt(self, number: int, frame: object) -> None:
+        """Ends the run with StopError: at the next step boundary while training, else at once."""
+        first, self.signalled = not self.signalled, True
+        if first and not self.training:
+            raise StopError(f"stopped by {signal.Signals(number).name}")
+
+    def explain(self, error: BaseException) -> str:
+        """Why the run ends: of several ranks, the error that was the first to be explained."""
+        text = str(error) if isinstance(error, GolfError) else traceback.format_exc().strip()
+        if self.size == 1:
+            return text
+        with contextlib.suppress(Exception):  # the store is gone with the process that held it
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"heard {self.rank}", "")
+            signs = ("imed out", "closed by peer", "reset by peer")
+            if any(sign in text for sign in signs) and not store.check(["failure"]):
+                time.sleep(2)
+                lost = [r for r in range(self.size) if not store.check([f"heard {r}"])]
+                text = f"nothing heard from ranks {lost}: {error}".split("\n")[0]
+            text = store.compare_set("failure", "", f"rank {self.rank}: {text}").decode()
+        return text
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """`tensor`, replaced by its sum over ranks."""
@@ -441,12 +501,15 @@ class World:
         return out
 
     def decide(self, *values: float) -> tuple[float, ...]:
-        """Rank 0's `values` on every rank: one clock and one choice for all."""
-        if self.size == 1:
-            return values
-        box = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(box, 0, group=self.control)
-        return tuple(box.tolist())
+        """Rank 0's `values` on every rank: one clock and one choice for all.
+
+        `stopping` afterwards says whether any rank was told to stop.
+        """
+        mine = values if self.is_main else [0.0] * len(values)
+        box = torch.tensor([*mine, self.signalled], dtype=torch.float64)
+        *decided, stopping = self.combine(box, dist.ReduceOp.SUM).tolist()
+        self.stopping = stopping > 0
+        return tuple(decided)
 
     def combine(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         """A CPU tensor, combined over ranks."""
@@ -479,23 +542,39 @@ class RunLog:
         self.folder = Path(config.run_dir) / self.run_id
         self.result_path = Path(config.log_dir) / f"{self.run_id}.json"
         self.result: dict[str, object] = {}
-        self.files: list[typing.TextIO] = []
+        self.files: list[io.FileIO] = []
+        self.unwritten = [b"", b""]
+        if config.resume and self.result_path.is_file():
+            self.result = json.loads(self.result_path.read_text())
         if world.is_main:
-            self.open_files()
+            self.open_files("ab" if config.resume else "xb")
 
-    def open_files(self) -> None:
-        """Creates the log files. Raises: ConfigError if they exist or cannot be written."""
+    def open_files(self, mode: Literal["ab", "xb"]) -> None:
+        """Opens the log files and locks the run's folder.
+
+        Raises: ConfigError if they exist and the run is not resumed, or cannot be written.
+        """
+        import fcntl
         if not self.run_id.replace("-", "").replace(".", "").replace("_", "").isalnum() \
                 or not self.run_id.isascii() or self.run_id.startswith("."):
             raise ConfigError(f"RUN_ID={self.run_id!r} may hold only letters, digits, . _ and -")
+        if self.result.get("status") == "complete":
+            raise ConfigError(f"RUN_ID={self.run_id} is complete; nothing is overwritten")
+        owner = self.folder / "owner"
         try:
-            for folder in (self.result_path.parent, self.folder):
-                folder.mkdir(parents=True, exist_ok=True)
+            self.result_path.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=mode == "ab")
+            self.lock = owner.open("a")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            owner.write_text(f"process {os.getpid()} on {platform.node()}")
             for suffix in (".txt", ".jsonl"):
-                self.files.append(self.result_path.with_name(self.run_id + suffix).open("x"))
+                path = self.result_path.with_name(self.run_id + suffix)
+                self.files.append(path.open(mode, buffering=0))
+        except BlockingIOError:
+            raise ConfigError(f"RUN_ID={self.run_id} belongs to {owner.read_text()}") from None
         except FileExistsError as error:
             raise ConfigError(f"RUN_ID={self.run_id}: {error.filename} exists; nothing is "
-                              "overwritten") from None
+                              "overwritten, RESUME=auto continues") from None
         except OSError as error:
             raise ConfigError(f"LOG_DIR or RUN_DIR: {error.filename}: {error.strerror}") from None
 
@@ -504,15 +583,23 @@ class RunLog:
         if self.files:
             if console:
                 print(text, flush=True)
-            self.files[0].write(text + "\n")
-            self.files[0].flush()
+            self.append(0, text)
 
     def event(self, kind: str, **values: object) -> None:
         """Writes one JSON line for programs."""
         if self.files:
             record = {"event": kind, "t": round(time.time() - self.started, 3), **values}
-            self.files[1].write(json.dumps(record) + "\n")
-            self.files[1].flush()
+            self.append(1, json.dumps(record))
+
+    def append(self, number: int, line: str) -> None:
+        """Adds a line to a file; what a full disk refuses is kept and tried again with the next."""
+        data, file = self.unwritten[number] + line.encode() + b"\n", self.files[number]
+        try:
+            while data:
+                data = data[file.write(data):]
+        except OSError as error:
+            print(f"error: {file.name}: {error.strerror}; will try again", file=sys.stderr)
+        self.unwritten[number] = data
 
     def warn(self, message: str) -> None:
         """Says something the user should know, in both files."""
@@ -536,14 +623,20 @@ class RunLog:
         """Adds keys to a section of the result."""
         self.section(title).update(typing.cast("dict[str, float]", values))
 
-    def finish(self, status: Literal["complete", "partial"], reason: str) -> dict[str, object]:
-        """Writes the result file and closes the logs."""
+    def save(self, status: Literal["complete", "partial"], reason: str) -> None:
+        """Writes the result file as it stands. Raises: StorageError."""
         self.result |= {"status": status, "exit_reason": reason, "finished": utc_text(time.time())}
         if self.files:
-            self.event("result", status=status, reason=reason)
             write_atomically(self.result_path, (json.dumps(self.result, indent=1) + "\n").encode())
-            for file in self.files:
-                file.close()
+
+    def finish(self, status: Literal["complete", "partial"], reason: str) -> dict[str, object]:
+        """Writes the result file and closes the logs. Raises: StorageError."""
+        self.event("result", status=status, reason=reason)
+        self.save(status, reason)
+        for file in self.files:
+            file.close()
+        if any(self.unwritten):
+            raise StorageError(f"{self.result_path.parent}: the end of the logs is not written")
         return self.result
 
 
@@ -552,14 +645,23 @@ def utc_text(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes `data` so that a reader, or a crash, never sees half of it."""
+def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+    """Writes all `parts` so that a reader, or a crash, never sees half of it.
+
+    Links are replaced, not followed. Raises: StorageError.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise StorageError(f"{path}: cannot be written: {error}") from None
 
 
 def archive_path() -> str | None:
@@ -701,6 +803,11 @@ class TrainLoader:
             row[:] = self.shards[shard][begin:begin + self.seq_len + 1]
         check_ids(windows, self.config.vocab_size, f"{self.config.dataset_dir}: training shards")
         return windows
+
+    def fingerprint(self) -> str:
+        """Hash of the shard sizes and of the windows with which training begins."""
+        windows = self.read(0, 64)
+        return hashlib.sha256(self.offsets.tobytes() + windows.tobytes()).hexdigest()[:16]
 
 
 class BatchShape(NamedTuple):
@@ -1403,6 +1510,27 @@ class Optimizer:
             parameter.grad = None
         return norm
 
+    def state(self) -> dict[str, Tensor]:
+        """What later steps need besides the weights, alike for any world size; all ranks join."""
+        moments = {f"adam.{number}.{key}": t for number, of_parameter in
+                   self.adam.state_dict()["state"].items() for key, t in of_parameter.items()}
+        return moments | {f"momentum.{number}": self.world.gather(g.momentum)[:sum(g.counts)]
+                          for number, g in enumerate(self.groups)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in state.items():
+            kind, number, *key = name.split(".")
+            if kind == "adam":
+                moments.setdefault(int(number), {})[key[0]] = tensor
+            elif kind == "momentum":
+                group = self.groups[int(number)]
+                padded = F.pad(tensor, (0, 0, 0, 0, 0, group.padding))
+                group.momentum.copy_(padded.split(len(group.momentum))[self.world.rank])
+        groups = self.adam.state_dict()["param_groups"]
+        self.adam.load_state_dict({"state": moments, "param_groups": groups})
+
 
 class WeightAverage:
     """Exponential moving average of every parameter, updated once a step."""
@@ -1429,47 +1557,153 @@ class WeightAverage:
 # ==================================================================================================
 
 STEPS_IN_FLIGHT = 2
+CHECKPOINT_MAGIC = b"GOLFCKP1"
+CHECKPOINTS_KEPT = 3
+
+
+class TrainState(NamedTuple):
+    """Where a run stands. With the tensors of a checkpoint it decides all later steps.
+
+    The data of a step is a function of its number, and training draws no other random numbers.
+    """
+
+    step: int = 0
+    plan: str = "unlooped"
+    plan_step: int = 0  # first step of that plan; 0: it is the first plan
+    seconds: float = 0.0  # of the training clock
+    reserve: float = 0.0  # seconds kept for calibration
+    loss: float = math.nan
+    trained: bool = False  # the weights are averaged; calibration is next
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint file says."""
+
+    path: Path
+    facts: dict[str, object]  # run_id, settings, source, data and world that it belongs to
+    state: TrainState
+    tensors: dict[str, Tensor]  # float32
+
+
+def write_checkpoint(checkpoint: Checkpoint) -> None:
+    """Writes magic, length of the header, JSON header, tensors, SHA-256 of it all.
+
+    Raises: StorageError.
+    """
+    path, facts, state, tensors = checkpoint
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    text = json.dumps({"facts": facts, "state": state._asdict(), "shapes": shapes}).encode()
+    text += b" " * (-len(text) % 64)  # aligns the tensors
+    parts: list[bytes | memoryview] = [
+        CHECKPOINT_MAGIC, struct.pack("<Q", len(text)), text,
+        *(tensor.detach().flatten().cpu().numpy().data for tensor in tensors.values())]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    write_atomically(path, *parts, digest.digest())
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The contents of a whole, well-formed file. Raises: ArtifactError for anything else."""
+    try:
+        if not path.is_file():
+            raise ValueError("no such file")
+        data = memoryview(bytearray(path.read_bytes()))
+        if data[-32:] != hashlib.sha256(data[:-32]).digest():
+            raise ValueError("checksum does not match; it is damaged or incomplete")
+        magic, length = struct.unpack_from("<8sQ", data)
+        header = json.loads(bytes(data[16:16 + length]))
+        state, shapes = TrainState(**header["state"]), header["shapes"]
+        if magic != CHECKPOINT_MAGIC or list(map(type, state)) != list(map(type, TrainState())):
+            raise ValueError("not what this program writes")
+        values = torch.frombuffer(data[16 + length:-32], dtype=torch.float32)
+        parts = values.split([math.prod(shape) for shape in shapes.values()])
+        tensors = {n: p.view(shape) for (n, shape), p in zip(shapes.items(), parts, strict=True)}
+        return Checkpoint(path, dict(header["facts"]), state, tensors)
+    except Exception as error:  # whatever a foreign file provokes
+        raise ArtifactError(f"{path}: no checkpoint: {error}") from None
+
+
+def find_checkpoint(config: Config, data: str) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint that RESUME means, and what is wrong with newer ones.
+
+    Raises: ArtifactError if none is whole, ConfigError if it is of other settings or data.
+    """
+    automatic = config.resume == "auto"
+    place = Path(config.run_dir, config.run_id) if automatic else Path(config.resume)
+    # Names sort in the order in which a run writes them.
+    paths = sorted(place.glob("*.ckpt"), reverse=True) if place.is_dir() else [place]
+    damaged: list[str] = []
+    if not config.resume or (automatic and not (place.is_dir() and paths)):
+        return None, damaged
+    for path in paths:
+        try:
+            checkpoint = read_checkpoint(path)
+        except ArtifactError as error:
+            damaged.append(str(error))
+            continue
+        now: dict[str, object] = json.loads(json.dumps(asdict(config))) | {"data": data}
+        then = checkpoint.facts
+        differs = [f"{name.upper()}={now[name]} was {then.get(name)}" for name in now
+                   if name not in NOT_METHOD - {"seed"} and now[name] != then.get(name)]
+        if differs:
+            raise ConfigError(f"RESUME={config.resume}: {path} is of another run: "
+                              + ", ".join(differs))
+        return checkpoint, damaged
+    raise ArtifactError("; ".join(damaged) or f"RESUME={config.resume}: no checkpoint there")
 
 
 class TrainingClock:
     """Budget of the training loop: from the first step to the last read of training data.
 
-    Validation pauses it. Rank 0's clock decides for all ranks.
+    Validation and checkpoints pause it. Rank 0's clock decides for all ranks.
+    Raises: ConfigError if the reserve leaves no time.
     """
 
-    def __init__(self, config: Config, world: World, reserve_seconds: float) -> None:
-        budget = config.max_wallclock_seconds
+    def __init__(self, config: Config, world: World, reserve_seconds: float,
+                 seconds: float = 0.0) -> None:
+        budget, self.every = config.max_wallclock_seconds, config.checkpoint_every
         self.world, self.iterations = world, config.iterations
         self.limit = budget - reserve_seconds if budget else 0.0
-        self.begin, self.paused_at = time.perf_counter(), 0.0
-        self.marks: deque[float] = deque(maxlen=9)
+        if self.limit < 0 or (budget and not self.limit):
+            raise ConfigError(f"MAX_WALLCLOCK_SECONDS={budget:g} must be above the "
+                              f"{reserve_seconds:.1f}s that calibration needs")
+        self.saved_at = self.paused_at = time.perf_counter()
+        self.begin, self.mark, self.in_flight = self.saved_at - seconds, seconds, 0
+        self.step_seconds: deque[float] = deque(maxlen=8)
+        self.save_due = False
 
     def elapsed(self) -> float:
         """Seconds of training so far."""
         return time.perf_counter() - self.begin
 
+    def measure(self, steps: int) -> None:
+        """Takes the time since the last call for that of `steps` steps."""
+        begin, self.mark = self.mark, self.elapsed()
+        self.step_seconds.append((self.mark - begin) / max(steps, 1))
+
     def pause(self) -> None:
         """Stops the clock; the device is idle."""
+        self.measure(self.in_flight)
         self.paused_at = time.perf_counter()
 
     def resume(self) -> None:
         """Starts it again."""
         self.begin += time.perf_counter() - self.paused_at
-        self.marks.clear()
 
     def next_step(self, step: int, in_flight: int) -> tuple[float, bool]:
         """Progress at which to run `step`, and whether to stop instead so as to keep the limit.
 
         Each unfinished step is expected to take as long as the slowest of the last eight.
         """
-        if not self.limit:
-            return min(1.0, step / self.iterations), step >= self.iterations
-        self.marks.append(self.elapsed())
-        now = self.marks[-1]
-        slowest = max((b - a for a, b in itertools.pairwise(self.marks)), default=0.0)
-        ahead = now + 1.02 * slowest * (in_flight + 1)
-        stop = step >= self.iterations or ahead > self.limit
-        progress, stopped = self.world.decide(now / self.limit, float(stop))
+        self.measure(1)
+        self.in_flight, now, limit = in_flight, self.mark, self.limit or math.inf
+        ahead = now + 1.02 * max(self.step_seconds) * (in_flight + 1)
+        progress = now / limit if self.limit else step / self.iterations
+        stop = step >= self.iterations or ahead > limit
+        due = 0 < self.every <= time.perf_counter() - self.saved_at
+        progress, stopped, save = self.world.decide(progress, float(stop), float(due))
+        self.save_due = bool(save)
         return min(1.0, progress), bool(stopped)
 
 
@@ -1500,6 +1734,9 @@ class Trainer:
         self.shape = batch_shape(config, world.size)
         shards = [read_shard(path) for path in find_shards(config.dataset_dir, "train")]
         self.loader = TrainLoader(shards, config)
+        self.facts = asdict(config) | {
+            "run_id": log.run_id, "data": self.loader.fingerprint(), "world_size": world.size,
+            "source_sha256": log.result.get("source_sha256"), "torch": torch.__version__}
         self.model = GPT(config, attend, compute_dtype(world.device))
         self.model.initialise(config.seed)
         self.model.to(world.device)
@@ -1553,45 +1790,119 @@ class Trainer:
         slowest = self.world.combine(torch.tensor(needed), dist.ReduceOp.MAX).item()
         return max(config.gptq_reserve_seconds, slowest)
 
-    def run(self, validate: Callable[[int, DepthPlan, bool], None]) -> TrainResult:
-        """The timed loop, averaging and calibration.
+    def run(self, validate: Callable[[int, DepthPlan, bool], None],
+            start: Checkpoint | None = None) -> TrainResult:
+        """The timed loop, averaging and calibration, from the beginning or a checkpoint on.
 
         `validate(step, plan, is_last)` scores the model as it stands, off the clock.
         """
         config, log = self.config, self.log
-        reserve = self.warm_up()
-        log.put("train", startup_seconds=round(time.time() - log.started, 1))
-        log.line(f"gptq:reserving {reserve:.1f}s of {config.max_wallclock_seconds:g}s")
+        state = start.state if start else TrainState()
+        if not state.trained:
+            reserve = self.warm_up()
+            state = state._replace(reserve=state.reserve or reserve)
+            log.put("train", startup_seconds=round(time.time() - log.started, 1))
+            log.line(f"gptq:reserving {state.reserve:.1f}s of {config.max_wallclock_seconds:g}s")
         average = WeightAverage(self.model, config.ema_decay)
-        stream = BatchStream(self.loader, self.shape, self.world)
+        if start:
+            self.restore(start, average)
+        stream = BatchStream(self.loader, self.shape, self.world, state.step)
         self.world.barrier()
-        clock = TrainingClock(config, self.world, reserve)
-        step, stopped, plan, loop_step = 0, False, depth_plans(config)[0], 0
+        clock = TrainingClock(config, self.world, state.reserve, state.seconds)
+        self.world.training = True
         try:
-            while not stopped:
-                self.drain(STEPS_IN_FLIGHT)
-                progress, stopped = clock.next_step(step, len(self.flight))
-                if config.val_loss_every and (stopped or step % config.val_loss_every == 0):
-                    self.drain(0)
-                    clock.pause()
-                    validate(step, plan, stopped)
-                    clock.resume()
-                if not stopped:
-                    if plan_at(config, progress) != plan:
-                        plan, loop_step = plan_at(config, progress), step + 1
-                        log.event("plan", step=step + 1, plan=plan.name, progress=progress)
-                        log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
-                                 f"{plan.describe()}")
-                    self.take_step(step, plan, progress, stream.next())
-                    average.update()
-                    step += 1
+            if not state.trained:
+                state = self.train(state, clock, stream, average, validate)
         finally:
+            self.world.training = False
             stream.close()
+        if self.world.signalled:
+            raise StopError("stopped by a signal; the averaged weights are on disk")
+        plan = next(p for p in depth_plans(config) if p.name == state.plan)
+        hessians = self.calibrate(plan)
+        self.summarise(state, clock.elapsed())
+        return TrainResult(plan, hessians)
+
+    def train(self, state: TrainState, clock: TrainingClock, stream: BatchStream,
+              average: WeightAverage, validate: Callable[[int, DepthPlan, bool], None],
+              ) -> TrainState:
+        """The loop from `state` on; the model ends with averaged weights, which are saved."""
+        config, log, stopped = self.config, self.log, False
+        plan = next(p for p in depth_plans(config) if p.name == state.plan)
+        while not stopped:
+            self.drain(STEPS_IN_FLIGHT)
+            step = state.step
+            progress, stopped = clock.next_step(step, len(self.flight))
+            if clock.save_due or (self.world.stopping and not stopped):
+                self.save(state, clock, average)
+                if self.world.stopping:
+                    raise StopError(f"stopped by a signal before step {step + 1}")
+            if config.val_loss_every and (stopped or step % config.val_loss_every == 0):
+                self.drain(0)
+                clock.pause()
+                validate(step, plan, stopped)
+                clock.resume()
+            if not stopped:
+                if plan_at(config, progress) != plan:
+                    plan = plan_at(config, progress)
+                    state = state._replace(plan=plan.name, plan_step=step + 1)
+                    log.event("plan", step=step + 1, plan=plan.name, progress=progress)
+                    log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
+                             f"{plan.describe()}")
+                self.take_step(step, plan, progress, stream.next())
+                average.update()
+                state = state._replace(step=step + 1)
         self.drain(0)
         average.apply()
-        hessians = self.calibrate(plan)
-        self.summarise(step, clock.elapsed(), loop_step)
-        return TrainResult(plan, hessians)
+        return self.save(state._replace(trained=True), clock, average)
+
+    def save(self, state: TrainState, clock: TrainingClock, average: WeightAverage) -> TrainState:
+        """Writes a checkpoint off the clock; `state` as it is written.
+
+        A file that cannot be written is a warning: the run is worth more.
+        """
+        self.drain(0)
+        clock.pause()
+        begin = clock.saved_at = time.perf_counter()
+        state = state._replace(seconds=clock.mark, loss=self.last_loss)
+        names = [name for name, _ in self.model.named_parameters()]
+        tensors = {f"weight.{n}": t for n, t in zip(names, average.weights, strict=True)}
+        if not state.trained:
+            tensors |= {f"average.{n}": t for n, t in zip(names, average.shadow, strict=True)}
+            tensors |= self.optimizer.state()
+        file = "weights.ckpt" if state.trained else f"step-{state.step:08}.ckpt"
+        checkpoint = Checkpoint(self.log.folder / file, self.facts, state, tensors)
+        total = self.log.section("train").get("checkpoint_seconds", 0.0)
+        if self.log.files:
+            try:
+                write_checkpoint(checkpoint)
+                for old in [*sorted(self.log.folder.glob("step-*.ckpt"))[:-CHECKPOINTS_KEPT],
+                            *self.log.folder.glob("*.ckpt.partial")]:
+                    old.unlink()
+                seconds = time.perf_counter() - begin
+                self.log.put("train", checkpoint_seconds=round(total + seconds, 3))
+                self.log.event("checkpoint", step=state.step, path=str(checkpoint.path),
+                               seconds=round(seconds, 3), bytes=checkpoint.path.stat().st_size)
+                self.log.save("partial", "training")
+            except OSError as error:
+                self.log.warn(f"no checkpoint at step {state.step}: {error}")
+        clock.resume()
+        return state
+
+    def restore(self, start: Checkpoint, average: WeightAverage) -> None:
+        """Sets weights, average and optimizer to those of a checkpoint. Raises: ArtifactError."""
+        names, self.last_loss = [n for n, _ in self.model.named_parameters()], start.state.loss
+        try:
+            for kind, live in (("weight", average.weights), ("average", average.shadow)):
+                if kind == "weight" or not start.state.trained:
+                    for name, tensor in zip(names, live, strict=True):
+                        tensor.view(-1).copy_(start.tensors[f"{kind}.{name}"].view(-1))
+            if not start.state.trained:
+                self.optimizer.restore(start.tensors)
+        except (KeyError, RuntimeError) as error:
+            raise ArtifactError(f"{start.path}: not of this model: {error}") from None
+        self.log.event("resume", step=start.state.step, path=str(start.path))
+        self.log.line(f"resumed after step {start.state.step} from {start.path}")
 
     def take_step(self, step: int, plan: DepthPlan, progress: float, batches: list[Tensor]) -> None:
         """Gives one optimizer step to the device."""
@@ -1657,9 +1968,9 @@ class Trainer:
         self.log.line(f"GPTQ:collected {len(moments)} Hessians in {seconds:.1f}s")
         return moments
 
-    def summarise(self, steps: int, seconds: float, loop_step: int) -> None:
+    def summarise(self, state: TrainState, seconds: float) -> None:
         """Writes the training section of the result."""
-        config, log = self.config, self.log
+        config, log, steps = self.config, self.log, state.step
         tokens = steps * config.train_batch_tokens
         per_rank = config.train_batch_tokens
         by_plan = {name: round(per_rank / float(np.median(times)))
@@ -1667,7 +1978,7 @@ class Trainer:
         peak = torch.cuda.max_memory_allocated() >> 20 if self.world.is_cuda else 0
         log.put("train", steps=steps, seconds=round(seconds, 3), tokens=tokens,
                 ms_per_step=round(1e3 * seconds / max(steps, 1), 3), tok_s=round(tokens / seconds),
-                tok_s_by_plan=by_plan, loop_enabled_step=loop_step, final_loss=self.last_loss,
+                tok_s_by_plan=by_plan, loop_enabled_step=state.plan_step, final_loss=self.last_loss,
                 peak_mib=peak)
         log.put("data", passes=round(tokens / self.loader.num_tokens, 3))
         log.put("clocks", training_seconds=round(seconds, 3),
@@ -2456,6 +2767,7 @@ class Setup(NamedTuple):
     log: RunLog
     attend: Attend
     val: ValStream
+    start: Checkpoint | None
 
 
 def resolve_track(config: Config, world: World, val: ValStream, attention_name: str) -> str:
@@ -2488,14 +2800,20 @@ def prepare(config: Config, world: World) -> Setup:
     torch.set_float32_matmul_precision("high")
     batch_shape(config, world.size)
     require_compressor(config)
-    val = ValStream.load(config)
+    val, start = ValStream.load(config), None
+    damaged: list[str] = []
     if config.eval_only:
         decode_artifact(read_artifact(Path(config.eval_only)))
     else:
-        TrainLoader([read_shard(p) for p in find_shards(config.dataset_dir, "train")], config)
+        shards = [read_shard(p) for p in find_shards(config.dataset_dir, "train")]
+        start, damaged = find_checkpoint(config, TrainLoader(shards, config).fingerprint())
+    if start:
+        config = replace(config, run_id=str(start.facts["run_id"]))
     backend = choose_attention(config.attention, world.device)
     track = resolve_track(config, world, val, backend.name)
     log = RunLog(config, world)
+    for problem in damaged:
+        log.warn(problem)
     source, packed = program_source(), packed_program()
     facts = environment_facts(world)
     typing.cast("dict[str, object]", facts["versions"])["attention_backend"] = backend.name
@@ -2503,8 +2821,8 @@ def prepare(config: Config, world: World) -> Setup:
                    "seed": config.seed, "world_size": world.size, "config_hash": config.config_hash,
                    "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
                    "packed_sha256": hashlib.sha256(packed).hexdigest(),
-                   "started": utc_text(log.started), "config": asdict(config),
-                   "differs": config.differs(), **facts}
+                   "started": log.result.get("started", utc_text(log.started)),
+                   "config": asdict(config), "differs": config.differs(), **facts}
     log.event("start", run_id=log.run_id, config=asdict(config), **facts)
     log.line(source, console=False)
     log.line(f"run {log.run_id} | PRESET={config.preset} differs: {config.differs() or 'nothing'}")
@@ -2516,7 +2834,7 @@ def prepare(config: Config, world: World) -> Setup:
     mode = "torch.compile" if config.compile else "eager"
     log.line(f"track: {track} | world size: {world.size} | execution: {mode}")
     log_data(config, log, val)
-    return Setup(config, world, log, backend.attend, val)
+    return Setup(config, world, log, backend.attend, val, start)
 
 
 def log_data(config: Config, log: RunLog, val: ValStream) -> None:
@@ -2535,7 +2853,7 @@ def log_data(config: Config, log: RunLog, val: ValStream) -> None:
 
 def train_to_artifact(setup: Setup) -> Path:
     """Trains, quantises and writes the artifact; its path."""
-    config, world, log, attend, val = setup
+    config, world, log, attend, val, start = setup
     trainer = Trainer(config, world, log, attend)
     shards, tokens = len(trainer.loader.shards), trainer.loader.num_tokens
     groups = count_parameters(trainer.model)
@@ -2556,13 +2874,14 @@ def train_to_artifact(setup: Setup) -> Path:
         if is_last:
             log_score(log, "raw", "final raw weights", result)
 
-    trained = trainer.run(validate)
+    trained = trainer.run(validate, start)
     begin = time.perf_counter()
     with float32_products():
         quantised, blob = fit_to_cap(trainer.model, trained.hessians, trained.plan, world, log)
     path = log.folder / "artifact.bin"
     if world.is_main:
         save_artifact(path, blob, quantised, trainer.model, log)
+        log.save("partial", "evaluating")
     whole = log.section("clocks")["training_seconds"] + time.perf_counter() - begin
     log.put("clocks", train_to_artifact_seconds=round(whole, 3))
     log_score(log, "averaged", "pre-quantization post-ema", score(trained.plan))
@@ -2587,7 +2906,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     The strict clock runs from opening the file to the last score, the lenient one over the
     headline's evaluation alone.
     """
-    config, world, log, attend, val = setup
+    config, world, log, attend, val, _ = setup
     begin = time.perf_counter()
     model, plan = load_artifact(path, config, world, attend)
     scorer, targets = Scorer(model, plan, val, world), val.num_targets
@@ -2622,6 +2941,26 @@ def report_outcome(log: RunLog) -> None:
         log.line(f"{key:<14}{bpb[key]:>10.5f}{nats[key]:>10.5f}{seconds[key]:>10.1f}{mark}")
     log.line(f"clocks: {log.section('clocks')}")
     log.line(f"result: {log.result_path}")
+
+
+def finished_artifact(setup: Setup) -> Path | None:
+    """The artifact of the run that is resumed, if it was written and is as it was."""
+    path, written = setup.log.folder / "artifact.bin", setup.log.section("artifact").get("sha256")
+    if setup.start and written and path.is_file() \
+            and hashlib.sha256(path.read_bytes()).hexdigest() == written:
+        setup.log.line(f"resumed with the artifact {path}")
+        return path
+    return None
+
+
+def resume_command(setup: Setup) -> str:
+    """The shell command that continues the run from its newest checkpoint."""
+    config, world, log = setup.config, setup.world, setup.log
+    given = {"preset": config.preset, **config.differs(), "run_id": log.run_id, "resume": "auto"}
+    settings = [f"{name.upper()}={int(value) if isinstance(value, bool) else value}"
+                for name, value in given.items()]
+    launcher = ["torchrun", "--standalone", f"--nproc_per_node={world.size}"]
+    return shlex.join([*settings, *(launcher if world.size > 1 else ["python"]), sys.argv[0]])
 
 
 def crossed_budget(config: Config, log: RunLog) -> str:
@@ -2668,16 +3007,20 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
     if config.print_config:
         print(describe_config(config, world))
         return {}
-    with world.process_group():
+    with world.process_group(config.rank_timeout_seconds):
         setup = prepare(config, world)
         log = setup.log
         try:
-            path = Path(config.eval_only) if config.eval_only else train_to_artifact(setup)
+            path = Path(config.eval_only) if config.eval_only else (
+                finished_artifact(setup) or train_to_artifact(setup))
             # From here on only the artifact exists.
             evaluate_artifact(setup, path)
             report_outcome(log)
         except BaseException as error:
-            log.finish("partial", f"{type(error).__name__}: {error}")
+            if list(log.folder.glob("*.ckpt")):
+                log.line(f"continue with: {resume_command(setup)}")
+            with contextlib.suppress(OSError):
+                log.finish("partial", f"{type(error).__name__}: {world.explain(error)}")
             raise
         crossed = crossed_budget(config, log)
         result = log.finish("complete", crossed or "finished")
@@ -2699,9 +3042,9 @@ def command_line(arguments: Sequence[str]) -> int:
             return 2
         else:
             main()
-    except GolfError as error:
+    except (GolfError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 75 if isinstance(error, StopError) else 1
     return 0
 
 
