@@ -93,8 +93,8 @@ class StorageError(GolfError, OSError):
     """A file cannot be written."""
 
 
-class StopError(GolfError):
-    """A signal ended the run; what it had is on disk."""
+class StopError(KeyboardInterrupt):
+    """A signal ended the run. Being no Exception, it passes whatever outlives errors."""
 
 
 Number = typing.TypeVar("Number", int, float)
@@ -132,7 +132,7 @@ class Config:
     train_batch_tokens: int = within(786_432, 8, 1 << 30)  # per optimizer step, all ranks
     micro_batch_tokens: int = within(98_304, 8, 1 << 24)  # most in one forward pass of one rank
     # Model
-    num_layers: int = within(11, 1, 256)  # physical blocks
+    num_layers: int = within(11, 2, 256)  # physical blocks
     model_dim: int = within(512, 8, 16_384)
     num_heads: int = within(8, 1, 256)
     num_kv_heads: int = within(4, 1, 256)
@@ -291,10 +291,9 @@ RETIRED = {
     "MUON_BETA2": "it never had an effect; Muon reads MUON_MOMENTUM",
     "ROPE_TRAIN_SEQ_LEN": "it never had an effect; positions follow TRAIN_SEQ_LEN",
     **dict.fromkeys(("ETLB_ENABLED", "ETLB_LR", "ETLB_STEPS", "ETLB_CLIP"),
-                    "the evaluation that it named never existed; use TTT_ENABLED, TTT_LR, ..."),
-    **dict.fromkeys(("EMBED_LR", "HEAD_LR", "TIE_EMBEDDINGS"),
-                    "the head is always tied; use TIED_EMBED_LR"),
-    "EMBEDDING_DIM": "the embedding is as wide as the model; use MODEL_DIM",
+                    "what it named never existed; use TTT_ENABLED and its settings"),
+    **dict.fromkeys(("EMBED_LR", "HEAD_LR", "TIE_EMBEDDINGS", "EMBEDDING_DIM"),
+                    "head and embedding are one, MODEL_DIM wide; use TIED_EMBED_LR"),
     "SKIP_GATES_ENABLED": "skips are always gated; remove it",
     "CONTROL_TENSOR_NAME_PATTERNS": "parameters belong to typed groups; remove it",
 }
@@ -387,7 +386,7 @@ class World:
         self.rank, self.size, self.device = rank, size, torch.device(device)
         self.is_main, self.is_cuda = rank == 0, self.device.type == "cuda"
         self.control: dist.ProcessGroup | None = None
-        self.training = self.signalled = self.stopping = False
+        self.deferring = self.signalled = self.stopping = False
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> World:
@@ -430,6 +429,8 @@ class World:
             if self.size > 1:
                 text = self.explain(error)
                 if text.startswith(f"rank {self.rank}:"):
+                    if not isinstance(error, GolfError | StopError):
+                        traceback.print_exception(error)
                     print(f"error: {text}", file=sys.stderr, flush=True)
                 # An orderly end would wait for peers that are gone.
                 os._exit(75 if isinstance(error, StopError) else 1)
@@ -446,25 +447,32 @@ class World:
         self.control = (dist.new_group(backend="gloo", timeout=timeout) if self.is_cuda
                         else dist.group.WORLD)
 
-    def interrupt(self, number: int, frame: object) -> None:
-        """Ends the run with StopError: at the next step boundary while training, else at once."""
+    def interrupt(self, number: int = 0, frame: object = None) -> None:
+        """A signal handler: ends the run with StopError, at once or after a deferring block."""
         first, self.signalled = not self.signalled, True
-        if first and not self.training:
-            raise StopError(f"stopped by {signal.Signals(number).name}")
+        if first and not self.deferring:
+            raise StopError("stopped by a signal")
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Lets a block end before a signal ends the run; the block may look at `stopping`."""
+        self.deferring = True
+        yield
+        self.deferring = False
+        if self.signalled:
+            raise StopError("stopped by a signal")
 
     def explain(self, error: BaseException) -> str:
-        """Why the run ends: of several ranks, the error that was the first to be explained."""
-        text = str(error) if isinstance(error, GolfError) else traceback.format_exc().strip()
-        if self.size == 1:
-            return text
-        with contextlib.suppress(Exception):  # the store is gone with the process that held it
+        """Why the run ends; of several ranks, what the first one that failed has to say."""
+        text = f"{type(error).__name__}: {error}".split("\n")[0]
+        with contextlib.suppress(Exception):  # there is no store, or it went with its process
             store = dist.distributed_c10d._get_default_store()
             store.set(f"heard {self.rank}", "")
             signs = ("imed out", "closed by peer", "reset by peer")
             if any(sign in text for sign in signs) and not store.check(["failure"]):
                 time.sleep(2)
                 lost = [r for r in range(self.size) if not store.check([f"heard {r}"])]
-                text = f"nothing heard from ranks {lost}: {error}".split("\n")[0]
+                text = f"nothing heard from ranks {lost}: {text}"
             text = store.compare_set("failure", "", f"rank {self.rank}: {text}").decode()
         return text
 
@@ -705,9 +713,7 @@ def environment_facts(world: World) -> dict[str, object]:
 # that only the seed decides, and the validation stream with the bytes every target stands for.
 # ==================================================================================================
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-SHARD_HEADER_INTS = 256
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 BOS_ID = 1
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a leading space
 
@@ -726,11 +732,10 @@ def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
         raise DataError(f"{path}: {actual} bytes, shorter than a header ({4 * SHARD_HEADER_INTS})")
     magic, version, count = (int(n) for n in header[:3])
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise DataError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} and "
+        raise DataError(f"{path}: magic and version {magic} {version}, not {SHARD_MAGIC} "
                         f"{SHARD_VERSION}")
     if count < 0 or actual != 4 * SHARD_HEADER_INTS + 2 * count:
-        raise DataError(f"{path}: {actual} bytes, but the header announces {count} tokens "
-                        f"({4 * SHARD_HEADER_INTS + 2 * count} bytes)")
+        raise DataError(f"{path}: {actual} bytes, but the header announces {count} tokens")
     if count == 0:
         return np.empty(0, dtype="<u2")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
@@ -913,8 +918,7 @@ def token_bytes(tokenizer: SentencePieceProcessor) -> TokenBytes:
     if tokenizer.is_unknown(tokenizer.piece_to_id(SPACE_MARK)):
         raise DataError(f"tokenizer of {size} pieces: U+2581 is none of them; bytes would be wrong")
     for token in range(size):
-        if any(kind(token) for kind in (tokenizer.is_control, tokenizer.is_unknown,
-                                        tokenizer.is_unused)):
+        if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
             continue
         piece = tokenizer.id_to_piece(token)
         text = piece.removeprefix(SPACE_MARK)
@@ -1030,6 +1034,11 @@ def depth_plans(config: Config) -> tuple[DepthPlan, ...]:
         return plans
     looped = blocks[:first] + blocks[first:last] * (config.num_loops + 1) + blocks[last:]
     return (*plans, plan_from_order("looped", looped))
+
+
+def plan_named(config: Config, name: str) -> DepthPlan:
+    """The plan of that name."""
+    return {plan.name: plan for plan in depth_plans(config)}[name]
 
 
 def plan_at(config: Config, progress: float) -> DepthPlan:
@@ -1185,7 +1194,7 @@ class GPT(nn.Module):
         norm_scale = depth.rsqrt() if config.ln_scale else torch.ones(L)
         rotary = rotary_tables(max(config.train_seq_len, config.eval_seq_len),
                                config.rope_dims or config.head_dim, config.rope_base)
-        for name, table in (("norm_scale", norm_scale), ("cos", rotary.cos), ("sin", rotary.sin)):
+        for name, table in {"norm_scale": norm_scale, **rotary._asdict()}.items():
             self.register_buffer(name, table, persistent=False)
         self.forms = tuple(block_form(config, block) for block in range(L))
 
@@ -1657,53 +1666,45 @@ class TrainingClock:
     """Budget of the training loop: from the first step to the last read of training data.
 
     Validation and checkpoints pause it. Rank 0's clock decides for all ranks.
-    Raises: ConfigError if the reserve leaves no time.
     """
 
     def __init__(self, config: Config, world: World, reserve_seconds: float,
                  seconds: float = 0.0) -> None:
-        budget, self.every = config.max_wallclock_seconds, config.checkpoint_every
+        budget = config.max_wallclock_seconds
         self.world, self.iterations = world, config.iterations
         self.limit = budget - reserve_seconds if budget else 0.0
-        if self.limit < 0 or (budget and not self.limit):
-            raise ConfigError(f"MAX_WALLCLOCK_SECONDS={budget:g} must be above the "
-                              f"{reserve_seconds:.1f}s that calibration needs")
-        self.saved_at = self.paused_at = time.perf_counter()
-        self.begin, self.mark, self.in_flight = self.saved_at - seconds, seconds, 0
-        self.step_seconds: deque[float] = deque(maxlen=8)
-        self.save_due = False
+        self.every, self.save_due = config.checkpoint_every, False
+        self.saved_at, self.last_mark = time.perf_counter(), math.nan
+        self.begin = self.saved_at - seconds
+        self.intervals: deque[float] = deque(maxlen=8)
 
     def elapsed(self) -> float:
         """Seconds of training so far."""
         return time.perf_counter() - self.begin
 
-    def measure(self, steps: int) -> None:
-        """Takes the time since the last call for that of `steps` steps."""
-        begin, self.mark = self.mark, self.elapsed()
-        self.step_seconds.append((self.mark - begin) / max(steps, 1))
-
-    def pause(self) -> None:
-        """Stops the clock; the device is idle."""
-        self.measure(self.in_flight)
-        self.paused_at = time.perf_counter()
-
-    def resume(self) -> None:
-        """Starts it again."""
-        self.begin += time.perf_counter() - self.paused_at
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps a block, entered with an idle device, off the clock."""
+        begin = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - begin
+        self.last_mark = math.nan
 
     def next_step(self, step: int, in_flight: int) -> tuple[float, bool]:
         """Progress at which to run `step`, and whether to stop instead so as to keep the limit.
 
         Each unfinished step is expected to take as long as the slowest of the last eight.
         """
-        self.measure(1)
-        self.in_flight, now, limit = in_flight, self.mark, self.limit or math.inf
-        ahead = now + 1.02 * max(self.step_seconds) * (in_flight + 1)
-        progress = now / limit if self.limit else step / self.iterations
+        now, limit = self.elapsed(), self.limit or math.inf
+        if not math.isnan(self.last_mark):
+            self.intervals.append(now - self.last_mark)
+        self.last_mark = now
+        ahead = now + 1.02 * max(self.intervals, default=0.0) * (in_flight + 1)
         stop = step >= self.iterations or ahead > limit
         due = 0 < self.every <= time.perf_counter() - self.saved_at
-        progress, stopped, save = self.world.decide(progress, float(stop), float(due))
-        self.save_due = bool(save)
+        progress = now / limit if self.limit else step / self.iterations
+        progress, stopped, save_due = self.world.decide(progress, float(stop), float(due))
+        self.save_due = bool(save_due)
         return min(1.0, progress), bool(stopped)
 
 
@@ -1717,13 +1718,6 @@ class StepRecord(NamedTuple):
     values: Tensor  # loss and gradient norm
     marks: tuple[torch.cuda.Event, ...]  # begin, end of micro-steps, end of step; empty on CPU
     seconds: tuple[float, float]  # micro-steps and step, where there are no marks
-
-
-class TrainResult(NamedTuple):
-    """What training hands on, besides the weights in the model."""
-
-    plan: DepthPlan  # the last one trained
-    hessians: dict[str, Tensor]
 
 
 class Trainer:
@@ -1741,6 +1735,7 @@ class Trainer:
         self.model.initialise(config.seed)
         self.model.to(world.device)
         self.optimizer = Optimizer(self.model, config, world)
+        self.average = WeightAverage(self.model, config.ema_decay)
         self.losses = {plan: self.compiled_loss(plan) for plan in depth_plans(config)}
         self.flight: deque[StepRecord] = deque()
         self.micro_seconds: dict[str, list[float]] = {}
@@ -1788,60 +1783,53 @@ class Trainer:
             seconds = time.perf_counter() - begin
         needed = 1.15 * seconds * calibration_share(config, self.world, self.shape) + 0.2
         slowest = self.world.combine(torch.tensor(needed), dist.ReduceOp.MAX).item()
+        if 0 < config.max_wallclock_seconds <= slowest:
+            raise ConfigError(f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g} must be "
+                              f"over the {slowest:.1f}s that GPTQ_CALIBRATION_BATCHES takes here")
         return max(config.gptq_reserve_seconds, slowest)
 
-    def run(self, validate: Callable[[int, DepthPlan, bool], None],
-            start: Checkpoint | None = None) -> TrainResult:
-        """The timed loop, averaging and calibration, from the beginning or a checkpoint on.
+    def run(self, validate: Callable[[int, DepthPlan, bool], None], start: Checkpoint | None = None,
+            ) -> tuple[DepthPlan, dict[str, Tensor]]:
+        """The timed loop, averaging and calibration; the plan trained last and the Hessians.
 
         `validate(step, plan, is_last)` scores the model as it stands, off the clock.
         """
-        config, log = self.config, self.log
-        state = start.state if start else TrainState()
+        config, log, state = self.config, self.log, start.state if start else TrainState()
         if not state.trained:
             reserve = self.warm_up()
             state = state._replace(reserve=state.reserve or reserve)
             log.put("train", startup_seconds=round(time.time() - log.started, 1))
             log.line(f"gptq:reserving {state.reserve:.1f}s of {config.max_wallclock_seconds:g}s")
-        average = WeightAverage(self.model, config.ema_decay)
         if start:
-            self.restore(start, average)
-        stream = BatchStream(self.loader, self.shape, self.world, state.step)
+            self.restore(start)
         self.world.barrier()
-        clock = TrainingClock(config, self.world, state.reserve, state.seconds)
-        self.world.training = True
-        try:
-            if not state.trained:
-                state = self.train(state, clock, stream, average, validate)
-        finally:
-            self.world.training = False
-            stream.close()
-        if self.world.signalled:
-            raise StopError("stopped by a signal; the averaged weights are on disk")
-        plan = next(p for p in depth_plans(config) if p.name == state.plan)
+        self.clock = TrainingClock(config, self.world, state.reserve, state.seconds)
+        if not state.trained:
+            with self.world.deferred():
+                state = self.train(state, validate)
+        plan = plan_named(config, state.plan)
         hessians = self.calibrate(plan)
-        self.summarise(state, clock.elapsed())
-        return TrainResult(plan, hessians)
+        self.summarise(state, self.clock.elapsed())
+        return plan, hessians
 
-    def train(self, state: TrainState, clock: TrainingClock, stream: BatchStream,
-              average: WeightAverage, validate: Callable[[int, DepthPlan, bool], None],
-              ) -> TrainState:
-        """The loop from `state` on; the model ends with averaged weights, which are saved."""
-        config, log, stopped = self.config, self.log, False
-        plan = next(p for p in depth_plans(config) if p.name == state.plan)
+    def train(self, state: TrainState,
+              validate: Callable[[int, DepthPlan, bool], None]) -> TrainState:
+        """The loop from `state` on; leaves averaged weights in the model and on disk."""
+        config, log, clock, stopped = self.config, self.log, self.clock, False
+        stream = BatchStream(self.loader, self.shape, self.world, state.step)
+        plan = plan_named(config, state.plan)
         while not stopped:
             self.drain(STEPS_IN_FLIGHT)
             step = state.step
             progress, stopped = clock.next_step(step, len(self.flight))
-            if clock.save_due or (self.world.stopping and not stopped):
-                self.save(state, clock, average)
+            if not stopped and (clock.save_due or self.world.stopping):
+                self.save(state)
                 if self.world.stopping:
-                    raise StopError(f"stopped by a signal before step {step + 1}")
+                    break
             if config.val_loss_every and (stopped or step % config.val_loss_every == 0):
                 self.drain(0)
-                clock.pause()
-                validate(step, plan, stopped)
-                clock.resume()
+                with clock.paused():
+                    validate(step, plan, stopped)
             if not stopped:
                 if plan_at(config, progress) != plan:
                     plan = plan_at(config, progress)
@@ -1850,54 +1838,55 @@ class Trainer:
                     log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
                              f"{plan.describe()}")
                 self.take_step(step, plan, progress, stream.next())
-                average.update()
+                self.average.update()
                 state = state._replace(step=step + 1)
-        self.drain(0)
-        average.apply()
-        return self.save(state._replace(trained=True), clock, average)
-
-    def save(self, state: TrainState, clock: TrainingClock, average: WeightAverage) -> TrainState:
-        """Writes a checkpoint off the clock; `state` as it is written.
-
-        A file that cannot be written is a warning: the run is worth more.
-        """
-        self.drain(0)
-        clock.pause()
-        begin = clock.saved_at = time.perf_counter()
-        state = state._replace(seconds=clock.mark, loss=self.last_loss)
-        names = [name for name, _ in self.model.named_parameters()]
-        tensors = {f"weight.{n}": t for n, t in zip(names, average.weights, strict=True)}
-        if not state.trained:
-            tensors |= {f"average.{n}": t for n, t in zip(names, average.shadow, strict=True)}
-            tensors |= self.optimizer.state()
-        file = "weights.ckpt" if state.trained else f"step-{state.step:08}.ckpt"
-        checkpoint = Checkpoint(self.log.folder / file, self.facts, state, tensors)
-        total = self.log.section("train").get("checkpoint_seconds", 0.0)
-        if self.log.files:
-            try:
-                write_checkpoint(checkpoint)
-                for old in [*sorted(self.log.folder.glob("step-*.ckpt"))[:-CHECKPOINTS_KEPT],
-                            *self.log.folder.glob("*.ckpt.partial")]:
-                    old.unlink()
-                seconds = time.perf_counter() - begin
-                self.log.put("train", checkpoint_seconds=round(total + seconds, 3))
-                self.log.event("checkpoint", step=state.step, path=str(checkpoint.path),
-                               seconds=round(seconds, 3), bytes=checkpoint.path.stat().st_size)
-                self.log.save("partial", "training")
-            except OSError as error:
-                self.log.warn(f"no checkpoint at step {state.step}: {error}")
-        clock.resume()
+        stream.close()
+        if stopped:
+            self.drain(0)
+            self.average.apply()
+            state = self.save(state._replace(trained=True))
         return state
 
-    def restore(self, start: Checkpoint, average: WeightAverage) -> None:
-        """Sets weights, average and optimizer to those of a checkpoint. Raises: ArtifactError."""
-        names, self.last_loss = [n for n, _ in self.model.named_parameters()], start.state.loss
+    def live(self, trained: bool) -> dict[str, Tensor]:
+        """The weights, and while training their average, by name."""
+        kinds = {"weight": self.average.weights, "average": self.average.shadow}
+        names = [name for name, _ in self.model.named_parameters()]
+        return {f"{kind}.{name}": tensor for kind, tensors in kinds.items()
+                for name, tensor in zip(names, tensors, strict=True)
+                if kind == "weight" or not trained}
+
+    def save(self, state: TrainState) -> TrainState:
+        """Writes a checkpoint, off the clock; the state as written.
+
+        A file that cannot be written is only a warning: the run is worth more.
+        """
+        self.drain(0)
+        log, state = self.log, state._replace(seconds=self.clock.elapsed(), loss=self.last_loss)
+        with self.clock.paused():
+            begin = self.clock.saved_at = time.perf_counter()
+            tensors = self.live(state.trained) | ({} if state.trained else self.optimizer.state())
+            path = log.folder / ("weights.ckpt" if state.trained else f"step-{state.step:08}.ckpt")
+            try:
+                if log.files:
+                    write_checkpoint(Checkpoint(path, self.facts, state, tensors))
+                    for old in sorted(log.folder.glob("step-*"))[:-CHECKPOINTS_KEPT]:
+                        old.unlink()
+                    log.save("partial", "training")
+            except OSError as error:
+                log.warn(f"no checkpoint after step {state.step}: {error}")
+            seconds = time.perf_counter() - begin
+            log.event("checkpoint", step=state.step, path=str(path), seconds=round(seconds, 3))
+            seconds += log.section("train").get("checkpoint_seconds", 0.0)
+            log.put("train", checkpoint_seconds=round(seconds, 3))
+        return state
+
+    def restore(self, start: Checkpoint) -> None:
+        """Continues from a checkpoint. Raises: ArtifactError if it is not of this model."""
+        trained, self.last_loss = start.state.trained, start.state.loss
         try:
-            for kind, live in (("weight", average.weights), ("average", average.shadow)):
-                if kind == "weight" or not start.state.trained:
-                    for name, tensor in zip(names, live, strict=True):
-                        tensor.view(-1).copy_(start.tensors[f"{kind}.{name}"].view(-1))
-            if not start.state.trained:
+            for name, tensor in self.live(trained).items():
+                tensor.copy_(start.tensors[name].view_as(tensor))
+            if not trained:
                 self.optimizer.restore(start.tensors)
         except (KeyError, RuntimeError) as error:
             raise ArtifactError(f"{start.path}: not of this model: {error}") from None
@@ -1912,7 +1901,8 @@ class Trainer:
         begin = time.perf_counter()
         if cuda:
             marks[0].record()
-        loss = self.forward_backward(plan, batches)
+        with torch._dynamo.config.patch(error_on_recompile=True):  # the error names the guard
+            loss = self.forward_backward(plan, batches)
         if cuda:
             marks[1].record()
         micro_seconds = time.perf_counter() - begin
@@ -1948,8 +1938,9 @@ class Trainer:
         tok_s = self.config.train_batch_tokens / seconds
         memory = torch.cuda.memory_allocated() >> 20 if record.marks else 0
         self.log.event("train", step=record.step, train_loss=self.last_loss, gradient_norm=norm,
-                       lr_scale=record.scale, tok_s=round(tok_s), plan=record.plan.name,
-                       progress=round(record.progress, 5), mem_mib=memory)
+                       train_seconds=round(self.clock.elapsed(), 3), lr_scale=record.scale,
+                       tok_s=round(tok_s), plan=record.plan.name, mem_mib=memory,
+                       progress=round(record.progress, 5))
         self.log.line(f"{record.step}/{self.config.iterations} train_loss: {self.last_loss:.4f} "
                       f"step_time: {1e3 * seconds:.1f}ms tok/s: {tok_s:.0f}")
 
@@ -2606,11 +2597,6 @@ def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
     return Windows(starts, first_scored, np.minimum(starts + seq_len, num_targets))
 
 
-def num_chunks(num_targets: int, chunk_tokens: int) -> int:
-    """Adaptation chunks in a stream."""
-    return -(-num_targets // chunk_tokens)
-
-
 class Scorer:
     """Runs windows through a model and commits their scores: the one way from a model to a number.
 
@@ -2735,7 +2721,7 @@ def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     config, num_targets = scorer.model.config, scorer.stream.num_targets
     begin, size = time.perf_counter(), config.ttt_chunk_tokens
     ledger, learner = ScoreLedger(scorer.stream, scorer.world), ChunkLearner(scorer)
-    last_chunk = num_chunks(num_targets, size) - 1
+    last_chunk = (num_targets - 1) // size
     chunk_of_window = np.minimum(windows.first_scored // size, last_chunk)
     for chunk in range(last_chunk + 1):
         first, last = chunk * size, min((chunk + 1) * size, num_targets)
@@ -2798,10 +2784,14 @@ def resolve_track(config: Config, world: World, val: ValStream, attention_name: 
 def prepare(config: Config, world: World) -> Setup:
     """Everything that can fail before paid time: files, packages, attention, logs."""
     torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = 64  # plans, block forms, and batch shapes of evaluations
     batch_shape(config, world.size)
     require_compressor(config)
     val, start = ValStream.load(config), None
     damaged: list[str] = []
+    if len(packed_program()) >= config.artifact_cap_bytes:
+        raise ConfigError(f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes} must be above the bytes "
+                          f"of the packed program ({len(packed_program())})")
     if config.eval_only:
         decode_artifact(read_artifact(Path(config.eval_only)))
     else:
@@ -2874,30 +2864,20 @@ def train_to_artifact(setup: Setup) -> Path:
         if is_last:
             log_score(log, "raw", "final raw weights", result)
 
-    trained = trainer.run(validate, start)
+    plan, hessians = trainer.run(validate, start)
     begin = time.perf_counter()
-    with float32_products():
-        quantised, blob = fit_to_cap(trainer.model, trained.hessians, trained.plan, world, log)
+    # Full float32 products from here on: error feedback cancels too finely for tf32.
+    torch.set_float32_matmul_precision("highest")
+    quantised, blob = fit_to_cap(trainer.model, hessians, plan, world, log)
     path = log.folder / "artifact.bin"
     if world.is_main:
         save_artifact(path, blob, quantised, trainer.model, log)
         log.save("partial", "evaluating")
     whole = log.section("clocks")["training_seconds"] + time.perf_counter() - begin
     log.put("clocks", train_to_artifact_seconds=round(whole, 3))
-    log_score(log, "averaged", "pre-quantization post-ema", score(trained.plan))
+    log_score(log, "averaged", "pre-quantization post-ema", score(plan))
     world.barrier()
     return path
-
-
-@contextlib.contextmanager
-def float32_products() -> Iterator[None]:
-    """Matrix products in full float32: error feedback cancels too finely for tf32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def evaluate_artifact(setup: Setup, path: Path) -> None:
@@ -2917,7 +2897,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         headline, score = "sliding", evaluate(scorer, windows)
         log_score(log, headline, "quantized_sliding_window", score)
         if config.ttt_enabled:
-            log.line(f"ttt:start chunks={num_chunks(targets, config.ttt_chunk_tokens)} "
+            log.line(f"ttt:start chunks={-(-targets // config.ttt_chunk_tokens)} "
                      f"ttt_lr={config.ttt_lr} ttt_epochs={config.ttt_epochs}")
             headline, score = "ttt_sgd", evaluate_adapting(scorer, windows)
             log_score(log, headline, "quantized_ttt", score)
@@ -3020,7 +3000,7 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
             if list(log.folder.glob("*.ckpt")):
                 log.line(f"continue with: {resume_command(setup)}")
             with contextlib.suppress(OSError):
-                log.finish("partial", f"{type(error).__name__}: {world.explain(error)}")
+                log.finish("partial", world.explain(error))
             raise
         crossed = crossed_budget(config, log)
         result = log.finish("complete", crossed or "finished")
@@ -3042,7 +3022,7 @@ def command_line(arguments: Sequence[str]) -> int:
             return 2
         else:
             main()
-    except (GolfError, OSError) as error:
+    except (GolfError, OSError, StopError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 75 if isinstance(error, StopError) else 1
     return 0

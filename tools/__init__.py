@@ -1,0 +1,1 @@
+"""Command-line programs around train_gpt.py."""

@@ -1,0 +1,372 @@
+"""Writes the generated blocks of a Markdown file from logs, so that no number in it is typed.
+
+A block begins with `<!-- generated:NAME ARGUMENTS -->` and ends with `<!-- /generated -->`; what
+stands between is replaced. Runs are named by their id in logs/ beside the Markdown file, files by
+their path from its folder.
+
+    headline RUN...     one sentence with score, bytes, clocks and hardware
+    result RUN...       table of evaluations: BPB, nats per token, seconds
+    runs [PATTERN]      table of all runs in logs/
+    bytes RUN           where the bytes of the cap go
+    speed BENCH_JSON... name, value, unit, floor, ratio
+    curve CURVE_JSON    quantiser curve, with docs/quantiser_curve.svg
+    plot RUN...         docs/loss.svg
+
+headline, result, bytes and plot without a RUN speak of the runs in submission.json.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tools import figures, svg, welch
+from tools.runs import CAP_BYTES, Evaluation, Json, Run, RunError, as_number, find_runs, load_run
+from tools.runs import read_json as read_mapping
+
+OPENING, CLOSING = "<!-- generated:", "<!-- /generated -->"
+
+
+class BlockError(Exception):
+    """A block that cannot be written; the message names the block and what is wrong."""
+
+
+@dataclass(slots=True)
+class Sources:
+    """Where blocks read from, and the files they want written."""
+
+    root: Path
+    files: dict[Path, str] = field(default_factory=dict)
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the runs."""
+        return self.root / "logs"
+
+    def run(self, name: str) -> Run:
+        """A run with a result file. Raises: RunError naming it, if it is not in the logs."""
+        run = load_run(name, self.logs)
+        if "result" not in run.files:
+            raise RunError(f"run {name!r} has no result file in {self.logs}")
+        return run
+
+    def some_runs(self, names: Sequence[str]) -> list[Run]:
+        """Runs by name, or those of submission.json.
+
+        Raises: BlockError if none is named there either, RunError if one is missing.
+        """
+        if not names:
+            path = self.root / "submission.json"
+            listed = read_mapping(path).get("logs") if path.is_file() else None
+            names = [str(name) for name in listed] if isinstance(listed, list) else []
+        if not names:
+            raise BlockError("names no run, and no submission.json lists any")
+        return [self.run(name) for name in names]
+
+
+# ------------------------------------------------------------------------------------- formatting
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Markdown table; the first `left` columns are aligned left, the others right."""
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    lines = [header, rule, *rows]
+    return "\n".join("| " + " | ".join(cell(text) for text in line) + " |" for line in lines)
+
+
+def cell(text: str) -> str:
+    """Text that cannot break out of a table cell or become HTML."""
+    clean = " ".join(text.split()).replace("|", "\\|")
+    return clean.replace("<", "&lt;") if not clean.startswith("![") else clean
+
+
+def shown(value: float | None, form: str, absent: str = "not run") -> str:
+    """A number in a format, or the word for its absence."""
+    return absent if value is None else format(value, form)
+
+
+def machine(run: Run) -> str:
+    """Hardware in words."""
+    gpu, gpus, cpus = (
+        run.text("hardware.gpu"),
+        run.number("hardware.gpus"),
+        run.number("hardware.cpu_count"),
+    )
+    if gpu and gpu != "none" and gpus:
+        return f"{gpus:.0f}x {gpu}"
+    return f"{cpus:.0f} CPU cores" if cpus else "unknown"
+
+
+def log_link(run: Run, text: str) -> str:
+    """Link to the text log of a run."""
+    return f"[{text}](logs/{run.run_id}.txt)"
+
+
+def _shared(runs: Sequence[Run], key: str) -> str:
+    """Value at a key that all runs share. Raises: BlockError where they differ."""
+    values = {str(run.get(key)) for run in runs}
+    if len(values) > 1:
+        raise BlockError(f"runs differ in {key}: {', '.join(sorted(values))}")
+    return values.pop()
+
+
+def _mean(runs: Sequence[Run], key: str) -> float:
+    """Mean over runs. Raises: BlockError naming the run that lacks the key."""
+    values = []
+    for run in runs:
+        value = run.number(key)
+        if value is None:
+            raise BlockError(f"run {run.run_id} has no {key}")
+        values.append(value)
+    return welch.mean(values)
+
+
+# ----------------------------------------------------------------------------------------- blocks
+
+
+def block_headline(sources: Sources, arguments: Sequence[str]) -> str:
+    """One sentence about one run, or about the seeds of one method."""
+    runs = sources.some_runs(arguments)
+    for key in ("headline", "config_hash", "data.fingerprint"):
+        _shared(runs, key)
+    first, scores = runs[0], [_mean([run], "val_bpb") for run in runs]
+    spread = f" +- {welch.deviation(scores):.4f}" if len(runs) > 1 else ""
+    seeds = ", ".join(f"{run.seed}" for run in runs)
+    most = max(_mean([run], "artifact.total_bytes") for run in runs)
+    links = ", ".join(log_link(run, f"seed {run.seed}") for run in runs)
+    return (
+        f"**{welch.mean(scores):.4f}{spread} BPB** ({_mean(runs, 'val_loss'):.4f} nats per token, "
+        f"`{first.headline}`) after {_mean(runs, 'clocks.training_seconds'):.0f} s of training and "
+        f"{_mean(runs, 'clocks.eval_seconds_strict'):.0f} s of evaluation on {machine(first)}: "
+        f"preset `{_shared(runs, 'preset')}`, seed{'s' if len(runs) > 1 else ''} {seeds}, "
+        f"{most:,.0f} of {CAP_BYTES:,} bytes, data `{_shared(runs, 'data.name')}`, "
+        f"track `{_shared(runs, 'track')}`. Logs: {links}."
+    )
+
+
+def block_result(sources: Sources, arguments: Sequence[str]) -> str:
+    """Evaluations of a run, or of several side by side."""
+    runs = sources.some_runs(arguments)
+    names = list(dict.fromkeys(item.name for run in runs for item in run.evaluations))
+    rows = []
+    for name in names:
+        for run in runs:
+            item = run.evaluation(name)
+            if item is not None:
+                rows.append(_result_row(run, item, several=len(runs) > 1))
+    header = ["Evaluation", "BPB", "Nats per token", "Seconds"]
+    if len(runs) > 1:
+        return table(["Evaluation", "Run", *header[1:]], rows, left=2)
+    return table(header, rows)
+
+
+def _result_row(run: Run, item: Evaluation, *, several: bool) -> list[str]:
+    """Cells of one evaluation; the one that counts is bold."""
+    bold = "**" if item.name == run.headline else ""
+    cells = [f"`{item.name}`", f"{bold}{shown(item.bpb, '.4f')}{bold}"]
+    cells += [shown(item.loss, ".4f"), shown(item.seconds, ".1f", "not timed")]
+    return [cells[0], log_link(run, run.run_id), *cells[1:]] if several else cells
+
+
+def block_runs(sources: Sources, arguments: Sequence[str]) -> str:
+    """All runs in the logs, oldest first; a pattern narrows them."""
+    pattern = arguments[0] if arguments else "*"
+    runs = [r for r in find_runs(sources.logs) if fnmatch.fnmatch(r.run_id, pattern)]
+    if not runs:
+        raise BlockError(f"no run in {sources.logs} matches {pattern!r}")
+    rows = []
+    for run in runs:
+        complete = run.text("status") == "complete"
+        score = shown(run.val_bpb, ".4f", "none") if complete else f"{run.text('status')}"
+        rows.append(
+            [
+                log_link(run, run.run_id),
+                run.text("preset") or "unknown",
+                f"{run.seed}",
+                machine(run),
+                shown(run.number("clocks.training_seconds"), ".0f"),
+                shown(run.number("train.steps"), ",.0f"),
+                shown(run.number("bpb.averaged"), ".4f"),
+                shown(run.number("bpb.quantised"), ".4f"),
+                score,
+                f"`{run.headline}`" if run.headline else "none",
+                shown(run.number("artifact.total_bytes"), ",.0f"),
+            ]
+        )
+    header = ["Run", "Preset", "Seed", "Hardware", "Training s", "Steps", "Averaged BPB"]
+    header += ["Quantised BPB", "Final BPB", "Evaluation", "Bytes"]
+    return table(header, rows, left=2)
+
+
+def block_bytes(sources: Sources, arguments: Sequence[str]) -> str:
+    """Parts of the artifact."""
+    run = sources.some_runs(arguments[:1])[0]
+    parts = figures.byte_parts(run)
+    if not parts:
+        raise BlockError(f"run {run.run_id} has no artifact")
+    total = sum(value for _, value in parts)
+    rows = [[name, f"{value:,.0f}", f"{100 * value / total:.2f} %"] for name, value in parts]
+    return table(["Part", "Bytes", "Share"], [*rows, ["cap", f"{total:,.0f}", "100 %"]])
+
+
+def block_speed(sources: Sources, arguments: Sequence[str]) -> str:
+    """Rows of one or several benchmark files."""
+    if not arguments:
+        raise BlockError("names no benchmark file")
+    rows = []
+    for name in arguments:
+        content = read_mapping(sources.root / name)
+        gpu = str(content.get("gpu") or Path(name).stem)
+        for row in _rows(content, name):
+            ratio = as_number(row.get("ratio_to_floor"))
+            cells = [
+                str(row.get("name")),
+                number_text(row.get("value")),
+                str(row.get("unit") or ""),
+            ]
+            cells += [number_text(row.get("floor")), shown(ratio, ".2f", "none")]
+            rows.append([gpu, *cells] if len(arguments) > 1 else cells)
+    header = ["What", "Measured", "Unit", "Floor", "Ratio to floor"]
+    return table(["GPU", *header] if len(arguments) > 1 else header, rows, left=1)
+
+
+def _rows(content: Mapping[str, Json], name: str) -> list[dict[str, Json]]:
+    """List of mappings under `rows`. Raises: BlockError naming the file if there are none."""
+    rows = content.get("rows")
+    found = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    if not found:
+        raise BlockError(f"{name} has no rows")
+    return found
+
+
+def number_text(value: Json) -> str:
+    """A measured number with four digits, or the word for its absence."""
+    number = as_number(value)
+    if number is None:
+        return "none"
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
+
+
+def block_curve(sources: Sources, arguments: Sequence[str]) -> str:
+    """Quantisation gap against bytes: table and figure."""
+    name = arguments[0] if arguments else "logs/quantiser_curve.json"
+    rows = _rows(read_mapping(sources.root / name), name)
+    methods: dict[str, dict[float, float]] = {}
+    for row in rows:
+        size, gap = as_number(row.get("total_bytes")), as_number(row.get("gap_bpb"))
+        if size is None or gap is None:
+            raise BlockError(f"{name}: row {row} lacks total_bytes or gap_bpb")
+        methods.setdefault(str(row.get("method")), {})[size] = gap
+    lines = [
+        svg.Series(
+            method,
+            [size / 1e6 for size in sorted(points)],
+            [points[size] for size in sorted(points)],
+            i,
+            dots=True,
+        )
+        for i, (method, points) in enumerate(methods.items())
+    ]
+    chart = svg.Chart("Quantisation gap against bytes", "artifact, million bytes", "BPB", lines)
+    sources.files[sources.root / "docs" / "quantiser_curve.svg"] = svg.line_chart(chart)
+    body = [
+        [method, f"{size:,.0f}", f"{points[size]:.5f}"]
+        for method, points in methods.items()
+        for size in sorted(points)
+    ]
+    picture = "![Quantisation gap against bytes](docs/quantiser_curve.svg)"
+    return picture + "\n\n" + table(["Method", "Bytes", "Gap in BPB"], body)
+
+
+def block_plot(sources: Sources, arguments: Sequence[str]) -> str:
+    """The main figure, as docs/loss.svg."""
+    runs = sources.some_runs(arguments)
+    drawn = figures.headline_plot(runs)
+    if not drawn:
+        raise BlockError(f"run {runs[0].run_id} has nothing to plot")
+    sources.files[sources.root / "docs" / "loss.svg"] = drawn[0].drawing
+    names = ", ".join(run.name for run in runs)
+    return f"![Bits per byte against training time: {names}](docs/loss.svg)"
+
+
+BLOCKS: dict[str, Callable[[Sources, Sequence[str]], str]] = {
+    "headline": block_headline,
+    "result": block_result,
+    "runs": block_runs,
+    "bytes": block_bytes,
+    "speed": block_speed,
+    "curve": block_curve,
+    "plot": block_plot,
+}
+
+
+# -------------------------------------------------------------------------------------- the file
+
+
+def regenerate(path: Path) -> tuple[str, dict[Path, str]]:
+    """New text of a Markdown file, and the figures that belong to it.
+
+    Lines inside code fences are left alone. Raises: BlockError or RunError naming line and block.
+    """
+    sources = Sources(path.resolve().parent)
+    output: list[str] = []
+    open_block, fenced, start = "", False, 0
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        fenced ^= line.startswith("```") and not open_block
+        if open_block:
+            if line.startswith(OPENING):
+                raise BlockError(f"{path.name}:{number}: block {open_block!r} is not closed")
+            if line.strip() == CLOSING:
+                output += [_render(sources, open_block, f"{path.name}:{start}"), line]
+                open_block = ""
+            continue
+        output.append(line)
+        if line.startswith(OPENING) and not fenced:
+            open_block, start = line[len(OPENING) :].removesuffix("-->").strip(), number
+    if open_block:
+        raise BlockError(f"{path.name}:{start}: block {open_block!r} is not closed")
+    return "\n".join(output) + "\n", sources.files
+
+
+def _render(sources: Sources, block: str, where: str) -> str:
+    """Text of one block. Raises: BlockError with the place of the block."""
+    name, *arguments = block.split()
+    if name not in BLOCKS:
+        raise BlockError(f"{where}: no block {name!r}, there are {', '.join(BLOCKS)}")
+    try:
+        return BLOCKS[name](sources, arguments)
+    except (BlockError, RunError) as error:
+        raise BlockError(f"{where}: {name}: {error}") from error
+
+
+def update(path: Path) -> list[Path]:
+    """Write the file and its figures where they changed; the paths written."""
+    text, files = regenerate(path)
+    written = []
+    for target, content in {path: text, **files}.items():
+        if not target.is_file() or target.read_text(encoding="utf-8") != content:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(target.name + ".partial")
+            partial.write_text(content, encoding="utf-8")
+            partial.replace(target)
+            written.append(target)
+    return written
+
+
+def stale(path: Path) -> list[str]:
+    """What would change, a line each: old and new text, names of figures; empty if nothing."""
+    text, files = regenerate(path)
+    before, after = path.read_text(encoding="utf-8").splitlines(), text.splitlines()
+    found = [
+        f"{path.name}:{number}: {old[:70]!r} would be {new[:70]!r}"
+        for number, (old, new) in enumerate(zip(before, after, strict=False), 1)
+        if old != new
+    ][:5]
+    if not found and len(before) != len(after):
+        found.append(f"{path.name}: {len(before)} lines would be {len(after)}")
+    for target, content in files.items():
+        if not target.is_file() or target.read_text(encoding="utf-8") != content:
+            found.append(f"{target.name} is not what the logs give")
+    return found
