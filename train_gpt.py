@@ -28,20 +28,18 @@ import lzma
 import math
 import os
 import platform
-import queue
 import shlex
 import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import typing
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -391,14 +389,14 @@ class World:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> World:
         """The world that torchrun describes, or a world of one. Raises: ConfigError."""
-        defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        missing = defaults.keys() - env.keys()
-        if 0 < len(missing) < len(defaults):
-            raise ConfigError(f"{', '.join(sorted(missing))} not set; start ranks with torchrun")
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        missing = [name for name in names if name not in env]
+        if 0 < len(missing) < len(names):
+            raise ConfigError(f"{', '.join(missing)} not set; start ranks with torchrun")
         try:
-            rank, size, local_rank = (int(env.get(name, value)) for name, value in defaults.items())
+            rank, size, local_rank = (0, 1, 0) if missing else (int(env[name]) for name in names)
         except ValueError:
-            raise ConfigError("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers") from None
+            raise ConfigError(f"{', '.join(names)} must be whole numbers") from None
         if not 0 <= rank < size:
             raise ConfigError(f"RANK={rank} must be below WORLD_SIZE ({size})")
         if not torch.cuda.is_available():
@@ -732,8 +730,8 @@ def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
         raise DataError(f"{path}: {actual} bytes, shorter than a header ({4 * SHARD_HEADER_INTS})")
     magic, version, count = (int(n) for n in header[:3])
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise DataError(f"{path}: magic and version {magic} {version}, not {SHARD_MAGIC} "
-                        f"{SHARD_VERSION}")
+        raise DataError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} "
+                        f"and {SHARD_VERSION}")
     if count < 0 or actual != 4 * SHARD_HEADER_INTS + 2 * count:
         raise DataError(f"{path}: {actual} bytes, but the header announces {count} tokens")
     if count == 0:
@@ -839,47 +837,30 @@ def batch_shape(config: Config, world_size: int) -> BatchShape:
 
 
 class BatchStream:
-    """This rank's micro-batches, read ahead by a thread into page-locked memory."""
+    """This rank's micro-batches, read two steps ahead by a thread into page-locked memory."""
 
     def __init__(self, loader: TrainLoader, shape: BatchShape, world: World, step: int = 0) -> None:
         self.loader, self.shape, self.world, self.step = loader, shape, world, step
-        self.ready: queue.Queue[list[Tensor] | Exception] = queue.Queue(maxsize=2)
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self.fill, daemon=True)
-        self.thread.start()
+        self.pool, self.pending = ThreadPoolExecutor(1), deque[Future[list[Tensor]]]()
 
-    def fill(self) -> None:
-        """Reads steps in order until told to stop; an error travels to the consumer."""
+    def read(self, step: int) -> list[Tensor]:
+        """The micro-batches of one step, int32 (sequences, seq_len + 1), on the host."""
         per_rank = self.shape.micro_steps * self.shape.sequences
-        item: list[Tensor] | Exception = []
-        while not self.stopped.is_set() and isinstance(item, list):
-            first = (self.step * self.world.size + self.world.rank) * per_rank
-            try:
-                rows = torch.from_numpy(self.loader.read(first, per_rank))
-                item = [m.pin_memory() if self.world.is_cuda else m
-                        for m in rows.split(self.shape.sequences)]
-            except Exception as error:
-                item = error
-            self.step += 1
-            while not self.stopped.is_set():
-                with contextlib.suppress(queue.Full):
-                    self.ready.put(item, timeout=0.2)
-                    break
+        first = (step * self.world.size + self.world.rank) * per_rank
+        batches = torch.from_numpy(self.loader.read(first, per_rank)).split(self.shape.sequences)
+        return [b.pin_memory() for b in batches] if self.world.is_cuda else list(batches)
 
     def next(self) -> list[Tensor]:
-        """Micro-batches of the next step, int32 (sequences, seq_len + 1), on the device.
-
-        Raises: whatever reading them raised.
-        """
-        item = self.ready.get()
-        if isinstance(item, Exception):
-            raise item
-        return [rows.to(self.world.device, non_blocking=True) for rows in item]
+        """The micro-batches of the next step, on the device. Raises: what reading them raised."""
+        while len(self.pending) < 3:
+            self.pending.append(self.pool.submit(self.read, self.step))
+            self.step += 1
+        batches = self.pending.popleft().result()
+        return [rows.to(self.world.device, non_blocking=True) for rows in batches]
 
     def close(self) -> None:
         """Stops the thread."""
-        self.stopped.set()
-        self.thread.join(timeout=5)
+        self.pool.shutdown(cancel_futures=True)
 
 
 class TokenBytes(NamedTuple):
@@ -1688,7 +1669,6 @@ class TrainingClock:
         begin = time.perf_counter()
         yield
         self.begin += time.perf_counter() - begin
-        self.last_mark = math.nan
 
     def next_step(self, step: int, in_flight: int) -> tuple[float, bool]:
         """Progress at which to run `step`, and whether to stop instead so as to keep the limit.
@@ -2872,10 +2852,10 @@ def train_to_artifact(setup: Setup) -> Path:
     path = log.folder / "artifact.bin"
     if world.is_main:
         save_artifact(path, blob, quantised, trainer.model, log)
-        log.save("partial", "evaluating")
     whole = log.section("clocks")["training_seconds"] + time.perf_counter() - begin
     log.put("clocks", train_to_artifact_seconds=round(whole, 3))
     log_score(log, "averaged", "pre-quantization post-ema", score(plan))
+    log.save("partial", "evaluating")
     world.barrier()
     return path
 
