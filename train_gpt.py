@@ -28,7 +28,6 @@ import lzma
 import math
 import os
 import platform
-import shlex
 import signal
 import struct
 import subprocess
@@ -87,11 +86,7 @@ class TrainingError(GolfError):
     """Training produced a value that no later step can recover from."""
 
 
-class StorageError(GolfError, OSError):
-    """A file cannot be written."""
-
-
-class StopError(KeyboardInterrupt):
+class Interrupted(KeyboardInterrupt):
     """A signal ended the run. Being no Exception, it passes whatever outlives errors."""
 
 
@@ -116,7 +111,7 @@ class Config:
     run_dir: str = "runs"
     print_config: bool = False
     eval_only: str = ""  # path of an artifact; skips training
-    resume: str = ""  # a checkpoint, the folder of a run, or auto: RUN_ID's newest, if there is one
+    resume: str = ""  # path of a checkpoint, or auto: RUN_ID's newest if there is one
     checkpoint_every: float = within(0.0, 0, 1e7)  # seconds; 0: only when a signal ends training
     rank_timeout_seconds: float = within(900.0, 1, 1e6)  # for which a rank waits for the others
     attention: Literal["auto", "fa3", "fa4", "cudnn", "flash", "math"] = "auto"
@@ -358,7 +353,6 @@ def check_consistency(config: Config) -> None:
         (c.sliding_window_enabled or not c.ttt_enabled, "ttt_enabled", "0 without",
          "sliding_window_enabled"),
         (c.run_id or c.resume != "auto", "resume", "a path, or given with", "run_id"),
-        (not (c.resume and c.eval_only), "resume", "empty with", "eval_only"),
     )
     for holds, name, relation, other in rules:
         if not holds:
@@ -408,70 +402,47 @@ class World:
 
     @contextlib.contextmanager
     def process_group(self, timeout_seconds: float = 900.0) -> Iterator[None]:
-        """Connects the ranks and listens to signals for the duration of a block.
+        """Connects the ranks and heeds signals for the duration of a block.
 
-        Of several ranks, one that fails ends at once and brings the others down; only the first
-        to fail says why.
+        A rank that fails ends at once, which ends the others; only the first to fail says why.
         """
         if self.is_cuda:
             torch.cuda.set_device(self.device)
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        numbers, wait = (signal.SIGTERM, signal.SIGINT), timedelta(seconds=timeout_seconds)
         handlers = [signal.signal(number, self.interrupt) for number in numbers]
         try:
             if self.size > 1:
-                self.connect(timedelta(seconds=timeout_seconds))
+                backend, device = ("nccl", self.device) if self.is_cuda else ("gloo", None)
+                dist.init_process_group(backend, rank=self.rank, world_size=self.size,
+                                        device_id=device, timeout=wait)
+                self.control = (dist.new_group(backend="gloo", timeout=wait) if self.is_cuda
+                                else dist.group.WORLD)
             yield
             if self.size > 1:
                 dist.destroy_process_group()
         except BaseException as error:
             if self.size > 1:
-                text = self.explain(error)
-                if text.startswith(f"rank {self.rank}:"):
-                    if not isinstance(error, GolfError | StopError):
-                        traceback.print_exception(error)
-                    print(f"error: {text}", file=sys.stderr, flush=True)
-                # An orderly end would wait for peers that are gone.
-                os._exit(75 if isinstance(error, StopError) else 1)
+                if f"rank {self.rank}: " in self.explain(error):
+                    traceback.print_exception(error)
+                # An orderly end would wait for the others.
+                os._exit(75 if isinstance(error, Interrupted) else 1)
             raise
         finally:
             for number, handler in zip(numbers, handlers, strict=True):
                 signal.signal(number, handler)
 
-    def connect(self, timeout: timedelta) -> None:
-        """Joins the other ranks."""
-        backend, device = ("nccl", self.device) if self.is_cuda else ("gloo", None)
-        dist.init_process_group(backend, rank=self.rank, world_size=self.size, device_id=device,
-                                timeout=timeout)
-        self.control = (dist.new_group(backend="gloo", timeout=timeout) if self.is_cuda
-                        else dist.group.WORLD)
-
     def interrupt(self, number: int = 0, frame: object = None) -> None:
-        """A signal handler: ends the run with StopError, at once or after a deferring block."""
+        """A signal handler: ends the run with Interrupted, but only notes it while training."""
         first, self.signalled = not self.signalled, True
         if first and not self.deferring:
-            raise StopError("stopped by a signal")
-
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Lets a block end before a signal ends the run; the block may look at `stopping`."""
-        self.deferring = True
-        yield
-        self.deferring = False
-        if self.signalled:
-            raise StopError("stopped by a signal")
+            raise Interrupted("stopped by a signal")
 
     def explain(self, error: BaseException) -> str:
-        """Why the run ends; of several ranks, what the first one that failed has to say."""
-        text = f"{type(error).__name__}: {error}".split("\n")[0]
+        """Why the run ends; of several ranks, what the first one that failed says."""
+        text = f"rank {self.rank}: {type(error).__name__}: {error}"
         with contextlib.suppress(Exception):  # there is no store, or it went with its process
             store = dist.distributed_c10d._get_default_store()
-            store.set(f"heard {self.rank}", "")
-            signs = ("imed out", "closed by peer", "reset by peer")
-            if any(sign in text for sign in signs) and not store.check(["failure"]):
-                time.sleep(2)
-                lost = [r for r in range(self.size) if not store.check([f"heard {r}"])]
-                text = f"nothing heard from ranks {lost}: {text}"
-            text = store.compare_set("failure", "", f"rank {self.rank}: {text}").decode()
+            text = store.compare_set("failure", "", text).decode()
         return text
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -548,17 +519,17 @@ class RunLog:
         self.folder = Path(config.run_dir) / self.run_id
         self.result_path = Path(config.log_dir) / f"{self.run_id}.json"
         self.result: dict[str, object] = {}
-        self.files: list[io.FileIO] = []
-        self.unwritten = [b"", b""]
+        self.files: list[typing.TextIO] = []
         if config.resume and self.result_path.is_file():
             self.result = json.loads(self.result_path.read_text())
         if world.is_main:
-            self.open_files("ab" if config.resume else "xb")
+            self.open_files("a" if config.resume else "x")
 
-    def open_files(self, mode: Literal["ab", "xb"]) -> None:
+    def open_files(self, mode: Literal["a", "x"]) -> None:
         """Opens the log files and locks the run's folder.
 
-        Raises: ConfigError if they exist and the run is not resumed, or cannot be written.
+        Raises: ConfigError if another process has it, it cannot be written, or `mode` is "x" and
+        something exists.
         """
         import fcntl
         if not self.run_id.replace("-", "").replace(".", "").replace("_", "").isalnum() \
@@ -569,13 +540,12 @@ class RunLog:
         owner = self.folder / "owner"
         try:
             self.result_path.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(parents=True, exist_ok=mode == "ab")
+            self.folder.mkdir(parents=True, exist_ok=mode == "a")
             self.lock = owner.open("a")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             owner.write_text(f"process {os.getpid()} on {platform.node()}")
             for suffix in (".txt", ".jsonl"):
-                path = self.result_path.with_name(self.run_id + suffix)
-                self.files.append(path.open(mode, buffering=0))
+                self.files.append(self.result_path.with_name(self.run_id + suffix).open(mode))
         except BlockingIOError:
             raise ConfigError(f"RUN_ID={self.run_id} belongs to {owner.read_text()}") from None
         except FileExistsError as error:
@@ -598,14 +568,11 @@ class RunLog:
             self.append(1, json.dumps(record))
 
     def append(self, number: int, line: str) -> None:
-        """Adds a line to a file; what a full disk refuses is kept and tried again with the next."""
-        data, file = self.unwritten[number] + line.encode() + b"\n", self.files[number]
+        """Adds a line to a file; a full disk is said and does not end the run."""
         try:
-            while data:
-                data = data[file.write(data):]
+            print(line, file=self.files[number], flush=True)
         except OSError as error:
-            print(f"error: {file.name}: {error.strerror}; will try again", file=sys.stderr)
-        self.unwritten[number] = data
+            print(f"error: {self.files[number].name}: {error.strerror}", file=sys.stderr)
 
     def warn(self, message: str) -> None:
         """Says something the user should know, in both files."""
@@ -630,19 +597,17 @@ class RunLog:
         self.section(title).update(typing.cast("dict[str, float]", values))
 
     def save(self, status: Literal["complete", "partial"], reason: str) -> None:
-        """Writes the result file as it stands. Raises: StorageError."""
+        """Writes the result file as it stands."""
         self.result |= {"status": status, "exit_reason": reason, "finished": utc_text(time.time())}
         if self.files:
             write_atomically(self.result_path, (json.dumps(self.result, indent=1) + "\n").encode())
 
     def finish(self, status: Literal["complete", "partial"], reason: str) -> dict[str, object]:
-        """Writes the result file and closes the logs. Raises: StorageError."""
+        """Writes the result file and closes the logs."""
         self.event("result", status=status, reason=reason)
         self.save(status, reason)
         for file in self.files:
             file.close()
-        if any(self.unwritten):
-            raise StorageError(f"{self.result_path.parent}: the end of the logs is not written")
         return self.result
 
 
@@ -651,23 +616,19 @@ def utc_text(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
-    """Writes all `parts` so that a reader, or a crash, never sees half of it.
-
-    Links are replaced, not followed. Raises: StorageError.
-    """
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Writes `data` so that a reader, or a crash, never sees half of it, nor through a link."""
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
     try:
-        partial.unlink(missing_ok=True)
         with partial.open("xb") as file:
-            file.writelines(parts)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise StorageError(f"{path}: cannot be written: {error}") from None
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def archive_path() -> str | None:
@@ -809,8 +770,8 @@ class TrainLoader:
 
     def fingerprint(self) -> str:
         """Hash of the shard sizes and of the windows with which training begins."""
-        windows = self.read(0, 64)
-        return hashlib.sha256(self.offsets.tobytes() + windows.tobytes()).hexdigest()[:16]
+        known = self.offsets.tobytes() + self.read(0, 64).tobytes()
+        return hashlib.sha256(known).hexdigest()[:16]
 
 
 class BatchShape(NamedTuple):
@@ -1500,26 +1461,9 @@ class Optimizer:
             parameter.grad = None
         return norm
 
-    def state(self) -> dict[str, Tensor]:
-        """What later steps need besides the weights, alike for any world size; all ranks join."""
-        moments = {f"adam.{number}.{key}": t for number, of_parameter in
-                   self.adam.state_dict()["state"].items() for key, t in of_parameter.items()}
-        return moments | {f"momentum.{number}": self.world.gather(g.momentum)[:sum(g.counts)]
-                          for number, g in enumerate(self.groups)}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state`."""
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in state.items():
-            kind, number, *key = name.split(".")
-            if kind == "adam":
-                moments.setdefault(int(number), {})[key[0]] = tensor
-            elif kind == "momentum":
-                group = self.groups[int(number)]
-                padded = F.pad(tensor, (0, 0, 0, 0, 0, group.padding))
-                group.momentum.copy_(padded.split(len(group.momentum))[self.world.rank])
-        groups = self.adam.state_dict()["param_groups"]
-        self.adam.load_state_dict({"state": moments, "param_groups": groups})
+    def moments(self) -> list[Tensor]:
+        """AdamW's live state; there is none before the first step."""
+        return [t for state in self.adam.state.values() for t in state.values()]
 
 
 class WeightAverage:
@@ -1547,7 +1491,6 @@ class WeightAverage:
 # ==================================================================================================
 
 STEPS_IN_FLIGHT = 2
-CHECKPOINT_MAGIC = b"GOLFCKP1"
 CHECKPOINTS_KEPT = 3
 
 
@@ -1559,88 +1502,60 @@ class TrainState(NamedTuple):
 
     step: int = 0
     plan: str = "unlooped"
-    plan_step: int = 0  # first step of that plan; 0: it is the first plan
-    seconds: float = 0.0  # of the training clock
+    plan_step: int = 0  # with which that plan began; 0: it is the first
+    seconds: float = 0.0  # on the training clock
     reserve: float = 0.0  # seconds kept for calibration
     loss: float = math.nan
     trained: bool = False  # the weights are averaged; calibration is next
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint file says."""
+    """What a checkpoint file says: an uncompressed .npz file, which holds no code."""
 
     path: Path
-    facts: dict[str, object]  # run_id, settings, source, data and world that it belongs to
+    facts: dict[str, object]  # settings, data and source of the run
     state: TrainState
-    tensors: dict[str, Tensor]  # float32
+    tensors: list[Tensor]
 
 
 def write_checkpoint(checkpoint: Checkpoint) -> None:
-    """Writes magic, length of the header, JSON header, tensors, SHA-256 of it all.
-
-    Raises: StorageError.
-    """
+    """Writes the file."""
     path, facts, state, tensors = checkpoint
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    text = json.dumps({"facts": facts, "state": state._asdict(), "shapes": shapes}).encode()
-    text += b" " * (-len(text) % 64)  # aligns the tensors
-    parts: list[bytes | memoryview] = [
-        CHECKPOINT_MAGIC, struct.pack("<Q", len(text)), text,
-        *(tensor.detach().flatten().cpu().numpy().data for tensor in tensors.values())]
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    write_atomically(path, *parts, digest.digest())
+    buffer = io.BytesIO()
+    header = np.array(json.dumps({"facts": facts, "state": state}))
+    np.savez(buffer, header, *(tensor.detach().cpu().numpy() for tensor in tensors))
+    write_atomically(path, buffer.getbuffer())
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The contents of a whole, well-formed file. Raises: ArtifactError for anything else."""
+    """The contents of a whole file. Raises: ArtifactError for anything else."""
     try:
-        if not path.is_file():
-            raise ValueError("no such file")
-        data = memoryview(bytearray(path.read_bytes()))
-        if data[-32:] != hashlib.sha256(data[:-32]).digest():
-            raise ValueError("checksum does not match; it is damaged or incomplete")
-        magic, length = struct.unpack_from("<8sQ", data)
-        header = json.loads(bytes(data[16:16 + length]))
-        state, shapes = TrainState(**header["state"]), header["shapes"]
-        if magic != CHECKPOINT_MAGIC or list(map(type, state)) != list(map(type, TrainState())):
-            raise ValueError("not what this program writes")
-        values = torch.frombuffer(data[16 + length:-32], dtype=torch.float32)
-        parts = values.split([math.prod(shape) for shape in shapes.values()])
-        tensors = {n: p.view(shape) for (n, shape), p in zip(shapes.items(), parts, strict=True)}
-        return Checkpoint(path, dict(header["facts"]), state, tensors)
+        with np.load(path, allow_pickle=False) as file:
+            if any(member.compress_type for member in file.zip.infolist()):
+                raise ValueError("compressed")  # a small file could fill the memory
+            header, *arrays = file.values()
+        facts, state = json.loads(str(header)).values()
+        return Checkpoint(path, facts, TrainState(*state), [torch.from_numpy(a) for a in arrays])
     except Exception as error:  # whatever a foreign file provokes
         raise ArtifactError(f"{path}: no checkpoint: {error}") from None
 
 
-def find_checkpoint(config: Config, data: str) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint that RESUME means, and what is wrong with newer ones.
+def find_checkpoint(config: Config) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint that RESUME means, if any, and what is wrong with newer ones.
 
-    Raises: ArtifactError if none is whole, ConfigError if it is of other settings or data.
+    Raises: ArtifactError if there are some, but none is whole.
     """
-    automatic = config.resume == "auto"
-    place = Path(config.run_dir, config.run_id) if automatic else Path(config.resume)
-    # Names sort in the order in which a run writes them.
-    paths = sorted(place.glob("*.ckpt"), reverse=True) if place.is_dir() else [place]
-    damaged: list[str] = []
-    if not config.resume or (automatic and not (place.is_dir() and paths)):
-        return None, damaged
+    paths, damaged = [Path(config.resume)] if config.resume else [], list[str]()
+    if config.resume == "auto":  # names sort in the order in which a run writes them
+        paths = sorted(Path(config.run_dir, config.run_id).glob("*.ckpt"), reverse=True)
     for path in paths:
         try:
-            checkpoint = read_checkpoint(path)
+            return read_checkpoint(path), damaged
         except ArtifactError as error:
             damaged.append(str(error))
-            continue
-        now: dict[str, object] = json.loads(json.dumps(asdict(config))) | {"data": data}
-        then = checkpoint.facts
-        differs = [f"{name.upper()}={now[name]} was {then.get(name)}" for name in now
-                   if name not in NOT_METHOD - {"seed"} and now[name] != then.get(name)]
-        if differs:
-            raise ConfigError(f"RESUME={config.resume}: {path} is of another run: "
-                              + ", ".join(differs))
-        return checkpoint, damaged
-    raise ArtifactError("; ".join(damaged) or f"RESUME={config.resume}: no checkpoint there")
+    if damaged:
+        raise ArtifactError("; ".join(damaged))
+    return None, damaged
 
 
 class TrainingClock:
@@ -1654,9 +1569,7 @@ class TrainingClock:
         budget = config.max_wallclock_seconds
         self.world, self.iterations = world, config.iterations
         self.limit = budget - reserve_seconds if budget else 0.0
-        self.every, self.save_due = config.checkpoint_every, False
-        self.saved_at, self.last_mark = time.perf_counter(), math.nan
-        self.begin = self.saved_at - seconds
+        self.begin, self.last_mark = time.perf_counter() - seconds, math.nan
         self.intervals: deque[float] = deque(maxlen=8)
 
     def elapsed(self) -> float:
@@ -1675,16 +1588,14 @@ class TrainingClock:
 
         Each unfinished step is expected to take as long as the slowest of the last eight.
         """
-        now, limit = self.elapsed(), self.limit or math.inf
+        now = self.elapsed()
         if not math.isnan(self.last_mark):
             self.intervals.append(now - self.last_mark)
         self.last_mark = now
         ahead = now + 1.02 * max(self.intervals, default=0.0) * (in_flight + 1)
-        stop = step >= self.iterations or ahead > limit
-        due = 0 < self.every <= time.perf_counter() - self.saved_at
-        progress = now / limit if self.limit else step / self.iterations
-        progress, stopped, save_due = self.world.decide(progress, float(stop), float(due))
-        self.save_due = bool(save_due)
+        stop = step >= self.iterations or ahead > (self.limit or math.inf)
+        self.agreed, stopped = self.world.decide(now, float(stop))
+        progress = self.agreed / self.limit if self.limit else step / self.iterations
         return min(1.0, progress), bool(stopped)
 
 
@@ -1703,14 +1614,19 @@ class StepRecord(NamedTuple):
 class Trainer:
     """The training loop and everything it keeps between steps."""
 
-    def __init__(self, config: Config, world: World, log: RunLog, attend: Attend) -> None:
-        self.config, self.world, self.log = config, world, log
+    def __init__(self, config: Config, world: World, log: RunLog, attend: Attend,
+                 start: Checkpoint | None = None) -> None:
+        self.config, self.world, self.log, self.start = config, world, log, start
         self.shape = batch_shape(config, world.size)
         shards = [read_shard(path) for path in find_shards(config.dataset_dir, "train")]
         self.loader = TrainLoader(shards, config)
-        self.facts = asdict(config) | {
-            "run_id": log.run_id, "data": self.loader.fingerprint(), "world_size": world.size,
-            "source_sha256": log.result.get("source_sha256"), "torch": torch.__version__}
+        self.facts = {k: v for k, v in asdict(config).items() if k not in NOT_METHOD} | {
+            "seed": config.seed, "world_size": world.size, "data": self.loader.fingerprint(),
+            "source_sha256": log.result.get("source_sha256")}
+        if start and (differs := [f"{name.upper()}={value} was {start.facts.get(name)}"
+                                  for name, value in self.facts.items()
+                                  if value != start.facts.get(name)]):
+            raise ConfigError(f"{start.path} is of another run: {', '.join(differs)}")
         self.model = GPT(config, attend, compute_dtype(world.device))
         self.model.initialise(config.seed)
         self.model.to(world.device)
@@ -1754,7 +1670,8 @@ class Trainer:
                 self.optimizer.step(0, 0.0)
                 self.world.synchronize()
         torch._foreach_copy_([p.data for p in self.model.parameters()], weights)
-        self.optimizer = Optimizer(self.model, config, self.world)
+        torch._foreach_zero_([*self.optimizer.moments(),
+                              *(group.momentum for group in self.optimizer.groups)])
         seconds = 0.0
         for _ in range(2):  # the second is warm
             begin = time.perf_counter()
@@ -1768,25 +1685,23 @@ class Trainer:
                               f"over the {slowest:.1f}s that GPTQ_CALIBRATION_BATCHES takes here")
         return max(config.gptq_reserve_seconds, slowest)
 
-    def run(self, validate: Callable[[int, DepthPlan, bool], None], start: Checkpoint | None = None,
+    def run(self, validate: Callable[[int, DepthPlan, bool], None]
             ) -> tuple[DepthPlan, dict[str, Tensor]]:
         """The timed loop, averaging and calibration; the plan trained last and the Hessians.
 
         `validate(step, plan, is_last)` scores the model as it stands, off the clock.
         """
-        config, log, state = self.config, self.log, start.state if start else TrainState()
+        config, log, state = self.config, self.log, self.start.state if self.start else TrainState()
         if not state.trained:
             reserve = self.warm_up()
             state = state._replace(reserve=state.reserve or reserve)
             log.put("train", startup_seconds=round(time.time() - log.started, 1))
             log.line(f"gptq:reserving {state.reserve:.1f}s of {config.max_wallclock_seconds:g}s")
-        if start:
-            self.restore(start)
+        self.restore(state)
         self.world.barrier()
         self.clock = TrainingClock(config, self.world, state.reserve, state.seconds)
         if not state.trained:
-            with self.world.deferred():
-                state = self.train(state, validate)
+            state = self.train(state, validate)
         plan = plan_named(config, state.plan)
         hessians = self.calibrate(plan)
         self.summarise(state, self.clock.elapsed())
@@ -1794,18 +1709,22 @@ class Trainer:
 
     def train(self, state: TrainState,
               validate: Callable[[int, DepthPlan, bool], None]) -> TrainState:
-        """The loop from `state` on; leaves averaged weights in the model and on disk."""
-        config, log, clock, stopped = self.config, self.log, self.clock, False
-        stream = BatchStream(self.loader, self.shape, self.world, state.step)
-        plan = plan_named(config, state.plan)
+        """The loop from `state` on, and its end: averaged weights in the model and on disk.
+
+        Raises: Interrupted once a signal has come and a checkpoint is written.
+        """
+        config, log, clock, world, stopped = self.config, self.log, self.clock, self.world, False
+        stream = BatchStream(self.loader, self.shape, world, state.step)
+        plan, saved, world.deferring = plan_named(config, state.plan), state.seconds, True
         while not stopped:
             self.drain(STEPS_IN_FLIGHT)
             step = state.step
             progress, stopped = clock.next_step(step, len(self.flight))
-            if not stopped and (clock.save_due or self.world.stopping):
-                self.save(state)
-                if self.world.stopping:
-                    break
+            due = 0 < config.checkpoint_every <= clock.agreed - saved
+            if not stopped and (due or world.stopping):
+                saved = self.save(state).seconds
+            if world.stopping:
+                break
             if config.val_loss_every and (stopped or step % config.val_loss_every == 0):
                 self.drain(0)
                 with clock.paused():
@@ -1825,15 +1744,16 @@ class Trainer:
             self.drain(0)
             self.average.apply()
             state = self.save(state._replace(trained=True))
+        world.deferring = False
+        if world.stopping or world.signalled:
+            raise Interrupted("stopped by a signal")
         return state
 
-    def live(self, trained: bool) -> dict[str, Tensor]:
-        """The weights, and while training their average, by name."""
-        kinds = {"weight": self.average.weights, "average": self.average.shadow}
-        names = [name for name, _ in self.model.named_parameters()]
-        return {f"{kind}.{name}": tensor for kind, tensors in kinds.items()
-                for name, tensor in zip(names, tensors, strict=True)
-                if kind == "weight" or not trained}
+    def live(self, trained: bool) -> list[Tensor]:
+        """What a checkpoint restores and all ranks hold alike; once trained, only the weights."""
+        average = self.average
+        return average.weights if trained else [*average.weights, *average.shadow,
+                                                *self.optimizer.moments()]
 
     def save(self, state: TrainState) -> TrainState:
         """Writes a checkpoint, off the clock; the state as written.
@@ -1843,35 +1763,36 @@ class Trainer:
         self.drain(0)
         log, state = self.log, state._replace(seconds=self.clock.elapsed(), loss=self.last_loss)
         with self.clock.paused():
-            begin = self.clock.saved_at = time.perf_counter()
-            tensors = self.live(state.trained) | ({} if state.trained else self.optimizer.state())
-            path = log.folder / ("weights.ckpt" if state.trained else f"step-{state.step:08}.ckpt")
+            begin, tensors, name = time.perf_counter(), self.live(state.trained), "weights.ckpt"
+            if not state.trained:
+                name, groups = f"step-{state.step:08}.ckpt", self.optimizer.groups
+                tensors = [*tensors, *(self.world.gather(group.momentum) for group in groups)]
             try:
                 if log.files:
-                    write_checkpoint(Checkpoint(path, self.facts, state, tensors))
+                    write_checkpoint(Checkpoint(log.folder / name, self.facts, state, tensors))
                     for old in sorted(log.folder.glob("step-*"))[:-CHECKPOINTS_KEPT]:
                         old.unlink()
                     log.save("partial", "training")
             except OSError as error:
                 log.warn(f"no checkpoint after step {state.step}: {error}")
-            seconds = time.perf_counter() - begin
-            log.event("checkpoint", step=state.step, path=str(path), seconds=round(seconds, 3))
+            seconds = round(time.perf_counter() - begin, 3)
+            log.event("checkpoint", step=state.step, name=name, seconds=seconds)
             seconds += log.section("train").get("checkpoint_seconds", 0.0)
-            log.put("train", checkpoint_seconds=round(seconds, 3))
+            log.put("train", checkpoint_seconds=seconds)
         return state
 
-    def restore(self, start: Checkpoint) -> None:
-        """Continues from a checkpoint. Raises: ArtifactError if it is not of this model."""
-        trained, self.last_loss = start.state.trained, start.state.loss
-        try:
-            for name, tensor in self.live(trained).items():
-                tensor.copy_(start.tensors[name].view_as(tensor))
-            if not trained:
-                self.optimizer.restore(start.tensors)
-        except (KeyError, RuntimeError) as error:
-            raise ArtifactError(f"{start.path}: not of this model: {error}") from None
-        self.log.event("resume", step=start.state.step, path=str(start.path))
-        self.log.line(f"resumed after step {start.state.step} from {start.path}")
+    def restore(self, state: TrainState) -> None:
+        """Takes the tensors of the checkpoint that the run starts from, if there is one."""
+        if not self.start:
+            return
+        saved, live = deque(self.start.tensors), self.live(state.trained)
+        for tensor in live:
+            tensor.copy_(saved.popleft().view_as(tensor))
+        for group, whole in zip(self.optimizer.groups, saved, strict=False):
+            group.momentum.copy_(whole.chunk(self.world.size)[self.world.rank])
+        self.last_loss = state.loss
+        self.log.event("resume", step=state.step, path=str(self.start.path))
+        self.log.line(f"resumed after step {state.step} from {self.start.path}")
 
     def take_step(self, step: int, plan: DepthPlan, progress: float, batches: list[Tensor]) -> None:
         """Gives one optimizer step to the device."""
@@ -2767,18 +2688,17 @@ def prepare(config: Config, world: World) -> Setup:
     torch._dynamo.config.recompile_limit = 64  # plans, block forms, and batch shapes of evaluations
     batch_shape(config, world.size)
     require_compressor(config)
-    val, start = ValStream.load(config), None
-    damaged: list[str] = []
+    val, start, damaged = ValStream.load(config), None, list[str]()
     if len(packed_program()) >= config.artifact_cap_bytes:
         raise ConfigError(f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes} must be above the bytes "
                           f"of the packed program ({len(packed_program())})")
     if config.eval_only:
         decode_artifact(read_artifact(Path(config.eval_only)))
     else:
-        shards = [read_shard(p) for p in find_shards(config.dataset_dir, "train")]
-        start, damaged = find_checkpoint(config, TrainLoader(shards, config).fingerprint())
+        TrainLoader([read_shard(p) for p in find_shards(config.dataset_dir, "train")], config)
+        start, damaged = find_checkpoint(config)
     if start:
-        config = replace(config, run_id=str(start.facts["run_id"]))
+        config = replace(config, run_id=start.path.resolve().parent.name)
     backend = choose_attention(config.attention, world.device)
     track = resolve_track(config, world, val, backend.name)
     log = RunLog(config, world)
@@ -2821,10 +2741,10 @@ def log_data(config: Config, log: RunLog, val: ValStream) -> None:
              f"val_raw_bytes: {raw_bytes or 'not in the manifest'}")
 
 
-def train_to_artifact(setup: Setup) -> Path:
-    """Trains, quantises and writes the artifact; its path."""
+def train_to_artifact(setup: Setup, path: Path) -> None:
+    """Trains, quantises and writes the artifact to `path`."""
     config, world, log, attend, val, start = setup
-    trainer = Trainer(config, world, log, attend)
+    trainer = Trainer(config, world, log, attend, start)
     shards, tokens = len(trainer.loader.shards), trainer.loader.num_tokens
     groups = count_parameters(trainer.model)
     total = sum(count for _, count in groups.values())
@@ -2844,12 +2764,11 @@ def train_to_artifact(setup: Setup) -> Path:
         if is_last:
             log_score(log, "raw", "final raw weights", result)
 
-    plan, hessians = trainer.run(validate, start)
+    plan, hessians = trainer.run(validate)
     begin = time.perf_counter()
     # Full float32 products from here on: error feedback cancels too finely for tf32.
     torch.set_float32_matmul_precision("highest")
     quantised, blob = fit_to_cap(trainer.model, hessians, plan, world, log)
-    path = log.folder / "artifact.bin"
     if world.is_main:
         save_artifact(path, blob, quantised, trainer.model, log)
     whole = log.section("clocks")["training_seconds"] + time.perf_counter() - begin
@@ -2857,7 +2776,6 @@ def train_to_artifact(setup: Setup) -> Path:
     log_score(log, "averaged", "pre-quantization post-ema", score(plan))
     log.save("partial", "evaluating")
     world.barrier()
-    return path
 
 
 def evaluate_artifact(setup: Setup, path: Path) -> None:
@@ -2901,26 +2819,6 @@ def report_outcome(log: RunLog) -> None:
         log.line(f"{key:<14}{bpb[key]:>10.5f}{nats[key]:>10.5f}{seconds[key]:>10.1f}{mark}")
     log.line(f"clocks: {log.section('clocks')}")
     log.line(f"result: {log.result_path}")
-
-
-def finished_artifact(setup: Setup) -> Path | None:
-    """The artifact of the run that is resumed, if it was written and is as it was."""
-    path, written = setup.log.folder / "artifact.bin", setup.log.section("artifact").get("sha256")
-    if setup.start and written and path.is_file() \
-            and hashlib.sha256(path.read_bytes()).hexdigest() == written:
-        setup.log.line(f"resumed with the artifact {path}")
-        return path
-    return None
-
-
-def resume_command(setup: Setup) -> str:
-    """The shell command that continues the run from its newest checkpoint."""
-    config, world, log = setup.config, setup.world, setup.log
-    given = {"preset": config.preset, **config.differs(), "run_id": log.run_id, "resume": "auto"}
-    settings = [f"{name.upper()}={int(value) if isinstance(value, bool) else value}"
-                for name, value in given.items()]
-    launcher = ["torchrun", "--standalone", f"--nproc_per_node={world.size}"]
-    return shlex.join([*settings, *(launcher if world.size > 1 else ["python"]), sys.argv[0]])
 
 
 def crossed_budget(config: Config, log: RunLog) -> str:
@@ -2971,14 +2869,15 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
         setup = prepare(config, world)
         log = setup.log
         try:
-            path = Path(config.eval_only) if config.eval_only else (
-                finished_artifact(setup) or train_to_artifact(setup))
+            path = Path(config.eval_only or log.folder / "artifact.bin")
+            if not (config.eval_only or (setup.start and "averaged" in log.section("bpb"))):
+                train_to_artifact(setup, path)
             # From here on only the artifact exists.
             evaluate_artifact(setup, path)
             report_outcome(log)
         except BaseException as error:
-            if list(log.folder.glob("*.ckpt")):
-                log.line(f"continue with: {resume_command(setup)}")
+            if any(log.folder.glob("*.ckpt")):
+                log.line(f"the same command with RUN_ID={log.run_id} RESUME=auto continues")
             with contextlib.suppress(OSError):
                 log.finish("partial", world.explain(error))
             raise
@@ -3002,9 +2901,9 @@ def command_line(arguments: Sequence[str]) -> int:
             return 2
         else:
             main()
-    except (GolfError, OSError, StopError) as error:
+    except (GolfError, OSError, Interrupted) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 75 if isinstance(error, StopError) else 1
+        return 75 if isinstance(error, Interrupted) else 1
     return 0
 
 
