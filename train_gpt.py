@@ -83,7 +83,7 @@ class LegalityError(GolfError):
 
 
 class TrainingError(GolfError):
-    """Training produced a value that no later step can recover from."""
+    """Training or quantisation produced something that nothing later can recover from."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -175,6 +175,7 @@ class Config:
     matrix_clip_sigmas: float = within(12.85, 0.5, 1000)
     embed_clip_sigmas: float = within(20.0, 0.5, 1000)
     gptq_calibration_batches: int = within(64, 1, 10**5)  # of micro_batch_tokens, all ranks
+    max_quant_gap_bpb: float = within(0.05, 0, 100)  # a larger loss by quantisation is no result
     gptq_damp: float = within(0.01, 1e-6, 1)  # of the mean Hessian diagonal
     compressor: Literal["brotli", "lzma"] = "brotli"
     fit: bool = True  # widen the clips until the artifact fits its cap
@@ -258,7 +259,8 @@ class Config:
 
 
 NOT_METHOD = {"seed", "run_id", "log_dir", "run_dir", "print_config", "eval_only", "data_dir",
-              "data_path", "tokenizer_path", "resume", "checkpoint_every", "rank_timeout_seconds"}
+              "data_path", "tokenizer_path", "resume", "checkpoint_every", "rank_timeout_seconds",
+              "max_quant_gap_bpb"}
 
 PRESETS: dict[str, dict[str, object]] = {
     "record": {},
@@ -1425,6 +1427,8 @@ class Optimizer:
         self.groups = [MatrixGroup(matrices, world) for matrices in shapes.values()]
         vectors = list(model.vectors().values())
         self.replicated = [model.embed, *vectors]
+        self.parts = [*("/".join(m.role for m in group.matrices) for group in self.groups),
+                      "embed", *model.vectors()]
         stacked = {id(m.parameter): m.parameter for m in model.matrices()}
         self.parameters = [*stacked.values(), *self.replicated]
         if sorted(map(id, self.parameters)) != sorted(map(id, model.parameters())):
@@ -1439,18 +1443,22 @@ class Optimizer:
     def step(self, step: int, scale: float) -> Tensor:
         """Applies the gradients at `scale` times the base learning rates and clears them.
 
-        Returns the gradient norm before clipping, 0-D: nothing here waits for the device.
+        Returns the gradient norm before clipping, 0-D: nothing here waits for the device. If it is
+        not finite, all gradients count as zero.
         """
         config = self.config
         shares = [group.reduce_gradients() for group in self.groups]
         replicated = [gradient_of(p) for p in self.replicated]
         self.world.sum_all_(replicated, 1 / self.world.size)
-        squares = torch.stack(torch._foreach_norm(shares)).square().sum()
-        norm = (self.world.sum_(squares)
-                + torch.stack(torch._foreach_norm(replicated)).square().sum()).sqrt()
+        squares = torch.stack(torch._foreach_norm([*shares, *replicated])).square()
+        self.world.sum_(squares[:len(shares)])
+        self.squares, norm = squares, squares.sum().sqrt()
         if config.grad_clip_norm:
             factor = (config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([*shares, *replicated], factor)
+        bad = ~norm.isfinite()
+        for gradient in (*shares, *replicated):
+            gradient.masked_fill_(bad, 0.0)
         for adam_group in self.adam.param_groups:
             adam_group["lr"] = adam_group["base"] * scale
         self.adam.step()
@@ -1635,7 +1643,7 @@ class Trainer:
         self.losses = {plan: self.compiled_loss(plan) for plan in depth_plans(config)}
         self.flight: deque[StepRecord] = deque()
         self.micro_seconds: dict[str, list[float]] = {}
-        self.last_loss = math.nan
+        self.last_loss, self.skipped = math.nan, -1
 
     def compiled_loss(self, plan: DepthPlan) -> Callable[..., Tensor]:
         """Mean nats of a micro-batch under `plan`."""
@@ -1817,7 +1825,7 @@ class Trainer:
     def drain(self, most_in_flight: int) -> None:
         """Waits until at most that many steps are unfinished; takes in the finished ones.
 
-        Raises: TrainingError if one of their numbers is not finite.
+        Raises: TrainingError if the gradient of two steps in succession is not finite.
         """
         while len(self.flight) > most_in_flight:
             record = self.flight.popleft()
@@ -1827,12 +1835,27 @@ class Trainer:
                 end.synchronize()
                 micro, whole = (begin.elapsed_time(mark) / 1e3 for mark in (middle, end))
             self.last_loss, norm = record.values.tolist()
-            if not (math.isfinite(self.last_loss) and math.isfinite(norm)):
-                raise TrainingError(f"step {record.step} on rank {self.world.rank}: train_loss="
-                                    f"{self.last_loss} and gradient norm={norm} must be finite")
+            if not math.isfinite(norm):
+                self.skip(record, norm)
             self.micro_seconds.setdefault(record.plan.name, []).append(micro)
             if record.step <= 5 or record.step % self.config.train_log_every == 0:
                 self.log_step(record, norm, whole)
+
+    def skip(self, record: StepRecord, norm: float) -> None:
+        """Takes note of a step that counted for nothing; all ranks agree on it.
+
+        Raises: TrainingError if the step before it was skipped too.
+        """
+        if self.skipped == record.step - 1:
+            bad = torch.zeros(self.world.size, dtype=torch.int32)
+            bad[self.world.rank] = not math.isfinite(self.last_loss)
+            ranks = self.world.combine(bad, dist.ReduceOp.SUM).nonzero().flatten().tolist()
+            values = zip(self.optimizer.parts, self.optimizer.squares.tolist(), strict=True)
+            names = [part for part, value in values if not math.isfinite(value)]
+            raise TrainingError(f"step {self.skipped} and the next: gradient norm={norm}; not "
+                                f"finite: losses of ranks {ranks}, gradients of {names}")
+        self.skipped = record.step
+        self.log.warn(f"step {record.step} is skipped: gradient norm={norm}")
 
     def log_step(self, record: StepRecord, norm: float, seconds: float) -> None:
         """Writes the numbers of a finished step."""
@@ -2790,6 +2813,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     scorer, targets = Scorer(model, plan, val, world), val.num_targets
     headline, score = "quantised", evaluate(scorer, plain_windows(targets, config.eval_seq_len))
     log_score(log, headline, "quantized", score)
+    check_gap(config, log)
     if config.sliding_window_enabled:
         windows = sliding_windows(targets, config.eval_seq_len, config.eval_stride)
         headline, score = "sliding", evaluate(scorer, windows)
@@ -2808,11 +2832,20 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     log.result |= {"headline": headline, "val_bpb": score.bits, "val_loss": score.nats}
 
 
+def check_gap(config: Config, log: RunLog) -> None:
+    """Notes what quantisation lost. Raises: TrainingError if it is more than the limit."""
+    bpb = log.section("bpb")
+    gap = bpb["quantised"] - bpb.get("averaged", math.inf)
+    if gap > -math.inf:
+        log.put("quantisation", gap_bpb=gap)
+    if gap > config.max_quant_gap_bpb:
+        raise TrainingError(f"quantisation lost {gap:.4f} BPB, MAX_QUANT_GAP_BPB is "
+                            f"{config.max_quant_gap_bpb:g}; {log.folder} keeps the weights")
+
+
 def report_outcome(log: RunLog) -> None:
-    """Adds the quantisation gap and prints the result table."""
+    """Prints the result table."""
     bpb, nats, seconds = (log.section(name) for name in ("bpb", "nats", "eval_seconds"))
-    if "averaged" in bpb:
-        log.put("quantisation", gap_bpb=bpb["quantised"] - bpb["averaged"])
     log.line(f"{'evaluation':<14}{'BPB':>10}{'nats':>10}{'seconds':>10}")
     for key in bpb:
         mark = "  <- headline" if key == log.result["headline"] else ""
