@@ -1730,7 +1730,8 @@ class Trainer:
             progress, stopped = clock.next_step(step, len(self.flight))
             due = 0 < config.checkpoint_every <= clock.agreed - saved
             if not stopped and (due or world.stopping):
-                saved = self.save(state).seconds
+                self.save(state)
+                saved = clock.agreed
             if world.stopping:
                 break
             if config.val_loss_every and (stopped or step % config.val_loss_every == 0):
