@@ -26,6 +26,7 @@ import io
 import json
 import lzma
 import math
+import operator
 import os
 import platform
 import signal
@@ -177,8 +178,9 @@ class Config:
     gptq_calibration_batches: int = within(64, 1, 10**5)  # of micro_batch_tokens, all ranks
     max_quant_gap_bpb: float = within(0.05, 0, 100)  # a larger loss by quantisation is no result
     gptq_damp: float = within(0.01, 1e-6, 1)  # of the mean Hessian diagonal
-    compressor: Literal["brotli", "lzma"] = "brotli"
-    fit: bool = True  # widen the clips until the artifact fits its cap
+    quantiser: Literal["gptq", "rate"] = "gptq"  # clips as given, or steps by their effect per bit
+    compressor: Literal["brotli", "ans"] = "brotli"
+    fit: bool = True  # one factor on all steps fits the artifact to its cap
     artifact_cap_bytes: int = within(16_000_000, 1000, 10**12)  # packed program and model file
     # Evaluation
     eval_seq_len: int = within(2048, 8, 1 << 20)
@@ -332,34 +334,37 @@ def reject_unknown_variables(env: Mapping[str, str]) -> None:
             raise ConfigError(f"unknown setting {variable}; did you mean {near[0]}?")
 
 
+RELATIONS: dict[str, Callable[[float, float], bool]] = {
+    "a multiple of": lambda a, b: a % b == 0, "at most": operator.le, "at least": operator.ge,
+    "below": operator.lt, "above": operator.gt}
+
+
 def check_consistency(config: Config) -> None:
     """Raises ConfigError for the first two settings that contradict each other."""
-    c, looped = config, bool(config.num_loops)
-    rules = (
-        (c.model_dim % c.num_heads == 0, "model_dim", "a multiple of", "num_heads"),
-        (c.num_heads % c.num_kv_heads == 0, "num_heads", "a multiple of", "num_kv_heads"),
-        (c.head_dim % 2 == 0, "model_dim", "even per head of", "num_heads"),
-        (c.rope_dims <= c.head_dim, "rope_dims", "at most MODEL_DIM /", "num_heads"),
-        (c.rope_dims % 2 == 0, "rope_dims", "even, not", "rope_dims"),
-        (not looped or c.loop_start <= c.loop_end, "loop_start", "at most", "loop_end"),
-        (not looped or c.loop_end < c.num_layers, "loop_end", "below", "num_layers"),
-        (c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens", "a multiple of",
-         "train_seq_len"),
-        (c.micro_batch_tokens >= c.train_seq_len, "micro_batch_tokens", "at least",
-         "train_seq_len"),
-        (c.eval_stride <= c.eval_seq_len, "eval_stride", "at most", "eval_seq_len"),
-        (c.ttt_chunk_tokens % c.eval_seq_len == 0, "ttt_chunk_tokens", "a multiple of",
-         "eval_seq_len"),
-        (c.max_wallclock_seconds == 0 or c.max_wallclock_seconds > c.gptq_reserve_seconds,
-         "max_wallclock_seconds", "0 or above", "gptq_reserve_seconds"),
-        (c.sliding_window_enabled or not c.ttt_enabled, "ttt_enabled", "0 without",
-         "sliding_window_enabled"),
-        (c.run_id or c.resume != "auto", "resume", "a path, or given with", "run_id"),
-    )
-    for holds, name, relation, other in rules:
-        if not holds:
-            raise ConfigError(f"{name.upper()}={getattr(c, name)} must be {relation} "
-                              f"{other.upper()} ({getattr(c, other)})")
+    rules: list[tuple[str, str, str | int]] = [
+        ("model_dim", "a multiple of", "num_heads"), ("head_dim", "a multiple of", 2),
+        ("num_heads", "a multiple of", "num_kv_heads"), ("rope_dims", "at most", "head_dim"),
+        ("rope_dims", "a multiple of", 2), ("micro_batch_tokens", "at least", "train_seq_len"),
+        ("train_batch_tokens", "a multiple of", "train_seq_len"),
+        ("ttt_chunk_tokens", "a multiple of", "eval_seq_len"),
+        ("eval_stride", "at most", "eval_seq_len")]
+    if config.num_loops:
+        rules += [("loop_start", "at most", "loop_end"), ("loop_end", "below", "num_layers")]
+    if config.max_wallclock_seconds:
+        rules.append(("max_wallclock_seconds", "above", "gptq_reserve_seconds"))
+    if config.ttt_enabled:
+        rules.append(("ttt_enabled", "at most", "sliding_window_enabled"))
+    for name, relation, other in rules:
+        value = getattr(config, name)
+        bound = other if isinstance(other, int) else getattr(config, other)
+        if not RELATIONS[relation](value, bound):
+            raise ConfigError(f"{name.upper()}={value} must be {relation} {str(other).upper()} "
+                              f"({bound})")
+    if config.quantiser != "gptq" and config.compressor != "ans":
+        raise ConfigError(f"COMPRESSOR={config.compressor} must be ans for QUANTISER "
+                          f"({config.quantiser})")
+    if config.resume == "auto" and not config.run_id:
+        raise ConfigError("RESUME=auto needs the RUN_ID to resume")
 
 
 # ==================================================================================================
@@ -1603,7 +1608,7 @@ class TrainingClock:
         ahead = now + 1.02 * max(self.intervals, default=0.0) * (in_flight + 1)
         stop = step >= self.iterations or ahead > (self.limit or math.inf)
         self.agreed, stopped = self.world.decide(now, float(stop))
-        progress = self.agreed / self.limit if self.limit else step / self.iterations
+        progress = max(self.agreed / (self.limit or math.inf), step / self.iterations)
         return min(1.0, progress), bool(stopped)
 
 
@@ -1949,6 +1954,25 @@ def collect(hessians: Hessians, rows: Tensor, plan: DepthPlan) -> None:
     """One calibration batch, int32 (sequences, seq_len + 1), through the forward pass."""
     x_BTD = hessians.model.hidden(rows[:, :-1], plan, hessians)
     hessians(-1, -1, "head", x_BTD, x_BTD)
+    if hessians.model.config.quantiser == "rate":
+        collect_gradients(hessians, rows[:-(-len(rows) // 8)], plan, rows[:, 1:].numel())
+
+
+@torch.enable_grad()
+def collect_gradients(hessians: Hessians, rows: Tensor, plan: DepthPlan, weight: int) -> None:
+    """Adds the mean squared gradient of every linear output, (1, R), times `weight`."""
+    found: list[tuple[str, Tensor]] = []
+
+    def keep(visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        found.append((hessian_name(site, block) + ".rows", y))
+        return y
+
+    nats = hessians.model(rows[:, :-1], rows[:, 1:], plan, keep).sum()
+    names = [name for name, _ in found]
+    for name, gradient in zip(names, torch.autograd.grad(nats, [y for _, y in found]), strict=True):
+        mean_1R = gradient.flatten(0, -2).float().square().mean(0, keepdim=True)
+        mean_1R *= weight / names.count(name)
+        hessians.moments[name] = hessians.moments.get(name, 0) + mean_1R
 
 
 def calibration_share(config: Config, world: World, shape: BatchShape) -> int:
@@ -1969,6 +1993,7 @@ def quant_rule(config: Config, stack: str, widen: float = 1.0) -> QuantRule:
     """The rule of a stacked tensor; `widen` multiplies its clip width."""
     bits, sigmas = ((config.embed_bits, config.embed_clip_sigmas) if stack == "embed" else
                     (config.matrix_bits, config.matrix_clip_sigmas))
+    bits = 8 if config.quantiser == "rate" else bits
     return QuantRule(2**(bits - 1) - 1, sigmas * widen)
 
 
@@ -1979,6 +2004,36 @@ def row_scales(w_RC: Tensor, rule: QuantRule) -> Tensor:
     """
     scale_R = rule.clip_sigmas * w_RC.float().std(dim=1) / rule.max_level
     return scale_R.nan_to_num(0.0).clamp(SMALLEST_SCALE, 65_504).half()
+
+
+def coarse(values: Tensor, bits: int, dither: Tensor | int) -> Tensor:
+    """Float16 of few mantissa bits, which cost little to store; dither keeps the mean."""
+    step = 1 << 10 - bits
+    bits_16 = (values.half().view(torch.int16) + dither % step) & -step
+    return bits_16.to(torch.int16).view(torch.float16)
+
+
+def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str, unit: float,
+                   damp: float) -> tuple[Tensor, Tensor]:
+    """Steps of rows and of columns, float16, at which one more bit buys the same everywhere.
+
+    Feedback leaves each column an error of its pivot, the part of the input that later columns
+    cannot make up for, so steps are in inverse proportion to it. What an output's error does to the
+    loss is its squared gradient; as an estimate it is noisy, and powers below one are measured to
+    be better. Source: successive interference cancellation with unequal steps.
+    """
+    tokens = hessians["head"].trace() / len(hessians["head"])  # of normalised inputs
+    hessian_CC, gradient_R = hessians[key] / tokens, hessians[key + ".rows"][0] / tokens
+    order = torch.argsort(hessian_CC.diagonal(), descending=True, stable=True)
+    pivot_C = torch.empty_like(hessian_CC[0])
+    pivot_C[order] = inverse_factor(hessian_CC[order][:, order], damp).diagonal().reciprocal()
+    middle, mean = pivot_C.log().mean().exp(), gradient_R.mean()
+    column_C = coarse((middle / pivot_C).clamp(2**-8, 2**8), 2, 128)
+    # Rows of the embedding are inputs as well, of which the head's gradient knows nothing.
+    row_R = (gradient_R + 0.1 * mean) ** (0.0 if key == "head" else -0.25)
+    row_R *= 1e-3 * unit / row_R.log().mean().exp() * (mean.sqrt() * middle) ** -0.8
+    row_R = row_R.maximum((w_RC / column_C).abs().amax(1) / 127).clamp(2**-20, 60_000)
+    return coarse(row_R, 3, 79 * torch.arange(len(row_R), device=row_R.device)), column_C
 
 
 def dequantise(q_RC: Tensor, scale_R: Tensor) -> Tensor:
@@ -2005,11 +2060,13 @@ def inverse_factor(hessian_CC: Tensor, damp: float) -> Tensor:
 
 
 def gptq(w_RC: Tensor, hessian_CC: Tensor, scale_R: Tensor, max_level: int, damp: float,
-         block: int = 128) -> Tensor:
+         block: int = 128, bit_cost: float = 0.0) -> Tensor:
     """Integers, int8 (R, C), that keep W x close for inputs with the given second moments.
 
     Columns are rounded one by one, the most important first; the error of each is spread over those
-    to come. Source: GPTQ (Frantar et al. 2022), with columns in order of descending diagonal.
+    to come. With a cost, levels are chosen by squared error plus rate: their bits are taken to grow
+    in proportion to the level over its expected magnitude, which moves the rounding threshold.
+    Source: GPTQ (Frantar et al. 2022), with columns in order of descending diagonal.
     """
     w, hessian, scale = w_RC.float().clone(), hessian_CC.float().clone(), scale_R.float()
     dead = hessian.diagonal() == 0
@@ -2017,13 +2074,18 @@ def gptq(w_RC: Tensor, hessian_CC: Tensor, scale_R: Tensor, max_level: int, damp
     w[:, dead] = 0.0
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     w = w[:, order]
+    size = (w / scale[:, None]).abs() + 1e-6
+    size = size.mean(1, keepdim=True) * (size.mean(0) / size.mean())
+    shift = (bit_cost / size).clamp(max=0.3)
     factor = inverse_factor(hessian[order][:, order], damp)
     q = torch.empty_like(w)
     for first in range(0, w.shape[1], block):
         last = min(first + block, w.shape[1])
         errors = torch.empty_like(w[:, first:last])
         for j in range(first, last):
-            q[:, j] = (w[:, j] / scale).round().clamp(-max_level, max_level)
+            level = w[:, j] / scale
+            level = (level - shift[:, j] * level.sign()).round()
+            q[:, j] = level.clamp(-max_level, max_level)
             error = (w[:, j] - q[:, j] * scale) / factor[j, j]
             w[:, j:last] -= torch.outer(error, factor[j, j:last])
             errors[:, j - first] = error
@@ -2043,25 +2105,43 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World,
              widen: float = 1.0) -> QuantisedModel:
     """Quantises every stack; each rank solves its share of the blocks, and all get the integers."""
     integers, all_scales, config = {}, {}, model.config
+    vectors = {name: v.detach().half().cpu() for name, v in model.vectors().items()}
+    balanced = config.quantiser == "rate"
     for name, parameter in model.stacks().items():
         rule, stack = quant_rule(config, name, widen), parameter.detach()
         stack_LRC = stack if stack.dim() == 3 else stack[None]
-        scales = torch.stack([row_scales(w_RC, rule) for w_RC in stack_LRC])
-        levels = torch.zeros(stack_LRC.shape, dtype=torch.int8, device=stack.device)
+        levels = torch.zeros_like(stack_LRC, dtype=torch.int8)
+        scales, columns = (levels.select(dim, 0).half() for dim in (2, 1))
         for block in range(world.rank, len(stack_LRC), world.size):
-            levels[block] = gptq(stack_LRC[block], hessians[hessian_name(name, block)],
-                                 scales[block], rule.max_level, config.gptq_damp)
+            w_RC, key, column_C = stack_LRC[block], hessian_name(name, block), columns[block]
+            if balanced:
+                scales[block], column_C[:] = balanced_steps(
+                    w_RC, hessians, key, widen, config.gptq_damp)
+            else:
+                scales[block], column_C[:] = row_scales(w_RC, rule), 1.0
+            levels[block] = gptq(
+                w_RC / column_C, hessians[key] * column_C.float().outer(column_C.float()),
+                scales[block], rule.max_level, config.gptq_damp, bit_cost=0.04 * balanced)
         integers[name] = world.sum_(levels).view(stack.shape).cpu()
-        all_scales[name] = scales.view(stack.shape[:-1]).cpu()
-    vectors = {name: v.detach().half().cpu() for name, v in model.vectors().items()}
+        all_scales[name] = world.sum_(scales).view(stack.shape[:-1]).cpu()
+        if config.compressor == "ans":
+            shape = stack.shape[:-2] + stack.shape[-1:]
+            vectors[f"{name}.column"] = world.sum_(columns).view(shape).cpu()
     return QuantisedModel(integers, all_scales, vectors)
+
+
+def stored_weights(quantised: QuantisedModel, name: str) -> Tensor:
+    """The float32 stack that the integers, row scales and column scales of `name` stand for."""
+    stack = dequantise(quantised.integers[name], quantised.scales[name])
+    column = quantised.vectors.get(f"{name}.column")
+    return stack if column is None else stack * column.float().unsqueeze(-2)
 
 
 @torch.no_grad()
 def restore_weights(model: GPT, quantised: QuantisedModel) -> None:
     """Sets the model's parameters to what the integers stand for."""
     for name, parameter in model.stacks().items():
-        parameter.copy_(dequantise(quantised.integers[name], quantised.scales[name]))
+        parameter.copy_(stored_weights(quantised, name))
     for name, vector in model.vectors().items():
         vector.copy_(quantised.vectors[name])
 
@@ -2071,7 +2151,7 @@ def tensor_report(model: GPT, quantised: QuantisedModel) -> list[dict[str, objec
     rows: list[dict[str, object]] = []
     for name, parameter in model.stacks().items():
         q, w = quantised.integers[name], parameter.detach().float().cpu()
-        error = (w - dequantise(q, quantised.scales[name])).norm() / w.norm()
+        error = (w - stored_weights(quantised, name)).norm() / w.norm()
         rows.append({"name": name, "bits": round(entropy_bits(q) / q.numel(), 4),
                      "error": round(float(error), 5)})
     return rows
@@ -2092,9 +2172,11 @@ def estimate_artifact_bytes(config: Config) -> int:
 
     Bits per weight are the differential entropy less the logarithm of the step.
     """
+    if config.quantiser == "rate":
+        return config.artifact_cap_bytes
     with torch.device("meta"):
         model = GPT(config, sdpa_attend)
-    coder_loss = {"brotli": 1.014, "lzma": 1.08}[config.compressor]
+    coder_loss = {"brotli": 1.014, "ans": 1.001}[config.compressor]
     total = float(len(packed_program()))
     for name, stack in model.stacks().items():
         rule = quant_rule(config, name)
@@ -2117,6 +2199,13 @@ ARTIFACT_MAGIC = b"GOLF\x00\x01\r\n"
 CHECKSUM_BYTES = 16
 MOST_HEADER_BYTES = 1 << 20
 MOST_ELEMENTS = 1 << 31
+
+SLOTS = 1 << 15  # the sum of a context's frequencies
+CONTEXTS = 64
+FIRST_MAGNITUDE = 0x3D800000  # the bits of 1/16 as float32
+
+LevelTables = tuple[np.ndarray, np.ndarray]
+Visitor = Callable[[np.ndarray, np.ndarray, LevelTables], np.ndarray]
 
 # Settings without which the weights mean something else.
 MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
@@ -2141,78 +2230,194 @@ class Artifact(NamedTuple):
     model: QuantisedModel
 
 
-def compress(data: bytes, codec: str) -> bytes:
-    """`data` as `codec` stores it."""
-    if codec == "lzma":
-        return lzma.compress(data, preset=6)
+def compress(levels: np.ndarray) -> bytes:
+    """The bytes of an array as a brotli stream."""
     import brotli
-    return typing.cast(bytes, brotli.compress(data, quality=11, lgwin=24))
+    return typing.cast(bytes, brotli.compress(levels.tobytes(), quality=11, lgwin=24))
 
 
-def decompress(data: bytes, codec: str, size: int) -> bytes:
+def decompress(data: bytes, size: int) -> bytes:
     """The inverse of `compress`. Raises: ArtifactError unless exactly `size` bytes come out.
 
     No more than one byte over `size` is ever produced.
     """
-    try:
-        if codec == "lzma":
-            decoder = lzma.LZMADecompressor()
-            out, complete = decoder.decompress(data, size + 1), decoder.eof
-        else:
-            out, complete = decompress_brotli(data, size)
-    except Exception as error:
-        raise ArtifactError(f"artifact: a {codec} stream does not decode: {error}") from None
-    if len(out) != size or not complete:
-        raise ArtifactError(f"artifact: a {codec} stream gives {len(out)}+ bytes, not {size}")
-    return out
-
-
-def decompress_brotli(data: bytes, size: int) -> tuple[bytes, bool]:
-    """At most `size` + 1 bytes of a brotli stream, and whether it ended there."""
     import brotli
-    decoder, out, given = brotli.Decompressor(), bytearray(), data
-    while not decoder.is_finished() and len(out) <= size:
-        piece = decoder.process(given, output_buffer_limit=size + 1 - len(out))
-        if not piece and not given:
-            break
-        out, given = out + piece, b""
-    return bytes(out), bool(decoder.is_finished())
+    decoder, out, piece = brotli.Decompressor(), b"", b" "
+    try:
+        while not decoder.is_finished() and len(out) <= size and (piece or data):
+            piece = decoder.process(data, output_buffer_limit=size + 1 - len(out))
+            out, data = out + piece, b""
+    except Exception as error:
+        raise ArtifactError(f"artifact: a brotli stream does not decode: {error}") from None
+    if len(out) != size or not decoder.is_finished():
+        raise ArtifactError(f"artifact: a brotli stream gives {len(out)}+ bytes, not {size}")
+    return out
 
 
 def require_compressor(config: Config) -> None:
     """Raises ConfigError where the codec is missing, before time goes into a model for it."""
-    if config.compressor == "brotli":
-        try:
-            from brotli import Decompressor
-        except ImportError:
-            raise ConfigError("COMPRESSOR=brotli needs: pip install 'brotli>=1.2'") from None
-        if not hasattr(Decompressor, "can_accept_more_data"):
-            raise ConfigError("COMPRESSOR=brotli needs brotli 1.2: pip install -U 'brotli>=1.2'")
+    package = f"COMPRESSOR={config.compressor} needs brotli 1.2: pip install -U 'brotli>=1.2'"
+    try:
+        from brotli import Decompressor
+    except ImportError:
+        raise ConfigError(package) from None
+    if not hasattr(Decompressor, "can_accept_more_data"):
+        raise ConfigError(package)
 
 
-def expected_shapes(config: Config) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
-    """Shapes of a model's integers and of its float16 tensors, in file order; takes no memory."""
+def expected_shapes(config: Config,
+                    codec: str) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
+    """Shapes of a file's integers and float16 tensors, in order; takes no memory."""
     with torch.device("meta"):
         model = GPT(config, sdpa_attend)
     integers = {name: p.shape for name, p in model.stacks().items()}
     floats = {f"{name}.scale": shape[:-1] for name, shape in integers.items()}
-    return integers, floats | {name: p.shape for name, p in model.vectors().items()}
+    floats |= {name: p.shape for name, p in model.vectors().items()}
+    if codec == "ans":
+        floats |= {f"{k}.column": shape[:-2] + shape[-1:] for k, shape in integers.items()}
+    return integers, floats
+
+
+def class_magnitude(classes: np.ndarray, shift: int) -> np.ndarray:
+    """The float32 magnitudes at which classes begin, 2**(23 - shift) of them per octave."""
+    return (classes.astype(np.int32) * (1 << shift) + FIRST_MAGNITUDE).view(np.float32)
+
+
+def magnitude_class(magnitude: np.ndarray, shift: int) -> np.ndarray:
+    """The class in which a float32 magnitude lies."""
+    return np.clip((magnitude.view(np.int32) - FIRST_MAGNITUDE) >> shift, 0, CONTEXTS - 1)
+
+
+def level_tables(counts: np.ndarray) -> LevelTables:
+    """By context: frequency and start of every level, packed, and the level of every slot."""
+    freq = counts * (SLOTS - counts.shape[1]) // counts.sum(1, keepdims=True) + 1
+    freq[np.arange(CONTEXTS), counts.argmax(1)] += SLOTS - freq.sum(1)
+    numbers = np.tile(np.arange(counts.shape[1], dtype=np.uint8), CONTEXTS)
+    return ((freq << 16 | freq.cumsum(1) - freq).astype(np.uint32),
+            np.repeat(numbers, freq.ravel()).reshape(CONTEXTS, SLOTS))
+
+
+def walk_levels(levels_LRC: np.ndarray, row_LR: np.ndarray, limits: Sequence[int],
+                visit: Visitor) -> None:
+    """Lets `visit` see, or set, a stack row after row, given what a decoder knows by then.
+
+    The context of a level is the magnitude to expect: that of its row's class times what its column
+    has shown so far. Frequencies begin as bells and follow what comes. Integers and single float32
+    operations give the same on every machine.
+    """
+    low, size = limits[0], max(3, limits[1] - limits[0] + 1)
+    ratio = np.arange(low, low + size) / class_magnitude(np.arange(CONTEXTS), 20)[:, None]
+    tail = np.square(np.square(1 + np.square(ratio.astype(np.float64)) / 23))
+    counts = (4096 / np.square(tail)).astype(np.int64) + 1
+    tables, patience, waiting = level_tables(counts), 2048, 0
+    row_RL1 = class_magnitude(row_LR.T, 21)[..., None]
+    rows_L1, shown_LC = 8 * row_RL1[0], np.repeat(8 * row_RL1[0], levels_LRC.shape[2], axis=1)
+    fresh: list[np.ndarray] = []
+    for number, row_L1 in enumerate(row_RL1):
+        context_LC = magnitude_class(shown_LC * (row_L1 / rows_L1), 20)
+        symbol_LC = visit(context_LC, levels_LRC[:, number].astype(np.int32) - low, tables)
+        levels_LRC[:, number] = symbol_LC + low
+        shown_LC += np.abs(symbol_LC + low)
+        rows_L1 += row_L1
+        fresh.append((context_LC * size + symbol_LC).ravel())
+        waiting += symbol_LC.size
+        if waiting > patience:
+            found = np.bincount(np.concatenate(fresh), minlength=counts.size)
+            counts += 64 * found.reshape(counts.shape)
+            tables, patience = level_tables(counts), min(2 * patience, 1 << 20)
+            waiting, fresh = 0, []
+
+
+def walk_stack(levels_LRC: np.ndarray, classes: np.ndarray, facts: Sequence[int],
+               visit: Visitor) -> None:
+    """Walks the classes of a stack's rows, less their middle, and then the stack."""
+    grid = classes.reshape(1, -1, 64)
+    walk_levels(grid, 24 + 0 * grid[..., 0], facts[:2], visit)
+    row_LR = classes[:levels_LRC[..., 0].size].reshape(levels_LRC.shape[:2])
+    walk_levels(levels_LRC, row_LR.astype(np.int32) + facts[4], facts[2:4], visit)
+
+
+def num_lanes(num_levels: int) -> int:
+    """Coder states that advance together: more are faster, and each costs two bytes."""
+    return max(16, min(512, num_levels >> 14))
+
+
+def encode_levels(levels_LRC: np.ndarray) -> bytes:
+    """A stack of int8 as one stream: five facts about it, the coder's states, its words.
+
+    Source: asymmetric numeral systems (Duda 2013), many of them interleaved (Giesen 2014).
+    """
+    row_LR = magnitude_class(np.abs(levels_LRC, dtype=np.float32).mean(2), 21)
+    middle = int(np.median(row_LR))
+    classes = np.pad(row_LR.ravel() - middle, (0, -row_LR.size % 64)).astype(np.int8)
+    facts = [int(end) for a in (classes, levels_LRC) for end in (a.min(), a.max())] + [middle]
+    rows: list[np.ndarray] = []
+
+    def record(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
+        rows.append(tables[0][context, symbols].ravel())
+        return symbols
+
+    walk_stack(levels_LRC.copy(), classes, facts, record)
+    lanes = num_lanes(levels_LRC.size)
+    states, words = np.full(lanes, 1 << 16, np.uint32), [np.empty(0, np.uint16)]
+    for row in reversed(rows):
+        for begin in reversed(range(0, len(row), lanes)):
+            cell = row[begin:begin + lanes]
+            freq, x = cell >> 16, states[:len(cell)]
+            full = np.flatnonzero(x >= freq << 17)
+            words.append(x[full].astype(np.uint16))
+            x[full] >>= 16
+            x += x // freq * (SLOTS - freq) + (cell & 0xFFFF)
+    return b"".join([struct.pack("5b", *facts), states.astype("<u4").tobytes(),
+                     np.concatenate(words[::-1]).astype("<u2").tobytes()])
+
+
+def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
+    """The inverse of `encode_levels`. Raises: ArtifactError unless the stream ends as it began."""
+    levels_LRC, lanes = np.zeros(shape, np.int8), num_lanes(math.prod(shape))
+    if len(data) < 5 + 4 * lanes or len(data) % 2 == 0:
+        raise ArtifactError(f"artifact: a stream of {len(data)} bytes, not {5 + 4 * lanes} or more")
+    states = np.frombuffer(data, "<u4", lanes, 5).astype(np.uint32)
+    words = np.frombuffer(data, "<u2", -1, 5 + 4 * lanes).astype(np.uint32)
+    position = 0
+
+    def take(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
+        nonlocal position
+        contexts, out = context.ravel(), symbols.ravel()
+        for begin in range(0, len(out), lanes):
+            some = slice(begin, begin + lanes)
+            x = states[:len(out[some])]
+            slot = x & SLOTS - 1
+            out[some] = symbol = tables[1][contexts[some], slot]
+            cell = tables[0][contexts[some], symbol]
+            x[:] = (x >> 15) * (cell >> 16) + slot - (cell & 0xFFFF)
+            empty = np.flatnonzero(x < 1 << 16)
+            x[empty] = x[empty] << 16 | words[position:position + len(empty)]
+            position += len(empty)
+        return out.reshape(context.shape)
+
+    classes = np.zeros(-(-levels_LRC[..., 0].size // 64) * 64, np.int8)
+    try:
+        walk_stack(levels_LRC, classes, struct.unpack_from("5b", data), take)
+    except (ValueError, IndexError):  # facts or states that no encoder writes
+        position = -1
+    if position != len(words) or bool((states != 1 << 16).any()):
+        raise ArtifactError("artifact: a stream of levels does not end where it began")
+    return levels_LRC
 
 
 def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) -> bytes:
-    """The artifact file: one stream per matrix of integers, and one for all float16 values."""
-    integers, floats = expected_shapes(config)
+    """The artifact file: one stream per stack of integers, one of brotli for float16 values."""
+    integers, floats = expected_shapes(config, config.compressor)
     tensors = quantised.vectors | {f"{k}.scale": v for k, v in quantised.scales.items()}
-    raw = []
-    for name, shape in integers.items():
-        stack = quantised.integers[name].view(shape).numpy()
-        raw += [matrix.tobytes() for matrix in (stack if stack.ndim == 3 else stack[None])]
-    parts = [tensors[name].view(shape).numpy().ravel() for name, shape in floats.items()]
-    values = np.concatenate(parts)
-    # Low bytes first, then high bytes: exponents compress, mantissas do not.
-    raw.append(values.astype("<f2").view(np.uint8).reshape(-1, 2).T.tobytes())
+    values = np.concatenate([tensors[name].numpy().ravel() for name in floats]).astype("<f2")
+    # Low bytes apart from high bytes: exponents compress, mantissas do not.
+    planes = values.view(np.int8).reshape(-1, 2).T
+    stacks = [quantised.integers[name].view(-1, *shape[-2:]).numpy()
+              for name, shape in integers.items()]
+    encode = encode_levels if config.compressor == "ans" else compress
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        streams = list(pool.map(functools.partial(compress, codec=config.compressor), raw))
+        streams = [*pool.map(encode, stacks), compress(planes)]
     settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
     lengths = [len(stream) for stream in streams]
     header = Header(settings, plan.name, config.preset, config.compressor, lengths)
@@ -2238,7 +2443,7 @@ def decode_header(data: bytes) -> tuple[Header, int]:
     try:
         decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=1 << 26)
         header = Header(**json.loads(decoder.decompress(data[start:end], text_bytes + 1)))
-        well_formed = (header.codec in ("brotli", "lzma") and isinstance(header.settings, dict)
+        well_formed = (header.codec in ("brotli", "ans") and isinstance(header.settings, dict)
                        and all(type(n) is int and n >= 0 for n in header.streams)
                        and isinstance(header.plan, str) and isinstance(header.preset, str))
     except Exception as error:
@@ -2251,26 +2456,28 @@ def decode_header(data: bytes) -> tuple[Header, int]:
 def decode_artifact(data: bytes) -> Artifact:
     """The contents of a whole, well-formed file. Raises: ArtifactError for anything else."""
     header, position = decode_header(data)
-    integers, floats = expected_shapes(stored_config(header.settings))
-    sizes = [shape[-2:].numel() for shape in integers.values() for _ in range(shape[:-2].numel())]
-    num_floats = sum(shape.numel() for shape in floats.values())
-    if sum(sizes) + num_floats > MOST_ELEMENTS or len(sizes) + 1 != len(header.streams):
-        raise ArtifactError(f"artifact: {sum(sizes)} weights in {len(header.streams)} streams, not "
-                            f"{len(sizes) + 1} streams and at most {MOST_ELEMENTS} weights")
-    raw = []
-    for length, size in zip(header.streams, [*sizes, 2 * num_floats], strict=True):
-        raw.append(decompress(data[position:position + length], header.codec, size))
+    config = stored_config(header.settings)
+    integers, floats = expected_shapes(config, header.codec)
+    sizes = [shape.numel() for shape in floats.values()]
+    shapes = [(shape[:-2].numel(), *shape[-2:]) for shape in integers.values()]
+    shapes.append((1, 2, sum(sizes)))
+    if sum(map(math.prod, shapes)) > MOST_ELEMENTS or len(shapes) != len(header.streams):
+        raise ArtifactError(f"artifact: {len(header.streams)} streams, must be {len(shapes)} with "
+                            f"at most {MOST_ELEMENTS} levels")
+    arrays = []
+    for number, (length, shape) in enumerate(zip(header.streams, shapes, strict=True), 1):
+        stream = data[position:position + length]
+        adaptive = header.codec == "ans" and number < len(shapes)
+        arrays.append(decode_levels(stream, shape) if adaptive else np.frombuffer(
+            bytearray(decompress(stream, math.prod(shape))), np.int8))
         position += length
-    planes = np.frombuffer(raw.pop(), np.uint8).reshape(2, -1)
-    values = torch.from_numpy(planes.T.copy().view("<f2").ravel())
-    parts = values.split([shape.numel() for shape in floats.values()])
+    values = arrays.pop().reshape(2, -1).T.copy().view("<f2").ravel()
+    parts = torch.from_numpy(values).split(sizes)
     tensors = {name: p.view(shape) for (name, shape), p in zip(floats.items(), parts, strict=True)}
-    levels = torch.frombuffer(bytearray(b"".join(raw)), dtype=torch.int8)
-    stacks = levels.split([shape.numel() for shape in integers.values()])
-    quantised = QuantisedModel(
-        {name: s.view(shape) for (name, shape), s in zip(integers.items(), stacks, strict=True)},
-        {name: tensors.pop(f"{name}.scale") for name in integers}, tensors)
-    return Artifact(header, quantised)
+    stacks = {name: torch.from_numpy(array).view(shape)
+              for (name, shape), array in zip(integers.items(), arrays, strict=True)}
+    scales = {name: tensors.pop(f"{name}.scale") for name in integers}
+    return Artifact(header, QuantisedModel(stacks, scales, tensors))
 
 
 def stored_config(settings: dict[str, float]) -> Config:
@@ -2315,41 +2522,43 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
                log: RunLog) -> tuple[QuantisedModel, bytes]:
     """Integers and file such that program and model fit ARTIFACT_CAP_BYTES.
 
-    With FIT, clips that are too narrow are widened by one factor: first by the size that a Gaussian
-    would lose, then by bisection, always on the measured size.
+    With FIT, one factor on all steps is searched on the measured size: along the slope so far, and
+    never outside what is known to be too fine and to fit. Clips are only ever widened; balanced
+    steps shrink too, until bytes stop to matter.
     Raises: ArtifactError if the artifact does not fit.
     """
     config, code_bytes = model.config, len(packed_program())
-    cap, weights = config.artifact_cap_bytes, sum(p.numel() for p in model.stacks().values())
-    too_narrow, widen, best = 0.0, 1.0, None
-    best_widen = math.inf
+    cap, floor = config.artifact_cap_bytes, -3.0 if config.quantiser == "rate" else 0.0
+    margin, best, low, high, at = min(5000, cap // 200), None, floor - 1, math.inf, 0.0
+    slope, last = -sum(p.numel() for p in model.stacks().values()) / 8, (math.inf, 0)
     for _ in range(20):
         begin = time.perf_counter()
-        quantised = quantise(model, hessians, world, widen)
+        quantised = quantise(model, hessians, world, 2**at)
         solved = time.perf_counter()
         blob = encode_artifact(quantised, config, plan) if world.is_main else b""
         log.put("quantisation", seconds_solve=round(solved - begin, 2),
                 seconds_encode=round(time.perf_counter() - solved, 2))
         over = int(world.decide(code_bytes + len(blob))[0]) - cap
+        log.line(f"fit: steps x{2**at:.4f} leave {-over:,} bytes unused")
         if over <= 0:
-            best, best_widen = (quantised, blob), widen
+            best, high = (quantised, blob), at
         else:
-            too_narrow = widen
-            log.line(f"fit: {over:,} bytes over the cap at clips x{widen:.4f}")
-        if (over > 0 and not config.fit) or widen == best_widen == 1.0 or -3000 < over <= 0:
+            low = at
+        if not config.fit or -margin < over <= 0 or high <= floor:
             break
-        guess = widen * 2**max(-3.0, min(3.0, 8 * (over + 1500) / weights))
-        inside = too_narrow < guess < best_widen
-        widen = guess if inside else math.sqrt(max(too_narrow, 1.0) * min(best_widen, 4 * widen))
-        if max(widen, best_widen) / min(widen, too_narrow or widen) < 1.0003:
-            break
+        if math.isfinite(last[0]):
+            slope = min((over - last[1]) / (at - last[0]), 0.1 * slope)
+        last, at = (at, over), at - (over + margin / 2) / slope
+        at = max(floor, last[0] - 3, min(last[0] + 3, at))
+        if not low < at < high:
+            at = (low + high) / 2
     if best is None:
-        hint = f"even with clips x{too_narrow:.0f}" if config.fit else "FIT=1 would widen the clips"
+        hint = f"even with steps x{2**low:.0f}" if config.fit else "FIT=1 would widen the steps"
         raise ArtifactError(f"artifact is {over:,} bytes over ARTIFACT_CAP_BYTES ({cap:,}), "
                             f"{code_bytes:,} of them the program; {hint}")
-    if best_widen != 1.0:
-        log.warn(f"the preset's clip widths do not fit the cap: widened x{best_widen:.4f}")
-    log.put("quantisation", clip_widening=round(best_widen, 5))
+    if floor == 0.0 < high:
+        log.warn(f"the preset's clip widths do not fit the cap: widened x{2**high:.4f}")
+    log.put("quantisation", clip_widening=round(2**high, 5))
     return best
 
 
@@ -2667,6 +2876,7 @@ def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
 # ==================================================================================================
 
 OFFICIAL_VAL_TARGETS = 40_540_160
+OFFICIAL_VAL_BYTES = range(151_070_000, 151_090_000)  # tokenizers truncate at different places
 RECORD_RANKS = 8
 
 
@@ -2723,13 +2933,13 @@ def prepare(config: Config, world: World) -> Setup:
         start, damaged = find_checkpoint(config)
     if start:
         config = replace(config, run_id=start.path.resolve().parent.name)
+    facts = {**environment_facts(world), "data": data_facts(config, val)}
     backend = choose_attention(config.attention, world.device)
     track = resolve_track(config, world, val, backend.name)
     log = RunLog(config, world)
     for problem in damaged:
         log.warn(problem)
     source, packed = program_source(), packed_program()
-    facts = environment_facts(world)
     typing.cast("dict[str, object]", facts["versions"])["attention_backend"] = backend.name
     log.result |= {"run_id": log.run_id, "track": track, "preset": config.preset,
                    "seed": config.seed, "world_size": world.size, "config_hash": config.config_hash,
@@ -2747,22 +2957,30 @@ def prepare(config: Config, world: World) -> Setup:
              + "".join(f" | not {name}: {why}" for name, why in backend.rejected.items()))
     mode = "torch.compile" if config.compile else "eager"
     log.line(f"track: {track} | world size: {world.size} | execution: {mode}")
-    log_data(config, log, val)
+    log.line(f"val_tokens: {val.num_targets} (predictions) | val_bytes: {val.num_bytes} | data: "
+             f"{facts['data']}")
     return Setup(config, world, log, backend.attend, val, start)
 
 
-def log_data(config: Config, log: RunLog, val: ValStream) -> None:
-    """Writes the data section of the result."""
-    manifest = config.dataset_dir / "manifest.json"
-    facts = json.loads(manifest.read_text()) if manifest.is_file() else {}
-    raw_bytes = facts.get("val_raw_bytes")
-    tokenizer = hashlib.sha256(config.tokenizer_file.read_bytes()).hexdigest()
-    log.put("data", name=config.dataset_dir.name, tokenizer_sha256=tokenizer,
-            val_documents=val.num_documents, val_targets=val.num_targets, val_bytes=val.num_bytes,
-            fingerprint=hashlib.sha256(val.tokens.tobytes()).hexdigest()[:16],
-            **({"val_raw_bytes": raw_bytes} if raw_bytes else {}))
-    log.line(f"val_tokens: {val.num_targets} (predictions) | val_bytes: {val.num_bytes} | "
-             f"val_raw_bytes: {raw_bytes or 'not in the manifest'}")
+def data_facts(config: Config, val: ValStream) -> dict[str, object]:
+    """The data section of the result. Raises: DataError if tokenizer and shards do not match."""
+    path, digest = config.dataset_dir / "manifest.json", hashlib.sha256
+    try:
+        manifest = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+    tokenizer = digest(config.tokenizer_file.read_bytes()).hexdigest()
+    if manifest.get("tokenizer_sha256", tokenizer) != tokenizer:
+        raise DataError(f"{config.tokenizer_file}: sha256 {tokenizer[:16]}, but {path} says the "
+                        f"shards were written with {manifest['tokenizer_sha256'][:16]}")
+    if val.num_targets == OFFICIAL_VAL_TARGETS and val.num_bytes not in OFFICIAL_VAL_BYTES:
+        raise DataError(f"{config.dataset_dir}: the official targets stand for {val.num_bytes} "
+                        f"bytes, must be in {OFFICIAL_VAL_BYTES}")
+    raw = {"val_raw_bytes": manifest["val_raw_bytes"]} if "val_raw_bytes" in manifest else {}
+    return {"name": config.dataset_dir.name, "tokenizer_sha256": tokenizer,
+            "val_documents": val.num_documents, "val_targets": val.num_targets,
+            "fingerprint": digest(val.tokens.tobytes()).hexdigest()[:16],
+            "val_bytes": val.num_bytes, **raw}
 
 
 def train_to_artifact(setup: Setup, path: Path) -> None:
