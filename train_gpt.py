@@ -40,7 +40,7 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -522,7 +522,8 @@ class RunLog:
     def __init__(self, config: Config, world: World) -> None:
         self.started = time.time()
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(self.started))
-        self.run_id = config.run_id or f"{config.preset}-{config.seed}-{stamp}"
+        resumed = config.resume and Path(config.resume).absolute().parent.name
+        self.run_id = config.run_id or resumed or f"{config.preset}-{config.seed}-{stamp}"
         self.folder = Path(config.run_dir) / self.run_id
         self.result_path = Path(config.log_dir) / f"{self.run_id}.json"
         self.result: dict[str, object] = {}
@@ -776,9 +777,9 @@ class TrainLoader:
         return windows
 
     def fingerprint(self) -> str:
-        """Hash of the shard sizes and of the windows with which training begins."""
-        known = self.offsets.tobytes() + self.read(0, 64).tobytes()
-        return hashlib.sha256(known).hexdigest()[:16]
+        """Hash of the size, the beginning and the end of every shard."""
+        ends = b"".join(s[:999].tobytes() + s[-999:].tobytes() for s in self.shards)
+        return hashlib.sha256(self.offsets.tobytes() + ends).hexdigest()[:16]
 
 
 class BatchShape(NamedTuple):
@@ -1523,52 +1524,54 @@ class TrainState(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint file says: an uncompressed .npz file, which holds no code."""
+    """What a checkpoint says. Its file is an uncompressed .npz, which holds no code."""
 
     path: Path
-    facts: dict[str, object]  # settings, data and source of the run
+    facts: dict[str, object]  # settings, data, world and source of the run
     state: TrainState
     tensors: list[Tensor]
 
+    def write(self) -> None:
+        """Writes the file."""
+        buffer, header = io.BytesIO(), json.dumps([self.facts, self.state])
+        np.savez(buffer, np.array(header), *(t.detach().cpu().numpy() for t in self.tensors))
+        write_atomically(self.path, buffer.getbuffer())
 
-def write_checkpoint(checkpoint: Checkpoint) -> None:
-    """Writes the file."""
-    path, facts, state, tensors = checkpoint
-    buffer = io.BytesIO()
-    header = np.array(json.dumps({"facts": facts, "state": state}))
-    np.savez(buffer, header, *(tensor.detach().cpu().numpy() for tensor in tensors))
-    write_atomically(path, buffer.getbuffer())
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """The contents of a whole file. Raises: ArtifactError for anything else."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if any(member.compress_type for member in file.zip.infolist()):
-                raise ValueError("compressed")  # a small file could fill the memory
-            header, *arrays = file.values()
-        facts, state = json.loads(str(header)).values()
-        return Checkpoint(path, facts, TrainState(*state), [torch.from_numpy(a) for a in arrays])
-    except Exception as error:  # whatever a foreign file provokes
-        raise ArtifactError(f"{path}: no checkpoint: {error}") from None
+    @classmethod
+    def read(cls, path: Path) -> Checkpoint:
+        """The contents of a whole file. Raises: ArtifactError for anything else."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                if any(member.compress_type for member in file.zip.infolist()):
+                    raise ValueError("compressed")  # a small file could fill the memory
+                header, *arrays = file.values()
+            facts, state = json.loads(str(header))
+            return cls(path, facts, TrainState(*state), [torch.from_numpy(a) for a in arrays])
+        except Exception as error:  # whatever a foreign file provokes
+            raise ArtifactError(f"{path}: no checkpoint: {error}") from None
 
 
-def find_checkpoint(config: Config) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint that RESUME means, if any, and what is wrong with newer ones.
+def find_start(config: Config, facts: dict[str, object], log: RunLog) -> Checkpoint:
+    """The newest whole checkpoint that RESUME means; without one, that nothing is done.
 
-    Raises: ArtifactError if there are some, but none is whole.
+    Raises: ArtifactError if there are some, but none is whole; ConfigError if its facts differ.
     """
-    paths, damaged = [Path(config.resume)] if config.resume else [], list[str]()
-    if config.resume == "auto":  # names sort in the order in which a run writes them
-        paths = sorted(Path(config.run_dir, config.run_id).glob("*.ckpt"), reverse=True)
+    start, paths = Checkpoint(log.folder, facts, TrainState(), []), [Path(config.resume)]
+    if config.resume in ("", "auto"):  # names sort in the order in which a run writes them
+        paths = sorted(log.folder.glob("*.ckpt"), reverse=True) if config.resume else []
     for path in paths:
         try:
-            return read_checkpoint(path), damaged
+            start = Checkpoint.read(path)
+            break
         except ArtifactError as error:
-            damaged.append(str(error))
-    if damaged:
-        raise ArtifactError("; ".join(damaged))
-    return None, damaged
+            log.warn(str(error))
+    if paths and not start.tensors:
+        raise ArtifactError(f"RESUME={config.resume}: none of {len(paths)} checkpoints is whole")
+    differs = [f"{name.upper()}={value} was {start.facts.get(name)}"
+               for name, value in facts.items() if value != start.facts.get(name)]
+    if differs:
+        raise ConfigError(f"{start.path} is of another run: {', '.join(differs)}")
+    return start
 
 
 class TrainingClock:
@@ -1629,17 +1632,11 @@ class Trainer:
 
     def __init__(self, config: Config, world: World, log: RunLog, attend: Attend,
                  start: Checkpoint | None = None) -> None:
-        self.config, self.world, self.log, self.start = config, world, log, start
+        self.config, self.world, self.log = config, world, log
+        self.start = start or Checkpoint(log.folder, {}, TrainState(), [])
         self.shape = batch_shape(config, world.size)
         shards = [read_shard(path) for path in find_shards(config.dataset_dir, "train")]
         self.loader = TrainLoader(shards, config)
-        self.facts = {k: v for k, v in asdict(config).items() if k not in NOT_METHOD} | {
-            "seed": config.seed, "world_size": world.size, "data": self.loader.fingerprint(),
-            "source_sha256": log.result.get("source_sha256")}
-        if start and (differs := [f"{name.upper()}={value} was {start.facts.get(name)}"
-                                  for name, value in self.facts.items()
-                                  if value != start.facts.get(name)]):
-            raise ConfigError(f"{start.path} is of another run: {', '.join(differs)}")
         self.model = GPT(config, attend, compute_dtype(world.device))
         self.model.initialise(config.seed)
         self.model.to(world.device)
@@ -1704,7 +1701,7 @@ class Trainer:
 
         `validate(step, plan, is_last)` scores the model as it stands, off the clock.
         """
-        config, log, state = self.config, self.log, self.start.state if self.start else TrainState()
+        config, log, state = self.config, self.log, self.start.state
         if not state.trained:
             reserve = self.warm_up()
             state = state._replace(reserve=state.reserve or reserve)
@@ -1783,7 +1780,7 @@ class Trainer:
                 tensors = [*tensors, *(self.world.gather(group.momentum) for group in groups)]
             try:
                 if log.files:
-                    write_checkpoint(Checkpoint(log.folder / name, self.facts, state, tensors))
+                    Checkpoint(log.folder / name, self.start.facts, state, tensors).write()
                     for old in sorted(log.folder.glob("step-*"))[:-CHECKPOINTS_KEPT]:
                         old.unlink()
                     log.save("partial", "training")
@@ -1797,7 +1794,7 @@ class Trainer:
 
     def restore(self, state: TrainState) -> None:
         """Takes the tensors of the checkpoint that the run starts from, if there is one."""
-        if not self.start:
+        if not self.start.tensors:
             return
         saved, live = deque(self.start.tensors), self.live(state.trained)
         for tensor in live:
@@ -2888,7 +2885,7 @@ class Setup(NamedTuple):
     log: RunLog
     attend: Attend
     val: ValStream
-    start: Checkpoint | None
+    start: Checkpoint
 
 
 def resolve_track(config: Config, world: World, val: ValStream, attention_name: str) -> str:
@@ -2922,23 +2919,19 @@ def prepare(config: Config, world: World) -> Setup:
     torch._dynamo.config.recompile_limit = 64  # plans, block forms, and batch shapes of evaluations
     batch_shape(config, world.size)
     require_compressor(config)
-    val, start, damaged = ValStream.load(config), None, list[str]()
+    val, digest = ValStream.load(config), ""
     if len(packed_program()) >= config.artifact_cap_bytes:
         raise ConfigError(f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes} must be above the bytes "
                           f"of the packed program ({len(packed_program())})")
     if config.eval_only:
         decode_artifact(read_artifact(Path(config.eval_only)))
     else:
-        TrainLoader([read_shard(p) for p in find_shards(config.dataset_dir, "train")], config)
-        start, damaged = find_checkpoint(config)
-    if start:
-        config = replace(config, run_id=start.path.resolve().parent.name)
+        shards = [read_shard(p) for p in find_shards(config.dataset_dir, "train")]
+        digest = TrainLoader(shards, config).fingerprint()
     facts = {**environment_facts(world), "data": data_facts(config, val)}
     backend = choose_attention(config.attention, world.device)
     track = resolve_track(config, world, val, backend.name)
     log = RunLog(config, world)
-    for problem in damaged:
-        log.warn(problem)
     source, packed = program_source(), packed_program()
     typing.cast("dict[str, object]", facts["versions"])["attention_backend"] = backend.name
     log.result |= {"run_id": log.run_id, "track": track, "preset": config.preset,
@@ -2959,7 +2952,10 @@ def prepare(config: Config, world: World) -> Setup:
     log.line(f"track: {track} | world size: {world.size} | execution: {mode}")
     log.line(f"val_tokens: {val.num_targets} (predictions) | val_bytes: {val.num_bytes} | data: "
              f"{facts['data']}")
-    return Setup(config, world, log, backend.attend, val, start)
+    identity = {k: v for k, v in asdict(config).items() if k not in NOT_METHOD} | {
+        "seed": config.seed, "data": digest, "world_size": world.size,
+        "source_sha256": log.result["source_sha256"]}
+    return Setup(config, world, log, backend.attend, val, find_start(config, identity, log))
 
 
 def data_facts(config: Config, val: ValStream) -> dict[str, object]:
@@ -3122,7 +3118,7 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
         log = setup.log
         try:
             path = Path(config.eval_only or log.folder / "artifact.bin")
-            if not (config.eval_only or (setup.start and "averaged" in log.section("bpb"))):
+            if not (config.eval_only or (setup.start.tensors and "averaged" in log.section("bpb"))):
                 train_to_artifact(setup, path)
             # From here on only the artifact exists.
             evaluate_artifact(setup, path)

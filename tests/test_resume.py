@@ -43,11 +43,22 @@ class StoppingLog(SilentLog):
             self.world.interrupt()
 
 
+def facts_of(config: golf.Config) -> dict[str, object]:
+    """What must be equal, as far as these tests vary it."""
+    return {"seed": config.seed, "matrix_lr": config.matrix_lr, "ttt_lr": config.ttt_lr}
+
+
+def find_start(config: golf.Config) -> tuple[golf.Checkpoint, list[str]]:
+    """Where a run would start, and the warnings on the way."""
+    log = SilentLog(config)
+    return golf.find_start(config, facts_of(config), log), log.lines
+
+
 def train(config: golf.Config, stop_after: int = -1) -> tuple[golf.Trainer, StoppingLog]:
     """A trainer that has run until it ended or was stopped."""
     world = golf.World()
-    start, _ = golf.find_checkpoint(config)
     log = StoppingLog(config, world, stop_after)
+    start = golf.find_start(config, facts_of(config), log)
     trainer = golf.Trainer(config, world, log, golf.sdpa_attend, start)
     if stop_after < 0:
         trainer.run(never)
@@ -81,8 +92,7 @@ def test_stopped_and_resumed_training_equals_unbroken_training(make_config: Make
 def test_wall_clock_goes_on_where_it_stopped(make_config: MakeConfig) -> None:
     common = {"TRAIN_LOG_EVERY": 1, "MAX_WALLCLOCK_SECONDS": 300, "ITERATIONS": 6}
     stopped, _ = train(make_config(**common), stop_after=3)
-    start, _ = golf.find_checkpoint(make_config(**common, RESUME="auto"))
-    assert start is not None
+    start, _ = find_start(make_config(**common, RESUME="auto"))
     resumed, log = train(make_config(**common, RESUME="auto"))
     progress = [e["progress"] for e in log.events if e["event"] == "train"]
     limit = stopped.clock.limit
@@ -102,21 +112,22 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(make_config: MakeConfig,
     folder = tmp_path / "runs" / "toy"
     data = (folder / "weights.ckpt").read_bytes()
     (folder / "weights.ckpt").write_bytes(data[:5000] + bytes([data[5000] ^ 8]) + data[5001:])
-    start, damaged = golf.find_checkpoint(make_config(RESUME="auto"))
-    assert start is not None and start.path.name == "step-00000007.ckpt"
+    start, damaged = find_start(make_config(RESUME="auto"))
+    assert start.path.name == "step-00000007.ckpt"
     assert len(damaged) == 1 and "weights.ckpt: no checkpoint" in damaged[0]
     for path in folder.glob("*.ckpt"):
         path.write_bytes(b"")
-    with pytest.raises(golf.ArtifactError, match=r"step-00000005.ckpt"):
-        golf.find_checkpoint(make_config(RESUME="auto"))
+    with pytest.raises(golf.ArtifactError, match="none of 4"):
+        find_start(make_config(RESUME="auto"))
 
 
 def test_resume_auto_without_checkpoints_starts(make_config: MakeConfig) -> None:
-    assert golf.find_checkpoint(make_config(RESUME="auto")) == (None, [])
+    start, warnings = find_start(make_config(RESUME="auto"))
+    assert (start.state, start.tensors, warnings) == (golf.TrainState(), [], [])
     with pytest.raises(golf.ConfigError, match="RUN_ID"):
         make_config(RESUME="auto", RUN_ID="")
-    with pytest.raises(golf.ArtifactError, match="missing"):
-        golf.find_checkpoint(make_config(RESUME="missing.ckpt"))
+    with pytest.raises(golf.ArtifactError, match="none of 1"):
+        find_start(make_config(RESUME="missing.ckpt"))
 
 
 @pytest.mark.parametrize(("name", "value"), [("SEED", 5), ("MATRIX_LR", 0.5), ("TTT_LR", 0.1)])
@@ -135,7 +146,7 @@ def test_compressed_and_pickled_checkpoints_are_refused(tmp_path: Path) -> None:
         np.savez(file, np.array([print, {}], dtype=object))
     for path in (bomb, pickled):
         with pytest.raises(golf.ArtifactError, match=str(path)):
-            golf.read_checkpoint(path)
+            golf.Checkpoint.read(path)
 
 
 def test_one_bad_step_is_skipped_and_the_weights_stay_finite(

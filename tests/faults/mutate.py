@@ -62,7 +62,7 @@ def reader(kind: str, path: Path) -> Callable[[], object]:
     readers: dict[str, Callable[[], object]] = {
         "artifact": lambda: golf.decode_artifact(golf.read_artifact(path)),
         "shard": lambda: golf.read_shard(path, 384),
-        "checkpoint": lambda: golf.read_checkpoint(path)}
+        "checkpoint": lambda: golf.Checkpoint.read(path)}
     return readers[kind]
 
 
