@@ -430,7 +430,9 @@ class World:
         except BaseException as error:
             if self.size > 1:
                 if f"rank {self.rank}: " in self.explain(error):
-                    traceback.print_exception(error)
+                    if not isinstance(error, GolfError | Interrupted):
+                        traceback.print_exception(error)
+                    print(f"error: {self.explain(error)}", file=sys.stderr)
                 # An orderly end would wait for the others.
                 os._exit(75 if isinstance(error, Interrupted) else 1)
             raise
@@ -534,11 +536,7 @@ class RunLog:
             self.open_files("a" if config.resume else "x")
 
     def open_files(self, mode: Literal["a", "x"]) -> None:
-        """Opens the log files and locks the run's folder.
-
-        Raises: ConfigError if another process has it, it cannot be written, or `mode` is "x" and
-        something exists.
-        """
+        """Opens the log files and locks the run's folder. Raises: ConfigError if it may not."""
         import fcntl
         if not self.run_id.replace("-", "").replace(".", "").replace("_", "").isalnum() \
                 or not self.run_id.isascii() or self.run_id.startswith("."):
@@ -1762,9 +1760,8 @@ class Trainer:
 
     def live(self, trained: bool) -> list[Tensor]:
         """What a checkpoint restores and all ranks hold alike; once trained, only the weights."""
-        average = self.average
-        return average.weights if trained else [*average.weights, *average.shadow,
-                                                *self.optimizer.moments()]
+        weights, shadow = self.average.weights, self.average.shadow
+        return [*weights] if trained else [*weights, *shadow, *self.optimizer.moments()]
 
     def save(self, state: TrainState) -> TrainState:
         """Writes a checkpoint, off the clock; the state as written.
@@ -1773,11 +1770,11 @@ class Trainer:
         """
         self.drain(0)
         log, state = self.log, state._replace(seconds=self.clock.elapsed(), loss=self.last_loss)
+        name = "weights.ckpt" if state.trained else f"step-{state.step:08}.ckpt"
         with self.clock.paused():
-            begin, tensors, name = time.perf_counter(), self.live(state.trained), "weights.ckpt"
+            begin, tensors = time.perf_counter(), self.live(state.trained)
             if not state.trained:
-                name, groups = f"step-{state.step:08}.ckpt", self.optimizer.groups
-                tensors = [*tensors, *(self.world.gather(group.momentum) for group in groups)]
+                tensors += [self.world.gather(group.momentum) for group in self.optimizer.groups]
             try:
                 if log.files:
                     Checkpoint(log.folder / name, self.start.facts, state, tensors).write()
@@ -1796,9 +1793,9 @@ class Trainer:
         """Takes the tensors of the checkpoint that the run starts from, if there is one."""
         if not self.start.tensors:
             return
-        saved, live = deque(self.start.tensors), self.live(state.trained)
-        for tensor in live:
-            tensor.copy_(saved.popleft().view_as(tensor))
+        saved = iter(self.start.tensors)
+        for tensor in self.live(state.trained):
+            tensor.copy_(next(saved).view_as(tensor))
         for group, whole in zip(self.optimizer.groups, saved, strict=False):
             group.momentum.copy_(whole.chunk(self.world.size)[self.world.rank])
         self.last_loss = state.loss
