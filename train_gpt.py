@@ -18,6 +18,7 @@ Sections, in the order the data flows: 1 Config, 2 Runtime, 3 Data, 4 Model, 5 O
 from __future__ import annotations
 
 import ast
+import bz2
 import contextlib
 import difflib
 import functools
@@ -2436,8 +2437,10 @@ def decode_header(data: bytes) -> tuple[Header, int]:
         raise ArtifactError(f"artifact: header of {text_bytes} bytes, at most {MOST_HEADER_BYTES}")
     try:
         decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=1 << 26)
-        header = Header(**json.loads(decoder.decompress(data[start:end], text_bytes + 1)))
-        well_formed = (header.codec in ("brotli", "ans") and isinstance(header.settings, dict)
+        text = decoder.decompress(data[start:end], text_bytes + 1)
+        header = Header(**json.loads(text))
+        well_formed = (len(text) == text_bytes and not decoder.unused_data
+                       and header.codec in ("brotli", "ans") and isinstance(header.settings, dict)
                        and all(type(n) is int and n >= 0 for n in header.streams)
                        and isinstance(header.plan, str) and isinstance(header.preset, str))
     except Exception as error:
@@ -2488,25 +2491,33 @@ def stored_config(settings: dict[str, float]) -> Config:
         raise ArtifactError(f"artifact: {error}") from None
 
 
-def read_artifact(path: Path) -> bytes:
-    """The bytes of an artifact file. Raises: ArtifactError if it cannot be read."""
+def open_artifact(path: Path, config: Config) -> Artifact:
+    """The contents of the file at `path`. Raises: ArtifactError unless it is of this model.
+
+    What it claims is compared before it is decoded: a small file can claim a large model.
+    """
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
+        header, _ = decode_header(data)
+        plans = [plan.name for plan in depth_plans(config)]
+        if header.plan not in plans:
+            raise ArtifactError(f"depth plan {header.plan!r} is not one of {', '.join(plans)}")
+        for name, value in header.settings.items():
+            if name in MODEL_SETTINGS and value != getattr(config, name):
+                raise ArtifactError(f"{name.upper()}={value} (PRESET={header.preset}), but the "
+                                    f"settings say {getattr(config, name)}")
+        return decode_artifact(data)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from None
 
 
 def load_artifact(path: Path, config: Config, world: World,
                   attend: Attend) -> tuple[GPT, DepthPlan]:
     """The model and the depth plan that the file at `path` stands for. Raises: ArtifactError."""
-    header, quantised = decode_artifact(read_artifact(path))
-    for name, value in header.settings.items():
-        if value != getattr(config, name):
-            raise ArtifactError(f"{path}: {name.upper()}={value} (PRESET={header.preset}), but the "
-                                f"settings say {getattr(config, name)}")
+    header, quantised = open_artifact(path, config)
     plans = {plan.name: plan for plan in depth_plans(config)}
-    if header.plan not in plans:
-        raise ArtifactError(f"{path}: depth plan {header.plan!r} is not one of {', '.join(plans)}")
     model = GPT(config, attend, compute_dtype(world.device)).to(world.device)
     restore_weights(model, quantised)
     return model, plans[header.plan]
@@ -2574,12 +2585,11 @@ def save_artifact(path: Path, blob: bytes, quantised: QuantisedModel, model: GPT
 
 
 PACKED_MEMBER = "source"
-PACKED_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 
 # Runs the program inside its archive. The line cache gets the text, because tracebacks,
 # torch.compile and Triton read the source of what they compile.
-PACKED_STUB = """import linecache, lzma
-s = lzma.decompress(__loader__.get_data("source"), lzma.FORMAT_RAW, None, %r).decode()
+PACKED_STUB = """import bz2, linecache
+s = bz2.decompress(__loader__.get_data("source")).decode()
 linecache.cache["<train_gpt>"] = len(s), None, s.splitlines(True), "<train_gpt>"
 exec(compile(s, "<train_gpt>", "exec"))
 """
@@ -2604,11 +2614,11 @@ def strip_source(source: str) -> str:
 
 def pack_program(source: str) -> bytes:
     """A zip that Python runs like the script. Equal sources give equal bytes."""
-    data = lzma.compress(strip_source(source).encode(), lzma.FORMAT_RAW, filters=PACKED_FILTERS)
+    data = bz2.compress(strip_source(source).encode())
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content, method in ((PACKED_MEMBER, data, zipfile.ZIP_STORED), (
-                "__main__.py", (PACKED_STUB % PACKED_FILTERS).encode(), zipfile.ZIP_DEFLATED)):
+                "__main__.py", PACKED_STUB.encode(), zipfile.ZIP_DEFLATED)):
             member = zipfile.ZipInfo(name)  # its fixed date makes the archive reproducible
             member.create_system = 3
             archive.writestr(member, content, method, 9)
@@ -2618,8 +2628,7 @@ def pack_program(source: str) -> bytes:
 def unpack_program(path: Path) -> str:
     """The source inside a packed program."""
     with zipfile.ZipFile(path) as archive:
-        data = archive.read(PACKED_MEMBER)
-    return lzma.decompress(data, lzma.FORMAT_RAW, filters=PACKED_FILTERS).decode()
+        return bz2.decompress(archive.read(PACKED_MEMBER)).decode()
 
 
 # ==================================================================================================
@@ -2921,7 +2930,7 @@ def prepare(config: Config, world: World) -> Setup:
         raise ConfigError(f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes} must be above the bytes "
                           f"of the packed program ({len(packed_program())})")
     if config.eval_only:
-        decode_artifact(read_artifact(Path(config.eval_only)))
+        open_artifact(Path(config.eval_only), config)
     else:
         shards = [read_shard(p) for p in find_shards(config.dataset_dir, "train")]
         digest = TrainLoader(shards, config).fingerprint()
