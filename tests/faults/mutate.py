@@ -60,7 +60,7 @@ def reseal(data: bytes) -> bytes:
 def reader(kind: str, path: Path) -> Callable[[], object]:
     """The program's reader of a kind of file."""
     readers: dict[str, Callable[[], object]] = {
-        "artifact": lambda: golf.decode_artifact(golf.read_artifact(path)),
+        "artifact": lambda: golf.decode_artifact(path.read_bytes()),
         "shard": lambda: golf.read_shard(path, 384),
         "checkpoint": lambda: golf.Checkpoint.read(path)}
     return readers[kind]
