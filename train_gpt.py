@@ -2332,9 +2332,9 @@ def walk_stack(levels_LRC: np.ndarray, classes: np.ndarray, facts: Sequence[int]
     walk_levels(levels_LRC, row_LR.astype(np.int32) + facts[4], facts[2:4], visit)
 
 
-def num_lanes(num_levels: int) -> int:
+def num_lanes(shape: Sequence[int]) -> int:
     """Coder states that advance together: more are faster, and each costs two bytes."""
-    return max(16, min(512, num_levels >> 14))
+    return max(16, min(512, math.prod(shape) >> 14))
 
 
 def encode_levels(levels_LRC: np.ndarray) -> bytes:
@@ -2353,7 +2353,7 @@ def encode_levels(levels_LRC: np.ndarray) -> bytes:
         return symbols
 
     walk_stack(levels_LRC.copy(), classes, facts, record)
-    lanes = num_lanes(levels_LRC.size)
+    lanes = num_lanes(levels_LRC.shape)
     states, words = np.full(lanes, 1 << 16, np.uint32), [np.empty(0, np.uint16)]
     for row in reversed(rows):
         for begin in reversed(range(0, len(row), lanes)):
@@ -2369,7 +2369,7 @@ def encode_levels(levels_LRC: np.ndarray) -> bytes:
 
 def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
     """The inverse of `encode_levels`. Raises: ArtifactError unless the stream ends as it began."""
-    levels_LRC, lanes = np.zeros(shape, np.int8), num_lanes(math.prod(shape))
+    levels_LRC, lanes = np.zeros(shape, np.int8), num_lanes(shape)
     if len(data) < 5 + 4 * lanes or len(data) % 2 == 0:
         raise ArtifactError(f"artifact: a stream of {len(data)} bytes, not {5 + 4 * lanes} or more")
     states = np.frombuffer(data, "<u4", lanes, 5).astype(np.uint32)
