@@ -3129,6 +3129,7 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
             # From here on only the artifact exists.
             evaluate_artifact(setup, path)
             report_outcome(log)
+            world.deferring = True  # nothing is lost any more
         except BaseException as error:
             if any(log.folder.glob("*.ckpt")):
                 log.line(f"the same command with RUN_ID={log.run_id} RESUME=auto continues")

@@ -154,9 +154,11 @@ class Suite:
             slowest = max(slowest, time.monotonic() - begin)
             before, newest = run.logs(), run.checkpoints[-1].stem if run.checkpoints else "none"
             stages.add(newest.split("-")[0])
-            expected = {0, 75} if number == signal.SIGTERM else {0, -9}
-            whole = code in expected and (code == 0 or run.finish(RESUME="auto") == 0)
-            row.add(whole and run.outcome() == self.wanted, run.lost(before))
+            if run.outcome() is None:  # else the signal came after the result
+                expected = 75 if number == signal.SIGTERM else -9
+                if code != expected or run.finish(RESUME="auto"):
+                    print(f"{run.folder.name}: exit code {code}\n{run.words()[-3000:]}")
+            row.add(run.outcome() == self.wanted, run.lost(before))
         row.note = f"newest checkpoint: {', '.join(sorted(stages))}; ended within {slowest:.1f} s"
 
     def damage(self) -> None:
@@ -190,11 +192,13 @@ class Suite:
         run = self.fresh("refusals")
         process = run.start()
         run.wait_for("\n8/24")
+        process.send_signal(signal.SIGSTOP)
         shared = self.row("second run in the folder of a running one: refused with its owner")
         shared.add(run.finish(RESUME="auto") == 1
                    and f"belongs to process {process.pid}" in run.words())
         shared.add(run.finish() == 1 and "exists; nothing is overwritten" in run.words())
         process.terminate()
+        process.send_signal(signal.SIGCONT)
         process.wait()
         for name, value in (("SEED", 3), ("MATRIX_LR", 0.5), ("TTT_EPOCHS", 1)):
             row.add(run.finish(RESUME="auto", **{name: value}) == 1
