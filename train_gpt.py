@@ -568,12 +568,14 @@ def archive_path() -> str | None:
     return getattr(globals().get("__loader__"), "archive", None)
 
 
+@functools.cache  # the file may be edited while a run goes on; what counts is what runs
 def program_source() -> str:
     """The text of the running program, also when it runs from its packed form."""
     archive = archive_path()
     return unpack_program(Path(archive)) if archive else Path(__file__).read_text(encoding="utf-8")
 
 
+@functools.cache
 def packed_program() -> bytes:
     """The packed form of the running program, which may be packed already."""
     archive = archive_path()
