@@ -1,0 +1,283 @@
+"""The audit and the ledger let honest evaluators pass and catch every broken one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from documents import make_scorer, stream_of, text
+from toy import MakeConfig, MakeEnv
+
+import train_gpt as golf
+
+ADAPT = {"TTT_BATCH_SIZE": 4, "TTT_CHUNK_SIZE": 16, "TTT_LORA_RANK": 4, "TTT_LORA_LR": 0.01,
+         "AUDIT": 1}
+Record = dict[str, dict[str, object]]
+
+
+@pytest.fixture
+def adapted(make_config: MakeConfig) -> golf.Config:
+    return make_config(**ADAPT)
+
+
+def run(config: golf.Config, kind: str) -> golf.Scorer:
+    """One evaluation by the program's own functions, every batch of it audited."""
+    scorer = make_scorer(config, stream_of(text(500)))
+    num_targets = scorer.stream.num_targets
+    sliding = golf.sliding_windows(num_targets, 64, 16)
+    if kind == "sgd":
+        golf.evaluate_adapting(scorer, sliding)
+    elif kind == "ttt_documents":
+        golf.evaluate_documents(scorer, golf.LowRank(scorer.model, scorer.plan))
+    elif kind == "documents":
+        golf.evaluate(scorer, golf.document_windows(scorer.stream, 64, 16), by_document=True)
+    else:
+        golf.evaluate(scorer, golf.plain_windows(num_targets, 64) if kind == "plain" else sliding)
+    return scorer
+
+
+def record_of(scorer: golf.Scorer) -> Record:
+    assert scorer.audit
+    return scorer.audit.report(golf.World())
+
+
+def failed(config: golf.Config, kind: str) -> set[str]:
+    """The conditions that an evaluation breaks."""
+    return {name for name, facts in record_of(run(config, kind)).items() if not facts["passed"]}
+
+
+@pytest.fixture(autouse=True)
+def audit_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(golf, "AUDIT_EVERY", 1)
+
+
+KINDS = ["plain", "sliding", "documents", "sgd", "ttt_documents"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_honest_evaluators_pass(adapted: golf.Config, kind: str) -> None:
+    record = record_of(run(adapted, kind))
+    wanted = set(golf.CONDITIONS) - (set() if "documents" in kind else {"documents_isolated"})
+    assert set(record) == wanted
+    for name, facts in record.items():
+        assert facts["passed"], (name, facts)
+    assert record["c1_causal"]["worst"] == 0.0
+    assert record["c2_normalised"]["worst"] < 1e-5
+    assert record["c4_single_pass"]["checked"] == 499
+
+
+@pytest.mark.parametrize("kind", ["plain", "documents", "ttt_documents"])
+def test_audit_moves_no_score(adapted: golf.Config, kind: str) -> None:
+    found = []
+    for audited in (True, False):
+        scorer = make_scorer(adapted, stream_of(text(600)))
+        scorer.audit = scorer.audit if audited else None
+        if kind == "ttt_documents":
+            score = golf.evaluate_documents(scorer, golf.LowRank(scorer.model, scorer.plan))
+        else:
+            score = golf.evaluate(scorer, golf.document_windows(scorer.stream, 64, 16),
+                                  kind == "documents")
+        found.append(score.bits)
+    assert found[0] == found[1]
+
+
+# ---- Broken evaluators: the five of the brief ----
+
+
+def test_update_before_score_in_documents_is_caught(adapted: golf.Config,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    predict = golf.Scorer.predict
+
+    def learn_first(scorer: golf.Scorer, batch: golf.Batch, ledger: golf.ScoreLedger,
+                    adapter: golf.LowRank | None = None) -> torch.Tensor:
+        if adapter and batch.windows.first_scored[-1] not in scorer.stream.document_starts:
+            adapter.learn(predict(scorer, batch, ledger, adapter).sum())
+        return predict(scorer, batch, ledger, adapter)
+
+    monkeypatch.setattr(golf.Scorer, "predict", learn_first)
+    assert "c3_score_first" in failed(adapted, "ttt_documents")
+
+
+def test_learning_before_commit_is_refused(adapted: golf.Config,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(golf.ScoreLedger, "commit", lambda *_: None)
+    with pytest.raises(golf.LegalityError, match="before its score"):
+        run(adapted, "ttt_documents")
+
+
+def learn_and_score(scorer: golf.Scorer, windows: golf.Windows, released: bool) -> golf.Score:
+    """Chunk by chunk, but the wrong way round."""
+    ledger, learner = golf.ScoreLedger(scorer.stream, scorer.world), golf.ChunkLearner(scorer)
+    for first in range(0, scorer.stream.num_targets, 256):
+        last = min(first + 256, scorer.stream.num_targets)
+        learner.adapt(ledger.released(first, last) if released
+                      else scorer.stream.tokens[first:last + 1], 0.01)
+        scorer.score(windows.select(windows.first_scored // 256 == first // 256), ledger)
+        ledger.agree(first, last)
+    return golf.finish_score(scorer, ledger, 0.0)
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_update_before_score_in_sgd_is_caught(adapted: golf.Config, released: bool,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(golf, "evaluate_adapting",
+                        lambda scorer, windows: learn_and_score(scorer, windows, released))
+    if released:
+        with pytest.raises(golf.LegalityError, match="not scored"):
+            run(adapted, "sgd")
+    else:
+        assert failed(adapted, "sgd") == {"c3_score_first"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gate_that_reads_the_target_is_caught(adapted: golf.Config, kind: str,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the target is even, another expert (here: half the states) speaks."""
+    honest = golf.Scorer.nats
+
+    def gated(scorer: golf.Scorer, rows: torch.Tensor, batch: golf.Batch,
+              adapter: golf.LowRank | None) -> torch.Tensor:
+        targets = batch.span(rows[:, 1:])
+        other = scorer.model.nats(0.5 * scorer.states(rows, batch, adapter), targets, adapter)
+        return torch.where(targets % 2 == 0, other, honest(scorer, rows, batch, adapter))
+
+    monkeypatch.setattr(golf.Scorer, "nats", gated)
+    assert "c1_causal" in failed(adapted, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_better_of_two_experts_is_caught(adapted: golf.Config, kind: str,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = golf.softcapped_nll
+    monkeypatch.setattr(golf, "softcapped_nll", lambda logits, target, cap: torch.minimum(
+        honest(logits, target, cap), honest(0.5 * logits, target, cap)))
+    assert "c2_normalised" in failed(adapted, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unnormalised_distribution_is_caught(adapted: golf.Config, kind: str,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = golf.softcapped_nll
+    monkeypatch.setattr(golf, "softcapped_nll", lambda *inputs: honest(*inputs) - 0.01)
+    assert failed(adapted, kind) == {"c2_normalised"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropped_tail_is_caught(adapted: golf.Config, kind: str,
+                                monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = golf.ScoreLedger.commit
+
+    def forget_last(ledger: golf.ScoreLedger, starts: np.ndarray, counts: np.ndarray,
+                    nats: torch.Tensor) -> None:
+        cut = np.where(starts + counts == ledger.stream.num_targets, counts - 1, counts)
+        commit(ledger, starts, np.maximum(cut, 0), nats)
+
+    monkeypatch.setattr(golf.ScoreLedger, "commit", forget_last)
+    with pytest.raises(golf.LegalityError, match=r"1 targets between|before its score"):
+        run(adapted, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_window_scored_twice_is_caught(adapted: golf.Config, kind: str,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = golf.ScoreLedger.commit
+
+    def again(*inputs: object) -> None:
+        commit(*inputs)  # type: ignore[arg-type]
+        commit(*inputs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(golf.ScoreLedger, "commit", again)
+    with pytest.raises(golf.LegalityError, match="scored before"):
+        run(adapted, kind)
+
+
+# ---- And a few more ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_to_the_future_is_caught(adapted: golf.Config, kind: str,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    def peek(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, enable_gqa=True).transpose(1, 2)
+
+    monkeypatch.setattr(golf, "sdpa_attend", peek)
+    assert "c1_causal" in failed(adapted, kind)
+
+
+def test_rows_that_see_each_other_are_caught(adapted: golf.Config,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    states = golf.Scorer.states
+
+    def mixed(*inputs: object) -> torch.Tensor:
+        x = states(*inputs)  # type: ignore[arg-type]
+        return x + 0.1 * x.mean(0, keepdim=True)
+
+    monkeypatch.setattr(golf.Scorer, "states", mixed)
+    assert "c1_causal" in failed(adapted, "documents")
+
+
+def test_context_from_another_document_is_caught(adapted: golf.Config,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(golf, "document_windows", lambda stream, seq_len, stride:
+                        golf.sliding_windows(stream.num_targets, seq_len, stride))
+    assert failed(adapted, "documents") == {"documents_isolated"}
+
+
+def test_adapters_that_outlive_their_document_are_caught(
+        adapted: golf.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    reset = golf.LowRank.reset
+
+    def once(adapters: golf.LowRank, keep_a: bool = False) -> None:
+        if not any(bool(a.any()) for a, _ in adapters.pairs):
+            reset(adapters, keep_a)
+
+    monkeypatch.setattr(golf.LowRank, "reset", once)
+    assert "documents_isolated" in failed(adapted, "ttt_documents")
+
+
+def test_score_that_is_no_number_is_caught(adapted: golf.Config) -> None:
+    audit = golf.Audit()
+    audit.note("c1_causal", 1, float("nan"))
+    audit.note("c1_causal", 1, 0.0)
+    assert audit.report(golf.World())["c1_causal"]["passed"] is False
+
+
+# ---- The whole program ----
+
+
+Break = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.mark.parametrize("mode", ["sgd", "documents"])
+def test_record_is_part_of_the_result(make_env: MakeEnv, mode: str) -> None:
+    env = make_env(TTT_MODE=mode, SLIDING_WINDOW_ENABLED=1, **ADAPT)
+    result = golf.main(env)
+    record = result["audit"]
+    assert isinstance(record, dict)
+    assert all(set(facts) == {"passed", "checked", "worst"} for facts in record.values())
+    assert result["headline"] == f"ttt_{mode}"
+    clocks = result["clocks"]
+    assert isinstance(clocks, dict)
+    assert clocks["eval_seconds_strict"] >= clocks["eval_seconds_lenient"]
+    assert clocks["projected_full_eval_seconds_8gpu"] > 0
+    path = golf.Path(env["RUN_DIR"]) / "toy" / "artifact.bin"
+    again = golf.main({**env, "EVAL_ONLY": str(path), "RUN_ID": "again", "AUDIT": "0"})
+    assert again["val_bpb"] == result["val_bpb"]
+    assert "audit" not in again
+
+
+def test_failed_audit_leaves_no_headline(make_env: MakeEnv,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, env = golf.softcapped_nll, make_env(TTT_ENABLED=0, **ADAPT)
+    monkeypatch.setattr(golf, "softcapped_nll", lambda *inputs: honest(*inputs) - 0.01)
+    with pytest.raises(golf.LegalityError, match="audit: no headline, because of c2_normalised"):
+        golf.main(env)
+    result = json.loads((golf.Path(env["LOG_DIR"]) / "toy.json").read_text())
+    assert result["status"] == "partial"
+    assert result["audit"]["c2_normalised"]["passed"] is False
+    assert not {"headline", "val_bpb", "val_loss"} & set(result)

@@ -1,0 +1,156 @@
+"""Sections 9 and 10: every document on its own, from an empty context, each of its targets once."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from documents import make_scorer, nats_of, plan_named, random_model, stream_of, text
+from hypothesis import given
+from hypothesis import strategies as st
+from toy import MakeConfig, MakeEnv
+
+import train_gpt as golf
+
+
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=12), seq_len=st.integers(1, 32),
+       leading_bos=st.booleans(), data=st.data())
+def test_windows_stay_inside_documents_and_score_every_target_once(
+        lengths: list[int], seq_len: int, leading_bos: bool, data: st.DataObject) -> None:
+    tokens = np.full(sum(lengths) + 1, 7)
+    tokens[np.cumsum([0, *lengths])] = golf.BOS_ID
+    tokens[0] = golf.BOS_ID if leading_bos else 7
+    stride = data.draw(st.integers(1, seq_len))
+    stream = stream_of(tokens, 1)
+    windows = golf.document_windows(stream, seq_len, stride)
+    counts = np.zeros(stream.num_targets, int)
+    for start, first, stop in zip(*windows, strict=True):
+        counts[first:stop] += 1
+        assert start <= first < stop <= start + seq_len
+        assert golf.BOS_ID not in tokens[start + 1:stop]
+        assert tokens[start] == golf.BOS_ID or start == 0 or first - start == seq_len - stride
+    assert (counts == 1).all()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_tail_is_kept_or_left_out_as_told(keep: bool) -> None:
+    stream = stream_of(text(64 * 3 + 20), keep_tail=keep)
+    assert stream.num_targets == (64 * 3 + 19 if keep else 64 * 3)
+    assert stream.num_bytes == stream.num_targets
+    assert stream.document_stops[-1] == stream.num_targets
+
+
+def test_published_runs_leave_the_tail_out(make_env: MakeEnv) -> None:
+    assert golf.Config.from_env({"PRESET": "pr1493"}).val_tail is False
+    config = golf.Config.from_env(make_env(VAL_TAIL=1))
+    assert golf.ValStream.load(config).num_targets == 1899
+
+
+def test_packed_stream_scores_like_separate_documents(config: golf.Config) -> None:
+    tokens = text(600)
+    packed = make_scorer(config, stream_of(tokens))
+    found = nats_of(packed, golf.document_windows(packed.stream, 64, 16))
+    starts = np.append(np.flatnonzero(tokens[:-1] == golf.BOS_ID), 599)
+    for first, stop in itertools.pairwise(starts):
+        alone = make_scorer(config, stream_of(tokens[first:stop + 1], 1))
+        windows = golf.sliding_windows(int(stop - first), 64, 16)
+        torch.testing.assert_close(found[first:stop], nats_of(alone, windows), rtol=1e-5, atol=1e-5)
+
+
+def test_other_documents_move_no_score(config: golf.Config) -> None:
+    tokens = text(600)
+    bounds = np.flatnonzero(tokens == golf.BOS_ID)
+    changed = tokens.copy()
+    changed[bounds[2] + 1:bounds[3]] = 9
+    found = [nats_of(make_scorer(config, stream_of(t)), golf.document_windows(stream_of(t), 64, 16))
+             for t in (tokens, changed)]
+    same = torch.ones(599, dtype=torch.bool)
+    same[bounds[2]:bounds[3]] = False
+    assert torch.equal(found[0][same], found[1][same])
+    assert not torch.equal(found[0], found[1])
+
+
+def test_any_context_length(make_config: MakeConfig) -> None:
+    for seq_len in (24, 64, 160):
+        config = make_config(EVAL_SEQ_LEN=seq_len, TTT_CHUNK_SIZE=8, TTT_MODE="documents")
+        scorer = make_scorer(config, stream_of(text(500)))
+        windows = golf.document_windows(scorer.stream, seq_len, 8)
+        assert math.isfinite(golf.evaluate(scorer, windows, by_document=True).bits)
+
+
+# ---- Planning ----
+
+
+@pytest.mark.parametrize("rows", [1, 4, 32])
+def test_passes_score_every_target_once_in_few_shapes(config: golf.Config, rows: int) -> None:
+    config = replace(config, eval_seq_len=256, ttt_batch_size=rows, ttt_chunk_size=40,
+                     ttt_mode="documents")
+    lengths = golf.official_lengths(400)
+    stops = np.cumsum(lengths)
+    counts, shapes = np.zeros(int(stops[-1]), int), set()
+    for group in golf.group_documents(stops - lengths, stops, config):
+        for batch in group.passes(config):
+            shapes.add(batch.width)
+            for start, first, stop in zip(*batch.windows, strict=True):
+                counts[first:stop] += 1
+                assert stop == first or stop - start <= batch.width
+                assert batch.width in (64, 128, 256)
+                assert stop - first <= batch.scored
+    assert (counts == 1).all()
+    assert shapes == {64, 128, 256}
+
+
+def test_longer_documents_take_longer_chunks(config: golf.Config) -> None:
+    config = replace(config, eval_seq_len=2048, ttt_chunk_size=48, ttt_batch_size=2,
+                     ttt_mode="documents")
+    stops = np.cumsum([100, 1000, 8000, 97_000])
+    groups = golf.group_documents(np.append(0, stops[:-1]), stops, config)
+    assert [group.chunk for group in groups] == [24, 48, 192, 384]
+
+
+@given(costs=st.lists(st.integers(1, 1000), min_size=1, max_size=60), ranks=st.integers(1, 8))
+def test_work_is_shared_whole_and_evenly(costs: list[int], ranks: int) -> None:
+    shares = golf.share_out(costs, ranks)
+    assert sorted(index for share in shares for index in share) == list(range(len(costs)))
+    most = max(sum(costs[i] for i in share) for share in shares)
+    assert most <= sum(costs) / ranks + max(costs)
+
+
+def test_official_profile() -> None:
+    lengths = golf.official_lengths()
+    assert len(lengths) == 50_000
+    assert lengths.mean() == pytest.approx(957, rel=0.01)
+    assert lengths[lengths <= 2048].sum() / lengths.sum() == pytest.approx(0.59, abs=0.01)
+    assert lengths.max() == 97_000
+    assert lengths.min() > 0
+
+
+def test_projection_counts_the_official_text_at_measured_steps(
+        config: golf.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(golf.time, "perf_counter", lambda: float(next(clock)))
+    scorer = make_scorer(config, stream_of(text(200)))
+    adapters = golf.LowRank(scorer.model, plan_named(config, "looped"))
+    stops = np.cumsum(golf.official_lengths())
+    groups = golf.group_documents(np.append(0, stops[:-1]), stops, config)
+    steps = sum(len(group.widths(config)) for group in groups)
+    projected = golf.project_documents(scorer, adapters)
+    assert steps / 8 <= projected <= 1.05 * steps / 8
+
+
+def test_warm_up_sees_no_validation_token(config: golf.Config) -> None:
+    scorer = make_scorer(config, stream_of(text(200)))
+    scorer.tokens = None  # type: ignore[assignment]
+    golf.project_documents(scorer, golf.LowRank(scorer.model, scorer.plan))
+
+
+def test_random_model_differs_from_chance(config: golf.Config) -> None:
+    """What the tests above compare would be trivial for a model that ignores its input."""
+    scorer = golf.Scorer(random_model(config), plan_named(config, "looped"), stream_of(text(200)),
+                         golf.World())
+    nats = nats_of(scorer, golf.document_windows(scorer.stream, 64, 16))
+    assert nats.std() > 0.5
