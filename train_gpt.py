@@ -48,6 +48,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Only where a GPU may want it: importing Triton takes long beside importing torch.
+HAS_TRITON = "triton" in sys.modules or torch.cuda.is_available()
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
 
 if typing.TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -830,6 +837,7 @@ NORM_EPS = torch.finfo(torch.float32).eps
 Site = Literal["qkv", "out", "up", "down", "head"]
 SITES: tuple[Site, ...] = typing.get_args(Site)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q_BTHK, k_BTGK, v_BTGK -> y_BTHK, causal
+Result = typing.TypeVar("Result", Tensor, tuple[Tensor, Tensor, Tensor])
 Tap = Callable[[Site, Tensor, Tensor], Tensor]  # input and output of a layer -> output to use
 
 
@@ -899,14 +907,20 @@ class BlockWeights(NamedTuple):
     """Parameters of one physical block; matrices are in the compute type."""
 
     qkv: Tensor  # (H+2G)*K, D
-    out: Tensor  # D, H*K
+    out: Tensor  # D, H*K, times attn_scale
     up: Tensor  # F, D
-    down: Tensor  # D, F
-    attn_scale: Tensor  # D
-    mlp_scale: Tensor  # D
+    down: Tensor  # D, F, times mlp_scale
     resid_mix: Tensor  # 2, D
     q_gain: Tensor  # H
     norm_scale: Tensor  # 0-D
+
+
+class Skip(NamedTuple):
+    """What a U-Net skip mixes into the stream before a block."""
+
+    source_BTD: Tensor
+    weight_D: Tensor
+    gate_D: Tensor  # share of the stream itself
 
 
 class Rotary(NamedTuple):
@@ -943,6 +957,16 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     return (y_BTGRK - (y_BTGRK * v).sum(-1, keepdim=True) * v).flatten(2, 3).to(y_BTHK.dtype)
 
 
+def split_heads(qkv_BTNK: Tensor, gain_H: Tensor, cos: Tensor,
+                sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values: the first two normalised and rotated, queries gained."""
+    H, dtype = len(gain_H), qkv_BTNK.dtype
+    G = (qkv_BTNK.shape[2] - H) // 2
+    qk = rotate(rms_norm(qkv_BTNK[:, :, :H + G].float()), Rotary(cos, sin))
+    q_BTHK = (qk[:, :, :H] * gain_H[:, None]).to(dtype)
+    return q_BTHK, qk[:, :, H:].to(dtype), qkv_BTNK[:, :, H + G:]
+
+
 def linear(x: Tensor, w_OI: Tensor, site: Site, tap: Tap | None) -> Tensor:
     """`x` times the transpose of `w`, as seen or changed by an adapter."""
     y = F.linear(x, w_OI)
@@ -952,14 +976,12 @@ def linear(x: Tensor, w_OI: Tensor, site: Site, tap: Tap | None) -> Tensor:
 def attention(x_BTD: Tensor, w: BlockWeights, form: BlockForm, rotary: Rotary, attend: Attend,
               tap: Tap | None) -> Tensor:
     """Grouped-query attention with normalised, rotated, gained queries and keys."""
-    H, G = form.num_heads, form.num_kv_heads
-    qkv = linear(x_BTD, w.qkv, "qkv", tap).unflatten(-1, (H + 2 * G, -1))
-    qk = rotate(rms_norm(qkv[:, :, :H + G].float()), rotary)
-    q_BTHK = (qk[:, :, :H] * w.q_gain[:, None]).to(x_BTD.dtype)
-    k_BTGK, v_BTGK = qk[:, :, H:].to(x_BTD.dtype), qkv[:, :, H + G:]
+    num_heads = form.num_heads + 2 * form.num_kv_heads
+    qkv_BTNK = linear(x_BTD, w.qkv, "qkv", tap).unflatten(-1, (num_heads, -1))
+    q_BTHK, k_BTGK, v_BTGK = fused_split_heads(qkv_BTNK, w.q_gain, *rotary)
     y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK)
     if form.exclusive:
-        y_BTHK = exclude_self(y_BTHK, v_BTGK)
+        y_BTHK = fused_exclude_self(y_BTHK, v_BTGK)
     return linear(y_BTHK.flatten(2), w.out, "out", tap)
 
 
@@ -969,17 +991,24 @@ def mlp(x_BTD: Tensor, w: BlockWeights, tap: Tap | None) -> Tensor:
     return linear(hidden_BTF, w.down, "down", tap)
 
 
-def run_block(x_BTD: Tensor, x0_BTD: Tensor, w: BlockWeights, form: BlockForm, rotary: Rotary,
-              attend: Attend, tap: Tap | None = None) -> Tensor:
-    """One block: mixes the residual stream with the embedding, then adds attention and MLP."""
-    vectors = (w.resid_mix, w.attn_scale, w.mlp_scale, w.norm_scale)
-    mix, attn_scale, mlp_scale, norm_scale = (t.to(x_BTD.dtype) for t in vectors)
+def run_block(x_BTD: Tensor, x0_BTD: Tensor, skip: Skip | None, w: BlockWeights, form: BlockForm,
+              rotary: Rotary, attend: Attend, tap: Tap | None = None) -> Tensor:
+    """One block: mixes skip, stream and embedding, then adds attention and MLP."""
+    if skip:
+        weight, gate = (t.to(x_BTD.dtype) for t in skip[1:])
+        x_BTD = (1 - gate) * (weight * skip.source_BTD) + gate * x_BTD
+    mix, norm_scale = w.resid_mix.to(x_BTD.dtype), w.norm_scale.to(x_BTD.dtype)
     u = mix[0] * x_BTD + mix[1] * x0_BTD
     z = rms_norm(u) * norm_scale
-    after = u + attn_scale * attention(z, w, form, rotary, attend, tap)
+    after = u + attention(z, w, form, rotary, attend, tap)
     if form.residual == "serial":
         z = rms_norm(after) * norm_scale
-    return after + mlp_scale * mlp(z, w, tap)
+    return after + mlp(z, w, tap)
+
+
+def embed_tokens(ids_BT: Tensor, embed_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Normalised embeddings in the compute type."""
+    return rms_norm(F.embedding(ids_BT, embed_VD).to(dtype))
 
 
 def softcapped_nll(logits_NV: Tensor, target_N: Tensor, cap: float) -> Tensor:
@@ -1028,6 +1057,9 @@ class GPT(nn.Module):
         for name, table in {"norm_scale": norm_scale, **rotary._asdict()}.items():
             self.register_buffer(name, table, persistent=False)
         self.forms = tuple(block_form(config, block) for block in range(L))
+        # One graph per form of a block serves every visit, plan and evaluation.
+        self.run_block, self.embed_tokens, self.norm = (
+            maybe_compile(f, config) for f in (run_block, embed_tokens, rms_norm))
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -1057,32 +1089,37 @@ class GPT(nn.Module):
 
     def block_weights(self) -> list[BlockWeights]:
         """The parameters of every block."""
+        # A scale of outputs goes into the weights: rows of them are few, rows of a batch are many.
+        out, down = (w * scale[:, :, None] for w, scale in (
+            (self.out, self.attn_scale), (self.down, self.mlp_scale)))
         # Unbound once: backward through an index per visit would build a full-size gradient each.
-        matrices = [p.to(self.dtype).unbind() for p in (self.qkv, self.out, self.up, self.down)]
-        vectors = [p.unbind() for p in (self.attn_scale, self.mlp_scale, self.resid_mix,
-                                        self.q_gain, self.norm_scale)]
+        matrices = [p.to(self.dtype).unbind() for p in (self.qkv, out, self.up, down)]
+        vectors = [p.unbind() for p in (self.resid_mix, self.q_gain, self.norm_scale)]
         return [BlockWeights(*parts) for parts in zip(*matrices, *vectors, strict=True)]
 
     def hidden(self, ids_BT: Tensor, plan: DepthPlan, adapter: Adapter | None = None,
-               block_runner: Callable[..., Tensor] = run_block) -> Tensor:
+               block_runner: Callable[..., Tensor] | None = None) -> Tensor:
         """Normalised output of the last block, (B, T, D) in the compute type."""
         weights, rotary = self.block_weights(), Rotary(self.cos, self.sin)
-        skips = torch.stack((self.skip_weights, self.skip_gates.sigmoid()), 1).unbind()
-        x = x0 = rms_norm(F.embedding(ids_BT, self.embed).to(self.dtype))
+        skips = list(zip(self.skip_weights.unbind(), self.skip_gates.sigmoid().unbind(), strict=True))
+        x0 = self.embed_tokens(ids_BT, self.embed, self.dtype)
+        x = x0.view_as(x0)
+        runner = block_runner or (run_block if adapter else self.run_block)
         outputs: list[Tensor] = []
         for number, visit in enumerate(plan.visits):
+            skip = None
             if visit.skip_row >= 0:
-                weight, gate = skips[visit.skip_row].to(x.dtype)
-                x = (1 - gate) * (weight * outputs[visit.skip_from]) + gate * x
+                # A view: a visit given one tensor twice would need a graph of its own.
+                skip = Skip(outputs[visit.skip_from].view_as(x), *skips[visit.skip_row])
             tap = functools.partial(adapter, number, visit.block) if adapter else None
-            x = block_runner(x, x0, weights[visit.block], self.forms[visit.block], rotary,
-                             self.attend, tap)
+            x = runner(x, x0, skip, weights[visit.block], self.forms[visit.block], rotary,
+                       self.attend, tap)
             outputs.append(x)
-        return rms_norm(x)
+        return self.norm(x)
 
     def forward(self, ids_BT: Tensor, target_BT: Tensor, plan: DepthPlan,
                 adapter: Adapter | None = None,
-                block_runner: Callable[..., Tensor] = run_block) -> Tensor:
+                block_runner: Callable[..., Tensor] | None = None) -> Tensor:
         """Nats of all targets, float32 (B, T)."""
         return self.nats(self.hidden(ids_BT, plan, adapter, block_runner), target_BT, adapter)
 
@@ -1091,7 +1128,7 @@ class GPT(nn.Module):
         tap = functools.partial(adapter, -1, -1) if adapter else None
         logits_NV = linear(x_BTD, self.embed.to(self.dtype), "head", tap).flatten(0, 1)
         target_N = target_BT.flatten().long()
-        return softcapped_nll(logits_NV, target_N, self.config.logit_softcap).view(target_BT.shape)
+        return fused_nll(logits_NV, target_N, self.config.logit_softcap).view(target_BT.shape)
 
 
 def block_form(config: Config, block: int) -> BlockForm:
@@ -1156,7 +1193,8 @@ def attention_error(attend: Attend, device: torch.device) -> float:
         gradients = torch.autograd.grad(y, leaves, dy.to(where, kind))
         return [t.detach().cpu().float() for t in (y, *gradients)]
 
-    wanted = run(sdpa_attend, torch.device("cpu"), torch.float32)
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = run(sdpa_attend, torch.device("cpu"), torch.float32)
     found = run(attend, device, compute_dtype(device))
     errors = [(f - w).norm() / w.norm() for f, w in zip(found, wanted, strict=True)]
     return float(torch.stack(errors).max())  # unlike Python's max, lets no NaN pass
@@ -1394,22 +1432,15 @@ class Trainer:
         self.model.initialise(config.seed)
         self.model.to(world.device)
         self.optimizer = Optimizer(self.model, config, world)
-        self.losses = {plan: self.compiled_loss(plan) for plan in depth_plans(config)}
         self.flight: deque[StepRecord] = deque()
         self.micro_seconds: dict[str, list[float]] = {}
         self.last_loss = math.nan
-
-    def compiled_loss(self, plan: DepthPlan) -> Callable[..., Tensor]:
-        """Mean nats of a micro-batch under `plan`."""
-        def loss(rows: Tensor) -> Tensor:
-            return self.model(rows[:, :-1], rows[:, 1:], plan).mean()
-        return maybe_compile(loss, self.config)
 
     def forward_backward(self, plan: DepthPlan, batches: list[Tensor]) -> Tensor:
         """Accumulates gradients over micro-batches; this rank's mean loss, 0-D on the device."""
         total = torch.zeros((), device=self.world.device)
         for rows in batches:
-            loss = self.losses[plan](rows) / len(batches)
+            loss = self.model(rows[:, :-1], rows[:, 1:], plan).mean() / len(batches)
             loss.backward()
             total += loss.detach()
         return total
@@ -2393,7 +2424,7 @@ class Scorer:
     def __init__(self, model: GPT, plan: DepthPlan, stream: ValStream, world: World,
                  audit: Audit | None = None) -> None:
         self.model, self.plan, self.stream, self.world = model, plan, stream, world
-        self.block_runner, self.audit = maybe_compile(run_block, model.config), audit
+        self.audit = audit
         self.tokens = torch.from_numpy(stream.tokens).to(world.device)
 
     @torch.no_grad()
@@ -2424,7 +2455,7 @@ class Scorer:
 
     def states(self, rows: Tensor, batch: Batch, adapter: LowRank | None) -> Tensor:
         """Hidden states at the scored positions."""
-        runner = adapter.run_block if adapter else self.block_runner
+        runner = adapter.run_block if adapter else None
         return batch.span(self.model.hidden(rows[:, :-1], self.plan, adapter, runner))
 
 
@@ -2564,8 +2595,7 @@ class ChunkLearner:
         world, share = self.world, -(-len(batch) // self.world.size)
         mine = batch[world.rank * share:(world.rank + 1) * share]
         rows = F.pad(mine, (0, 0, 0, share - len(mine))).to(world.device)
-        nats = self.scorer.model(rows[:, :-1], rows[:, 1:], self.scorer.plan,
-                                 block_runner=self.scorer.block_runner)
+        nats = self.scorer.model(rows[:, :-1], rows[:, 1:], self.scorer.plan)
         (nats[:len(mine)].sum() / batch[:, 1:].numel()).backward()
         world.sum_all_([gradient_of(p) for p in self.parameters])
         if self.config.ttt_grad_clip:
@@ -3039,6 +3069,9 @@ def command_line(arguments: Sequence[str]) -> int:
 # 12  Kernels
 #
 # Attention libraries, each imported by its loader: a machine without one only loses the choice.
+# Then Triton kernels for what torch.compile would move more often than necessary, each bound to its
+# PyTorch reference by `fused`; rows and heads are padded to powers of two in registers only.
+# Tolerance: against float32, twice the error of the reference in bf16.
 # ==================================================================================================
 
 
@@ -3101,6 +3134,251 @@ def fa4_operator() -> Callable[..., tuple[Tensor, Tensor]]:
 
     forward.register_autograd(differentiate, setup_context=save)
     return forward
+
+
+def jit(function: Callable[..., None]) -> typing.Any:
+    """A kernel, where Triton can compile it."""
+    return triton.jit(function) if HAS_TRITON else function
+
+
+def launch(kernel: typing.Any, count: int, items: int, *arguments: object, warps: int = 4) -> None:
+    """Runs a kernel on `count` items, so many per program; their number is its last argument."""
+    kernel[(-(-count // items),)](*arguments, items, num_warps=warps)
+
+
+def fused(name: str, schema: str, reference: Callable[..., Result],
+          forward: Callable[..., Result], backward: Callable[..., list[Tensor]],
+          num_gradients: int) -> Callable[..., Result]:
+    """`reference`; on a GPU its kernels, as an operator that torch.compile and autograd know.
+
+    `backward` takes the results' gradients, the tensors among the arguments and the numbers among
+    them; it returns gradients of the first `num_gradients` arguments.
+    """
+    if not HAS_TRITON:
+        return reference
+    fast = torch.library.custom_op(f"golf::{name}", forward, mutates_args=(), schema=schema)
+    gradient = torch.library.custom_op(
+        f"golf::{name}_backward", backward, mutates_args=(),
+        schema="(Tensor[] gradients, Tensor[] tensors, float[] numbers) -> Tensor[]")
+    gradient.register_fake(lambda _, tensors, numbers: [
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors[:num_gradients]])
+
+    @fast.register_fake
+    def _(*arguments: typing.Any) -> typing.Any:
+        return torch.utils._pytree.tree_map(
+            lambda t: t.new_empty(t.shape), reference(*arguments))
+
+    def save(ctx: typing.Any, inputs: tuple[typing.Any, ...], output: Result) -> None:
+        ctx.save_for_backward(*(t for t in inputs if isinstance(t, Tensor)))
+        ctx.numbers = [x for x in inputs if not isinstance(x, Tensor)]
+
+    def differentiate(ctx: typing.Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, numbers = ctx.saved_tensors, ctx.numbers
+        found = gradient(list(gradients), list(tensors), numbers)
+        return (*found, *[None] * (len(tensors) + len(numbers) - num_gradients))
+
+    fast.register_autograd(differentiate, setup_context=save)
+    return lambda *arguments: (fast if arguments[0].is_cuda else reference)(*arguments)
+
+
+# Splitting heads. An item is one head of one row; in the packed projection they lie side by side.
+# The backward pass owns the whole gradient of the projection, so nothing is concatenated.
+
+
+@jit
+def rotation(cos, sin, position, column, HALF: tl.constexpr):  # type: ignore
+    """Cosine, signed sine, and the column whose product with the sine is added."""
+    turns, place, first = column < 2 * HALF, position * HALF + column % HALF, column < HALF
+    c = tl.load(cos + place, mask=turns, other=1.0)
+    s = tl.load(sin + place, mask=turns, other=0.0)
+    return c, tl.where(first, s, -s), tl.where(first, column + HALF, column - HALF)
+
+
+@jit
+def split_heads_kernel(qkv, gain, cos, sin, q, k, v, N, T, EPS: tl.constexpr,  # type: ignore
+                       H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+                       WIDTH: tl.constexpr, ITEMS: tl.constexpr):
+    """qkv (N, H+2G, K), gain (H), tables (T, HALF) -> q (N, H, K), k and v (N, G, K)."""
+    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None]
+    column, row, head = tl.arange(0, WIDTH)[None, :], item // (H + 2 * G), item % (H + 2 * G)
+    inside, is_q, is_v = (row < N) & (column < K), head < H, head >= H + G
+    c, s, partner = rotation(cos, sin, row % T, column, HALF)
+    x = tl.load(qkv + item * K + column, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(qkv + item * K + partner, mask=inside & (column < 2 * HALF), other=0.0)
+    factor = tl.rsqrt(tl.sum(x * x, axis=1) / K + EPS)[:, None]
+    factor *= tl.load(gain + head, mask=is_q, other=1.0)
+    turned = (x * c + other.to(tl.float32) * s) * factor
+    tl.store(q + (row * H + head) * K + column, turned, mask=inside & is_q)
+    tl.store(k + (row * G + head - H) * K + column, turned, mask=inside & (head >= H) & (head < H + G))
+    tl.store(v + (row * G + head - H - G) * K + column, x, mask=inside & is_v)
+
+
+@jit
+def split_heads_gradient_kernel(dq, dk, dv, qkv, gain, cos, sin, dqkv, dgain, N, T,  # type: ignore
+                                EPS: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+                                K: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
+                                ITEMS: tl.constexpr):
+    """dgain (N, H) float32 is to be summed over rows."""
+    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None]
+    column, row, head = tl.arange(0, WIDTH)[None, :], item // (H + 2 * G), item % (H + 2 * G)
+    inside, is_q, is_v = (row < N) & (column < K), head < H, head >= H + G
+    is_k = (head >= H) & (head < H + G)
+    turns = inside & (column < 2 * HALF)
+    c, s, partner = rotation(cos, sin, row % T, column, HALF)
+    at_q, at_k = dq + (row * H + head) * K, dk + (row * G + head - H) * K
+    d = tl.load(at_q + column, mask=inside & is_q, other=0.0).to(tl.float32)
+    d += tl.load(at_k + column, mask=inside & is_k, other=0.0).to(tl.float32)
+    other = tl.load(at_q + partner, mask=turns & is_q, other=0.0).to(tl.float32)
+    other += tl.load(at_k + partner, mask=turns & is_k, other=0.0).to(tl.float32)
+    d = d * c - other * s
+    d += tl.load(dv + (row * G + head - H - G) * K + column, mask=inside & is_v,
+                 other=0.0).to(tl.float32)
+    # Values read as zero: nothing is then taken from their gradient.
+    x = tl.load(qkv + item * K + column, mask=inside & (head < H + G), other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / K + EPS)[:, None]
+    normed = x * inverse
+    dot = tl.sum(d * normed, axis=1)[:, None]
+    tl.store(dgain + row * H + head, dot, mask=(row < N) & is_q)
+    factor = tl.where(is_v, 1.0, inverse * tl.load(gain + head, mask=is_q, other=1.0))
+    tl.store(dqkv + item * K + column, factor * (d - normed * dot / K), mask=inside)
+
+
+def split_heads_forward(qkv: Tensor, gain: Tensor, cos: Tensor,
+                        sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of `split_heads`, contiguous."""
+    B, T, heads, K = qkv.shape
+    H = len(gain)
+    G = (heads - H) // 2
+    q, k, v = (qkv.new_empty(B, T, n, K) for n in (H, G, G))
+    launch(split_heads_kernel, B * T * heads, 32, qkv.contiguous(), gain, cos, sin, q, k, v, B * T,
+           T, NORM_EPS, H, G, K, cos.shape[1], triton.next_power_of_2(K))
+    return q, k, v
+
+
+def split_heads_backward(gradients: list[Tensor], tensors: list[Tensor],
+                         numbers: list[float]) -> list[Tensor]:
+    """Gradients of projection and gain."""
+    qkv, gain, cos, sin = (t.contiguous() for t in tensors)
+    B, T, heads, K = qkv.shape
+    H, dqkv = len(gain), torch.empty_like(qkv)
+    dgain = gain.new_empty(B * T, H, dtype=torch.float32)
+    launch(split_heads_gradient_kernel, B * T * heads, 32, *(g.contiguous() for g in gradients),
+           qkv, gain, cos, sin, dqkv, dgain, B * T, T, NORM_EPS, H, (heads - H) // 2, K,
+           cos.shape[1], triton.next_power_of_2(K))
+    return [dqkv, dgain.sum(0).to(gain.dtype)]
+
+
+fused_split_heads = fused(
+    "split_heads", "(Tensor qkv, Tensor gain, Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)",
+    split_heads, split_heads_forward, split_heads_backward, 2)
+
+
+# Excluding the own value. An item is one value head of one row and its REPEAT query heads.
+
+
+@jit
+def exclude_self_kernel(y, v, d, out, dv, N, REPEAT: tl.constexpr,  # type: ignore
+                        K: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
+                        ITEMS: tl.constexpr):
+    """out = y - a v with a = y.v / v.v; or, with b = d.v / v.v, the gradients of y and v.
+
+    dy = d - b v and dv = sum over heads (2ab v - b y - a d)
+    """
+    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = (item < N) & (column < K)
+    value = tl.load(v + item * K + column, mask=inside, other=0.0).to(tl.float32)
+    square = tl.maximum(tl.sum(value * value, axis=1), 1e-24)[:, None]
+    total = tl.zeros((ITEMS, WIDTH), tl.float32)
+    for repeat in tl.static_range(REPEAT):
+        place = (item * REPEAT + repeat) * K + column
+        head = tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
+        a = tl.sum(head * value, axis=1)[:, None] / square
+        if BACKWARD:
+            change = tl.load(d + place, mask=inside, other=0.0).to(tl.float32)
+            b = tl.sum(change * value, axis=1)[:, None] / square
+            tl.store(out + place, change - b * value, mask=inside)
+            total += 2.0 * a * b * value - b * head - a * change
+        else:
+            tl.store(out + place, head - a * value, mask=inside)
+    if BACKWARD:
+        tl.store(dv + item * K + column, total, mask=inside)
+
+
+def exclude_self_forward(y: Tensor, v: Tensor) -> Tensor:
+    """The result of `exclude_self`."""
+    return exclude_self_backward([], [y, v], [])[0]
+
+
+def exclude_self_backward(gradients: list[Tensor], tensors: list[Tensor],
+                          numbers: list[float]) -> list[Tensor]:
+    """Gradients of attention output and value; without a gradient of the result, the result."""
+    y, v = (t.contiguous() for t in tensors)
+    K, out, dv = v.shape[-1], torch.empty_like(y), torch.empty_like(v)
+    d = gradients[0].contiguous() if gradients else y
+    launch(exclude_self_kernel, v.numel() // K, 16, y, v, d, out, dv, v.numel() // K,
+           y.numel() // v.numel(), K, triton.next_power_of_2(K), bool(gradients))
+    return [out, dv]
+
+
+fused_exclude_self = fused("exclude_self", "(Tensor y, Tensor v) -> Tensor", exclude_self,
+                           exclude_self_forward, exclude_self_backward, 2)
+
+
+# Loss. An item is one row of logits, read once each way.
+
+
+@jit
+def nll_kernel(logits, target, weight, out, V, CAP: tl.constexpr, WIDTH: tl.constexpr,  # type: ignore
+               BACKWARD: tl.constexpr, FAST: tl.constexpr, ITEMS: tl.constexpr):
+    """Nats of a row; or the gradient of its logits, given that of its nats.
+
+    FAST: tanh as one instruction, whose error is below half a bf16 step.
+    """
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    inside, is_target = column < V, column == tl.load(target + row)
+    x = tl.load(logits + row * V + column, mask=inside, other=0.0).to(tl.float32)
+    x *= 1.0 / CAP  # a division would cost the unit that is short here, that of tanh and exp
+    if FAST:
+        x = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32,
+                                      is_pure=True, pack=1)
+    else:
+        x = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+    top = tl.max(tl.where(inside, x, -1.0), axis=0)
+    p = tl.where(inside, tl.exp((x - top) * CAP), 0.0)
+    total = tl.sum(p, axis=0)
+    if BACKWARD:
+        change = (p * (1.0 / total) - tl.where(is_target, 1.0, 0.0)) * (1.0 - x * x)
+        tl.store(out + row * V + column, tl.load(weight + row) * change, mask=inside)
+    else:
+        chosen = tl.sum(tl.where(is_target, x, 0.0), axis=0)
+        tl.store(out + row, CAP * (top - chosen) + tl.log(total))
+
+
+def nll_forward(logits: Tensor, target: Tensor, cap: float) -> Tensor:
+    """The result of `softcapped_nll`."""
+    return run_nll(logits, target, cap, target, logits.new_empty(len(logits), dtype=torch.float32))
+
+
+def nll_backward(gradients: list[Tensor], tensors: list[Tensor],
+                 numbers: list[float]) -> list[Tensor]:
+    """The gradient of the logits."""
+    logits, target = tensors
+    out = logits.new_empty(logits.shape)
+    return [run_nll(logits, target, *numbers, gradients[0].contiguous(), out)]
+
+
+def run_nll(logits: Tensor, target: Tensor, cap: float, weight: Tensor, out: Tensor) -> Tensor:
+    """`out`, filled with nats, or with the gradient of the logits where it has their shape."""
+    V = logits.shape[1]
+    launch(nll_kernel, len(logits), 1, logits.contiguous(), target.contiguous(), weight, out, V,
+           cap, triton.next_power_of_2(V), out.ndim == 2, logits.is_cuda, warps=16)
+    return out
+
+
+fused_nll = fused("nll", "(Tensor logits, Tensor target, float cap) -> Tensor", softcapped_nll,
+                  nll_forward, nll_backward, 1)
+
 
 
 if __name__ == "__main__":

@@ -374,8 +374,9 @@ class Bench:
             operations = golf.flops_per_token(config, plan) * tokens
             whole_floor = micro_floor(self.ceilings, visits)
             first_floor = forward_floor(self.ceilings, visits)
-            loss, rows = trainer.losses[plan], batches[0]
-            forward = timer.median(lambda loss=loss, rows=rows: loss(rows))  # type: ignore[misc]
+            rows = batches[0]
+            forward = timer.median(lambda plan=plan, rows=rows:  # type: ignore[misc]
+                                   trainer.model(rows[:, :-1], rows[:, 1:], plan).mean())
             whole = timer.median(lambda plan=plan, rows=rows:  # type: ignore[misc]
                                  trainer.forward_backward(plan, [rows]))
             self.add(f"{plan.name} forward", forward, first_floor)
