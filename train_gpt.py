@@ -35,6 +35,7 @@ import subprocess
 import sys
 import time
 import typing
+import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,6 +56,7 @@ HAS_TRITON = "triton" in sys.modules or torch.cuda.is_available()
 if HAS_TRITON:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 if typing.TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -833,11 +835,12 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 # ==================================================================================================
 
 NORM_EPS = torch.finfo(torch.float32).eps
+LEAKY_SLOPE = 0.5
 
 Site = Literal["qkv", "out", "up", "down", "head"]
 SITES: tuple[Site, ...] = typing.get_args(Site)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q_BTHK, k_BTGK, v_BTGK -> y_BTHK, causal
-Result = typing.TypeVar("Result", Tensor, tuple[Tensor, Tensor, Tensor])
+Result = typing.TypeVar("Result", Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor])
 Tap = Callable[[Site, Tensor, Tensor], Tensor]  # input and output of a layer -> output to use
 
 
@@ -915,12 +918,12 @@ class BlockWeights(NamedTuple):
     norm_scale: Tensor  # 0-D
 
 
-class Skip(NamedTuple):
-    """What a U-Net skip mixes into the stream before a block."""
+class Stream(NamedTuple):
+    """What enters a block: the residual stream, the embedding, and what a U-Net skip mixes in."""
 
-    source_BTD: Tensor
-    weight_D: Tensor
-    gate_D: Tensor  # share of the stream itself
+    x: Tensor  # B, T, D
+    x0: Tensor  # B, T, D
+    skip: tuple[Tensor, ...] = ()  # (B, T, D), its weight (D), and the stream's share (D)
 
 
 class Rotary(NamedTuple):
@@ -985,20 +988,30 @@ def attention(x_BTD: Tensor, w: BlockWeights, form: BlockForm, rotary: Rotary, a
     return linear(y_BTHK.flatten(2), w.out, "out", tap)
 
 
+def mlp_parts(x_BTD: Tensor, up_FD: Tensor, down_DF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, hidden layer, and what the hidden layer is the square of the leaky ReLU of."""
+    pre_BTF = F.linear(x_BTD, up_FD)
+    hidden_BTF = F.leaky_relu(pre_BTF, LEAKY_SLOPE).square()
+    return F.linear(hidden_BTF, down_DF), hidden_BTF, pre_BTF
+
+
 def mlp(x_BTD: Tensor, w: BlockWeights, tap: Tap | None) -> Tensor:
-    """Two linear layers round the square of a leaky ReLU with slope 1/2."""
-    hidden_BTF = F.leaky_relu(linear(x_BTD, w.up, "up", tap), 0.5).square()
+    """Two linear layers round the square of a leaky ReLU."""
+    if tap is None:
+        return fused_mlp(x_BTD, w.up, w.down)[0]
+    hidden_BTF = F.leaky_relu(linear(x_BTD, w.up, "up", tap), LEAKY_SLOPE).square()
     return linear(hidden_BTF, w.down, "down", tap)
 
 
-def run_block(x_BTD: Tensor, x0_BTD: Tensor, skip: Skip | None, w: BlockWeights, form: BlockForm,
-              rotary: Rotary, attend: Attend, tap: Tap | None = None) -> Tensor:
-    """One block: mixes skip, stream and embedding, then adds attention and MLP."""
-    if skip:
-        weight, gate = (t.to(x_BTD.dtype) for t in skip[1:])
-        x_BTD = (1 - gate) * (weight * skip.source_BTD) + gate * x_BTD
-    mix, norm_scale = w.resid_mix.to(x_BTD.dtype), w.norm_scale.to(x_BTD.dtype)
-    u = mix[0] * x_BTD + mix[1] * x0_BTD
+def run_block(stream: Stream, w: BlockWeights, form: BlockForm, rotary: Rotary, attend: Attend,
+              tap: Tap | None = None) -> Tensor:
+    """One block: mixes what enters, then adds attention and MLP."""
+    dtype, x_BTD = stream.x.dtype, stream.x
+    if stream.skip:
+        source_BTD, weight, gate = (t.to(dtype) for t in stream.skip)
+        x_BTD = (1 - gate) * (weight * source_BTD) + gate * x_BTD
+    mix, norm_scale = w.resid_mix.to(dtype), w.norm_scale.to(dtype)
+    u = mix[0] * x_BTD + mix[1] * stream.x0
     z = rms_norm(u) * norm_scale
     after = u + attention(z, w, form, rotary, attend, tap)
     if form.residual == "serial":
@@ -1101,19 +1114,16 @@ class GPT(nn.Module):
                block_runner: Callable[..., Tensor] | None = None) -> Tensor:
         """Normalised output of the last block, (B, T, D) in the compute type."""
         weights, rotary = self.block_weights(), Rotary(self.cos, self.sin)
-        skips = list(zip(self.skip_weights.unbind(), self.skip_gates.sigmoid().unbind(), strict=True))
-        x0 = self.embed_tokens(ids_BT, self.embed, self.dtype)
-        x = x0.view_as(x0)
+        skips = self.skip_weights.unbind(), self.skip_gates.sigmoid().unbind()
+        x = x0 = self.embed_tokens(ids_BT, self.embed, self.dtype)
         runner = block_runner or (run_block if adapter else self.run_block)
         outputs: list[Tensor] = []
         for number, visit in enumerate(plan.visits):
-            skip = None
-            if visit.skip_row >= 0:
-                # A view: a visit given one tensor twice would need a graph of its own.
-                skip = Skip(outputs[visit.skip_from].view_as(x), *skips[visit.skip_row])
-            tap = functools.partial(adapter, number, visit.block) if adapter else None
-            x = runner(x, x0, skip, weights[visit.block], self.forms[visit.block], rotary,
-                       self.attend, tap)
+            row, block = visit.skip_row, visit.block
+            skip = (outputs[visit.skip_from], *(t[row] for t in skips)) if row >= 0 else ()
+            tap = functools.partial(adapter, number, block) if adapter else None
+            stream = Stream(x.view_as(x), x0, skip)  # one tensor twice would be another graph
+            x = runner(stream, weights[block], self.forms[block], rotary, self.attend, tap)
             outputs.append(x)
         return self.norm(x)
 
@@ -1648,9 +1658,13 @@ def collect_gradients(hessians: Hessians, rows: Tensor, plan: DepthPlan, weight:
 
     nats = hessians.model(rows[:, :-1], rows[:, 1:], plan, keep).sum()
     names = [name for name, _ in found]
+    scales = {"out": hessians.model.attn_scale, "down": hessians.model.mlp_scale}
     for name, gradient in zip(names, torch.autograd.grad(nats, [y for _, y in found]), strict=True):
         mean_1R = gradient.flatten(0, -2).float().square().mean(0, keepdim=True)
         mean_1R *= weight / names.count(name)
+        site, _, block = name.removesuffix(".rows").partition(".")
+        if site in scales:  # what the layer puts out is scaled already
+            mean_1R *= scales[site][int(block)].square()
         hessians.moments[name] = hessians.moments.get(name, 0) + mean_1R
 
 
@@ -3094,10 +3108,10 @@ def load_fa3(device: torch.device) -> Attend:
 
 
 def load_fa4(device: torch.device) -> Attend:
-    """flash-attn-4, wrapped in operators of our own, because the package registers none."""
+    """flash-attn-4, as an operator of our own, because the package registers none."""
     require_capability(device, 9, 10)
-    operator = fa4_operator()
-    return lambda q_BTHK, k_BTGK, v_BTGK: operator(q_BTHK, k_BTGK, v_BTGK)[0]
+    attend = fa4_operator()
+    return lambda q_BTHK, k_BTGK, v_BTGK: attend(q_BTHK, k_BTGK, v_BTGK)[0]
 
 
 @functools.cache
@@ -3105,79 +3119,72 @@ def fa4_operator() -> Callable[..., tuple[Tensor, Tensor]]:
     """Causal attention, differentiable: q, k, v -> y (B, T, H, K) and log-sum-exp (B, H, T)."""
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
-    @torch.library.custom_op("golf::fa4_forward", mutates_args=())
+    warnings.filterwarnings("ignore", "Argument aux_data")  # of its compiler, at every new shape
+
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         y, log_sum, *_ = _flash_attn_fwd(q, k, v, causal=True, return_lse=True)
         return y, log_sum
 
-    @forward.register_fake
-    def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        B, T, H, _ = q.shape
-        return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+    def backward(gradients: list[Tensor], tensors: list[Tensor],
+                 numbers: list[float]) -> list[Tensor]:
+        return list(_flash_attn_bwd(*tensors[:4], gradients[0], tensors[4], causal=True)[:3])
 
-    @torch.library.custom_op("golf::fa4_backward", mutates_args=())
-    def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor,
-                 log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv, *_ = _flash_attn_bwd(q, k, v, y, dy, log_sum, causal=True)
-        return dq, dk, dv
+    def shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return q, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
-    @backward.register_fake
-    def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor,
-          log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-    def save(ctx: typing.Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, *output)
-
-    def differentiate(ctx: typing.Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(dy.contiguous(), *ctx.saved_tensors)
-
-    forward.register_autograd(differentiate, setup_context=save)
-    return forward
+    return register("fa4", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)", shapes, forward,
+                    backward, 3)
 
 
-def jit(function: Callable[..., None]) -> typing.Any:
+def jit(function: Callable[..., object]) -> typing.Any:
     """A kernel, where Triton can compile it."""
     return triton.jit(function) if HAS_TRITON else function
 
 
 def launch(kernel: typing.Any, count: int, items: int, *arguments: object, warps: int = 4) -> None:
-    """Runs a kernel on `count` items, so many per program; their number is its last argument."""
+    """Runs a kernel over `count` items, so many per program, their number its last argument."""
     kernel[(-(-count // items),)](*arguments, items, num_warps=warps)
+
+
+def register(name: str, schema: str, shapes: Callable[..., Result],
+             forward: Callable[..., Result], backward: Callable[..., list[Tensor]],
+             num_gradients: int) -> Callable[..., Result]:
+    """An operator that torch.compile and autograd know; results are like those of `shapes`.
+
+    `backward` takes the gradients of the results, then arguments and results that are tensors,
+    then arguments that are numbers; it returns gradients of the first `num_gradients` arguments.
+    """
+    run = torch.library.custom_op(f"golf::{name}", forward, mutates_args=(), schema=schema)
+    gradient = torch.library.custom_op(
+        f"golf::{name}_backward", backward, mutates_args=(),
+        schema="(Tensor[] gradients, Tensor[] tensors, float[] numbers) -> Tensor[]")
+    gradient.register_fake(
+        lambda _, tensors, numbers: [t.new_empty(t.shape) for t in tensors[:num_gradients]])
+    run.register_fake(lambda *arguments: torch.utils._pytree.tree_map(
+        lambda t: t.new_empty(t.shape), shapes(*arguments)))
+
+    def save(ctx: typing.Any, inputs: tuple[object, ...], output: Result) -> None:
+        kept = (*inputs, *([output] if isinstance(output, Tensor) else output))
+        ctx.save_for_backward(*(t for t in kept if isinstance(t, Tensor)))
+        ctx.numbers, ctx.num_inputs = [x for x in inputs if isinstance(x, float)], len(inputs)
+        ctx.set_materialize_grads(False)  # results only kept for the backward pass have none
+
+    def differentiate(ctx: typing.Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        given: list[Tensor] = [g.contiguous() for g in gradients if g is not None]
+        found: list[Tensor] = gradient(given, list(ctx.saved_tensors), ctx.numbers)
+        return (*found, *[None] * (ctx.num_inputs - num_gradients))
+
+    run.register_autograd(differentiate, setup_context=save)
+    return run
 
 
 def fused(name: str, schema: str, reference: Callable[..., Result],
           forward: Callable[..., Result], backward: Callable[..., list[Tensor]],
           num_gradients: int) -> Callable[..., Result]:
-    """`reference`; on a GPU its kernels, as an operator that torch.compile and autograd know.
-
-    `backward` takes the results' gradients, the tensors among the arguments and the numbers among
-    them; it returns gradients of the first `num_gradients` arguments.
-    """
+    """`reference`, but on a GPU the operator that does the same with kernels."""
     if not HAS_TRITON:
         return reference
-    fast = torch.library.custom_op(f"golf::{name}", forward, mutates_args=(), schema=schema)
-    gradient = torch.library.custom_op(
-        f"golf::{name}_backward", backward, mutates_args=(),
-        schema="(Tensor[] gradients, Tensor[] tensors, float[] numbers) -> Tensor[]")
-    gradient.register_fake(lambda _, tensors, numbers: [
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors[:num_gradients]])
-
-    @fast.register_fake
-    def _(*arguments: typing.Any) -> typing.Any:
-        return torch.utils._pytree.tree_map(
-            lambda t: t.new_empty(t.shape), reference(*arguments))
-
-    def save(ctx: typing.Any, inputs: tuple[typing.Any, ...], output: Result) -> None:
-        ctx.save_for_backward(*(t for t in inputs if isinstance(t, Tensor)))
-        ctx.numbers = [x for x in inputs if not isinstance(x, Tensor)]
-
-    def differentiate(ctx: typing.Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, numbers = ctx.saved_tensors, ctx.numbers
-        found = gradient(list(gradients), list(tensors), numbers)
-        return (*found, *[None] * (len(tensors) + len(numbers) - num_gradients))
-
-    fast.register_autograd(differentiate, setup_context=save)
+    fast = register(name, schema, reference, forward, backward, num_gradients)
     return lambda *arguments: (fast if arguments[0].is_cuda else reference)(*arguments)
 
 
@@ -3195,7 +3202,7 @@ def rotation(cos, sin, position, column, HALF: tl.constexpr):  # type: ignore
 
 
 @jit
-def split_heads_kernel(qkv, gain, cos, sin, q, k, v, N, T, EPS: tl.constexpr,  # type: ignore
+def split_heads_kernel(qkv, gain, cos, sin, q, k, v, N, T, EPS: tl.constexpr,  # type: ignore # noqa: PLR0913
                        H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
                        WIDTH: tl.constexpr, ITEMS: tl.constexpr):
     """qkv (N, H+2G, K), gain (H), tables (T, HALF) -> q (N, H, K), k and v (N, G, K)."""
@@ -3209,12 +3216,12 @@ def split_heads_kernel(qkv, gain, cos, sin, q, k, v, N, T, EPS: tl.constexpr,  #
     factor *= tl.load(gain + head, mask=is_q, other=1.0)
     turned = (x * c + other.to(tl.float32) * s) * factor
     tl.store(q + (row * H + head) * K + column, turned, mask=inside & is_q)
-    tl.store(k + (row * G + head - H) * K + column, turned, mask=inside & (head >= H) & (head < H + G))
+    tl.store(k + (row * G + head - H) * K + column, turned, mask=inside & ~(is_q | is_v))
     tl.store(v + (row * G + head - H - G) * K + column, x, mask=inside & is_v)
 
 
 @jit
-def split_heads_gradient_kernel(dq, dk, dv, qkv, gain, cos, sin, dqkv, dgain, N, T,  # type: ignore
+def split_heads_gradient_kernel(dq, dk, dv, qkv, gain, cos, sin, dqkv, dgain, N, T,  # type: ignore # noqa: PLR0913
                                 EPS: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
                                 K: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
                                 ITEMS: tl.constexpr):
@@ -3222,8 +3229,7 @@ def split_heads_gradient_kernel(dq, dk, dv, qkv, gain, cos, sin, dqkv, dgain, N,
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None]
     column, row, head = tl.arange(0, WIDTH)[None, :], item // (H + 2 * G), item % (H + 2 * G)
     inside, is_q, is_v = (row < N) & (column < K), head < H, head >= H + G
-    is_k = (head >= H) & (head < H + G)
-    turns = inside & (column < 2 * HALF)
+    is_k, turns = ~(is_q | is_v), inside & (column < 2 * HALF)
     c, s, partner = rotation(cos, sin, row % T, column, HALF)
     at_q, at_k = dq + (row * H + head) * K, dk + (row * G + head - H) * K
     d = tl.load(at_q + column, mask=inside & is_q, other=0.0).to(tl.float32)
@@ -3234,7 +3240,7 @@ def split_heads_gradient_kernel(dq, dk, dv, qkv, gain, cos, sin, dqkv, dgain, N,
     d += tl.load(dv + (row * G + head - H - G) * K + column, mask=inside & is_v,
                  other=0.0).to(tl.float32)
     # Values read as zero: nothing is then taken from their gradient.
-    x = tl.load(qkv + item * K + column, mask=inside & (head < H + G), other=0.0).to(tl.float32)
+    x = tl.load(qkv + item * K + column, mask=inside & ~is_v, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / K + EPS)[:, None]
     normed = x * inverse
     dot = tl.sum(d * normed, axis=1)[:, None]
@@ -3258,13 +3264,13 @@ def split_heads_forward(qkv: Tensor, gain: Tensor, cos: Tensor,
 def split_heads_backward(gradients: list[Tensor], tensors: list[Tensor],
                          numbers: list[float]) -> list[Tensor]:
     """Gradients of projection and gain."""
-    qkv, gain, cos, sin = (t.contiguous() for t in tensors)
+    qkv, gain, cos, sin = (t.contiguous() for t in tensors[:4])
     B, T, heads, K = qkv.shape
     H, dqkv = len(gain), torch.empty_like(qkv)
     dgain = gain.new_empty(B * T, H, dtype=torch.float32)
-    launch(split_heads_gradient_kernel, B * T * heads, 32, *(g.contiguous() for g in gradients),
-           qkv, gain, cos, sin, dqkv, dgain, B * T, T, NORM_EPS, H, (heads - H) // 2, K,
-           cos.shape[1], triton.next_power_of_2(K))
+    launch(split_heads_gradient_kernel, B * T * heads, 32, *gradients, qkv, gain, cos, sin, dqkv,
+           dgain, B * T, T, NORM_EPS, H, (heads - H) // 2, K, cos.shape[1],
+           triton.next_power_of_2(K))
     return [dqkv, dgain.sum(0).to(gain.dtype)]
 
 
@@ -3277,7 +3283,7 @@ fused_split_heads = fused(
 
 
 @jit
-def exclude_self_kernel(y, v, d, out, dv, N, REPEAT: tl.constexpr,  # type: ignore
+def exclude_self_kernel(y, v, d, out, dv, N, REPEAT: tl.constexpr,  # type: ignore # noqa: PLR0913
                         K: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
                         ITEMS: tl.constexpr):
     """out = y - a v with a = y.v / v.v; or, with b = d.v / v.v, the gradients of y and v.
@@ -3313,11 +3319,11 @@ def exclude_self_forward(y: Tensor, v: Tensor) -> Tensor:
 def exclude_self_backward(gradients: list[Tensor], tensors: list[Tensor],
                           numbers: list[float]) -> list[Tensor]:
     """Gradients of attention output and value; without a gradient of the result, the result."""
-    y, v = (t.contiguous() for t in tensors)
+    y, v = (t.contiguous() for t in tensors[:2])
     K, out, dv = v.shape[-1], torch.empty_like(y), torch.empty_like(v)
-    d = gradients[0].contiguous() if gradients else y
-    launch(exclude_self_kernel, v.numel() // K, 16, y, v, d, out, dv, v.numel() // K,
-           y.numel() // v.numel(), K, triton.next_power_of_2(K), bool(gradients))
+    launch(exclude_self_kernel, v.numel() // K, 16, y, v, gradients[0] if gradients else y, out,
+           dv, v.numel() // K, y.numel() // v.numel(), K, triton.next_power_of_2(K),
+           bool(gradients))
     return [out, dv]
 
 
@@ -3325,11 +3331,85 @@ fused_exclude_self = fused("exclude_self", "(Tensor y, Tensor v) -> Tensor", exc
                            exclude_self_forward, exclude_self_backward, 2)
 
 
+# MLP. The activation is the epilogue of the product with `up`, its derivative that of the product
+# which gives the hidden layer's gradient; the other products are cuBLAS. Tiles are stored in halves
+# by the copy engine; tensors start and rows continue at multiples of 16 bytes.
+
+
+@jit
+def activation_product_kernel(left, right, pre, out, N, WIDE: tl.constexpr,  # type: ignore # noqa: PLR0913
+                              DEEP: tl.constexpr, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
+                              ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+    """pre = left right^T (N, WIDE) and out = act(pre); or out = act'(pre) (left right)."""
+    across, half = tl.cdiv(WIDE, COLUMNS), COLUMNS // 2
+    for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS) * across, tl.num_programs(0),
+                         flatten=True):
+        row, column = tile // across * ROWS, tile % across * COLUMNS
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for depth in tl.range(0, DEEP, DEPTH):
+            if BACKWARD:  # noqa: SIM108 - one of the two has the wrong shape and is not compiled
+                b = right.load([depth, column])
+            else:
+                b = right.load([column, depth]).T
+            total = tl.dot(left.load([row, depth]), b, total)
+        halves = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, half)), (0, 2, 1)))
+        for part in tl.static_range(2):
+            place = [row, column + part * half]
+            if BACKWARD:
+                p = pre.load(place).to(tl.float32)
+                y = halves[part] * tl.where(p > 0, 2.0 * p, 2.0 * SLOPE * SLOPE * p)
+            else:
+                rounded = halves[part].to(pre.dtype)
+                pre.store(place, rounded)
+                p = rounded.to(tl.float32)
+                p = tl.where(p > 0, p, SLOPE * p)
+                y = p * p
+            out.store(place, y.to(out.dtype))
+
+
+def activation_product(left: Tensor, right: Tensor, pre: Tensor, out: Tensor, *,
+                       backward: bool) -> None:
+    """Fills `out` (N, F), and forward `pre`. Tiles and programs per processor are measured."""
+    rows, columns, depth, warps, each = (128, 256, 64, 8, 1) if backward else (128, 128, 64, 4, 2)
+    N, F = pre.shape
+    programs = -(-N // rows) * -(-F // columns)
+    if left.is_cuda:
+        properties = torch.cuda.get_device_properties(left.device)
+        programs = min(programs, each * properties.multi_processor_count)
+    described = TensorDescriptor.from_tensor
+    activation_product_kernel[(programs,)](
+        described(left, [rows, depth]),
+        described(right, [depth, columns] if backward else [columns, depth]),
+        described(pre, [rows, columns // 2]), described(out, [rows, columns // 2]), N, F,
+        left.shape[1], LEAKY_SLOPE, backward, rows, columns, depth, num_warps=warps, num_stages=3)
+
+
+def mlp_forward(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of `mlp_parts`."""
+    pre, hidden = (x.new_empty(*x.shape[:-1], len(up)) for _ in range(2))
+    activation_product(x.contiguous().flatten(0, -2), up.contiguous(), pre.flatten(0, -2),
+                       hidden.flatten(0, -2), backward=False)
+    return F.linear(hidden, down), hidden, pre
+
+
+def mlp_backward(gradients: list[Tensor], tensors: list[Tensor],
+                 numbers: list[float]) -> list[Tensor]:
+    """Gradients of input and both matrices."""
+    dy, x, up, down, _, hidden, pre = (t.contiguous().flatten(0, -2) for t in gradients + tensors)
+    dpre = torch.empty_like(pre)
+    activation_product(dy, down, pre, dpre, backward=True)
+    return [(dpre @ up).view(tensors[0].shape), dpre.T @ x, dy.T @ hidden]
+
+
+fused_mlp = fused("mlp", "(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor, Tensor)",
+                  mlp_parts, mlp_forward, mlp_backward, 3)
+
+
 # Loss. An item is one row of logits, read once each way.
 
 
 @jit
-def nll_kernel(logits, target, weight, out, V, CAP: tl.constexpr, WIDTH: tl.constexpr,  # type: ignore
+def nll_kernel(logits, target, weight, out, V, CAP: tl.constexpr, WIDTH: tl.constexpr,  # type: ignore # noqa: PLR0913
                BACKWARD: tl.constexpr, FAST: tl.constexpr, ITEMS: tl.constexpr):
     """Nats of a row; or the gradient of its logits, given that of its nats.
 
@@ -3357,23 +3437,18 @@ def nll_kernel(logits, target, weight, out, V, CAP: tl.constexpr, WIDTH: tl.cons
 
 def nll_forward(logits: Tensor, target: Tensor, cap: float) -> Tensor:
     """The result of `softcapped_nll`."""
-    return run_nll(logits, target, cap, target, logits.new_empty(len(logits), dtype=torch.float32))
+    return nll_backward([], [logits, target], [cap])[0]
 
 
 def nll_backward(gradients: list[Tensor], tensors: list[Tensor],
                  numbers: list[float]) -> list[Tensor]:
-    """The gradient of the logits."""
-    logits, target = tensors
-    out = logits.new_empty(logits.shape)
-    return [run_nll(logits, target, *numbers, gradients[0].contiguous(), out)]
-
-
-def run_nll(logits: Tensor, target: Tensor, cap: float, weight: Tensor, out: Tensor) -> Tensor:
-    """`out`, filled with nats, or with the gradient of the logits where it has their shape."""
-    V = logits.shape[1]
-    launch(nll_kernel, len(logits), 1, logits.contiguous(), target.contiguous(), weight, out, V,
-           cap, triton.next_power_of_2(V), out.ndim == 2, logits.is_cuda, warps=16)
-    return out
+    """The gradient of the logits; without a gradient of the result, the result."""
+    logits, target = (t.contiguous() for t in tensors[:2])
+    N, V = logits.shape
+    out = torch.empty_like(logits) if gradients else logits.new_empty(N, dtype=torch.float32)
+    launch(nll_kernel, N, 1, logits, target, gradients[0] if gradients else out, out, V,
+           numbers[0], triton.next_power_of_2(V), bool(gradients), logits.is_cuda, warps=16)
+    return [out]
 
 
 fused_nll = fused("nll", "(Tensor logits, Tensor target, float cap) -> Tensor", softcapped_nll,

