@@ -3193,85 +3193,75 @@ def fused(name: str, schema: str, reference: Callable[..., Result],
 
 
 @jit
-def rotation(cos, sin, position, column, HALF: tl.constexpr):  # type: ignore
-    """Cosine, signed sine, and the column whose product with the sine is added."""
-    turns, place, first = column < 2 * HALF, position * HALF + column % HALF, column < HALF
-    c = tl.load(cos + place, mask=turns, other=1.0)
-    s = tl.load(sin + place, mask=turns, other=0.0)
-    return c, tl.where(first, s, -s), tl.where(first, column + HALF, column - HALF)
+def split_heads_kernel(qkv, gain, cos, sin, q, k, v, dqkv, dgain, N, T,  # type: ignore # noqa: PLR0913
+                       EPS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
+                       HALF: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
+                       ITEMS: tl.constexpr):
+    """qkv (N, H+2G, K), gain (H), tables (T, HALF) -> q (N, H, K), k and v (N, G, K).
 
-
-@jit
-def split_heads_kernel(qkv, gain, cos, sin, q, k, v, N, T, EPS: tl.constexpr,  # type: ignore # noqa: PLR0913
-                       H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
-                       WIDTH: tl.constexpr, ITEMS: tl.constexpr):
-    """qkv (N, H+2G, K), gain (H), tables (T, HALF) -> q (N, H, K), k and v (N, G, K)."""
+    Backward these three are gradients; dgain (N, H) float32 is to be summed over rows.
+    """
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None]
     column, row, head = tl.arange(0, WIDTH)[None, :], item // (H + 2 * G), item % (H + 2 * G)
     inside, is_q, is_v = (row < N) & (column < K), head < H, head >= H + G
-    c, s, partner = rotation(cos, sin, row % T, column, HALF)
+    is_k, turns = ~(is_q | is_v), inside & (column < 2 * HALF) & ~is_v
+    at_q, at_k = q + (row * H + head) * K, k + (row * G + head - H) * K
+    at_v = v + (row * G + head - H - G) * K
+    # A pair turns together: each column takes its partner times the signed sine.
+    angle, first = row % T * HALF + column % HALF, column < HALF
+    partner = tl.where(first, column + HALF, column - HALF)
+    c = tl.load(cos + angle, mask=turns, other=1.0)
+    s = tl.load(sin + angle, mask=turns, other=0.0)
+    s = tl.where(first, s, -s)
     x = tl.load(qkv + item * K + column, mask=inside, other=0.0).to(tl.float32)
-    other = tl.load(qkv + item * K + partner, mask=inside & (column < 2 * HALF), other=0.0)
-    factor = tl.rsqrt(tl.sum(x * x, axis=1) / K + EPS)[:, None]
-    factor *= tl.load(gain + head, mask=is_q, other=1.0)
-    turned = (x * c + other.to(tl.float32) * s) * factor
-    tl.store(q + (row * H + head) * K + column, turned, mask=inside & is_q)
-    tl.store(k + (row * G + head - H) * K + column, turned, mask=inside & ~(is_q | is_v))
-    tl.store(v + (row * G + head - H - G) * K + column, x, mask=inside & is_v)
-
-
-@jit
-def split_heads_gradient_kernel(dq, dk, dv, qkv, gain, cos, sin, dqkv, dgain, N, T,  # type: ignore # noqa: PLR0913
-                                EPS: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-                                K: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
-                                ITEMS: tl.constexpr):
-    """dgain (N, H) float32 is to be summed over rows."""
-    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None]
-    column, row, head = tl.arange(0, WIDTH)[None, :], item // (H + 2 * G), item % (H + 2 * G)
-    inside, is_q, is_v = (row < N) & (column < K), head < H, head >= H + G
-    is_k, turns = ~(is_q | is_v), inside & (column < 2 * HALF)
-    c, s, partner = rotation(cos, sin, row % T, column, HALF)
-    at_q, at_k = dq + (row * H + head) * K, dk + (row * G + head - H) * K
-    d = tl.load(at_q + column, mask=inside & is_q, other=0.0).to(tl.float32)
-    d += tl.load(at_k + column, mask=inside & is_k, other=0.0).to(tl.float32)
-    other = tl.load(at_q + partner, mask=turns & is_q, other=0.0).to(tl.float32)
-    other += tl.load(at_k + partner, mask=turns & is_k, other=0.0).to(tl.float32)
-    d = d * c - other * s
-    d += tl.load(dv + (row * G + head - H - G) * K + column, mask=inside & is_v,
-                 other=0.0).to(tl.float32)
-    # Values read as zero: nothing is then taken from their gradient.
-    x = tl.load(qkv + item * K + column, mask=inside & ~is_v, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / K + EPS)[:, None]
-    normed = x * inverse
-    dot = tl.sum(d * normed, axis=1)[:, None]
-    tl.store(dgain + row * H + head, dot, mask=(row < N) & is_q)
     factor = tl.where(is_v, 1.0, inverse * tl.load(gain + head, mask=is_q, other=1.0))
-    tl.store(dqkv + item * K + column, factor * (d - normed * dot / K), mask=inside)
+    if BACKWARD:
+        d = tl.load(at_q + column, mask=inside & is_q, other=0.0).to(tl.float32)
+        d += tl.load(at_k + column, mask=inside & is_k, other=0.0).to(tl.float32)
+        d += tl.load(at_v + column, mask=inside & is_v, other=0.0).to(tl.float32)
+        other = tl.load(at_q + partner, mask=turns & is_q, other=0.0).to(tl.float32)
+        other += tl.load(at_k + partner, mask=turns & is_k, other=0.0).to(tl.float32)
+        d = d * c - other * s
+        normed = tl.where(is_v, 0.0, x * inverse)
+        dot = tl.sum(d * normed, axis=1)[:, None]
+        tl.store(dgain + row * H + head, dot, mask=(row < N) & is_q)
+        tl.store(dqkv + item * K + column, factor * (d - normed * dot / K), mask=inside)
+    else:
+        other = tl.load(qkv + item * K + partner, mask=turns, other=0.0).to(tl.float32)
+        y = (x * c + other * s) * factor
+        tl.store(at_q + column, y, mask=inside & is_q)
+        tl.store(at_k + column, y, mask=inside & is_k)
+        tl.store(at_v + column, y, mask=inside & is_v)
 
 
 def split_heads_forward(qkv: Tensor, gain: Tensor, cos: Tensor,
                         sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The results of `split_heads`, contiguous."""
-    B, T, heads, K = qkv.shape
     H = len(gain)
-    G = (heads - H) // 2
-    q, k, v = (qkv.new_empty(B, T, n, K) for n in (H, G, G))
-    launch(split_heads_kernel, B * T * heads, 32, qkv.contiguous(), gain, cos, sin, q, k, v, B * T,
-           T, NORM_EPS, H, G, K, cos.shape[1], triton.next_power_of_2(K))
+    q, k, v = (qkv.new_empty(*qkv.shape[:2], n, qkv.shape[3])
+               for n in (H, *[(qkv.shape[2] - H) // 2] * 2))
+    run_split_heads([qkv, gain, cos, sin], [q, k, v], [q, q])
     return q, k, v
 
 
 def split_heads_backward(gradients: list[Tensor], tensors: list[Tensor],
                          numbers: list[float]) -> list[Tensor]:
     """Gradients of projection and gain."""
-    qkv, gain, cos, sin = (t.contiguous() for t in tensors[:4])
-    B, T, heads, K = qkv.shape
-    H, dqkv = len(gain), torch.empty_like(qkv)
-    dgain = gain.new_empty(B * T, H, dtype=torch.float32)
-    launch(split_heads_gradient_kernel, B * T * heads, 32, *gradients, qkv, gain, cos, sin, dqkv,
-           dgain, B * T, T, NORM_EPS, H, (heads - H) // 2, K, cos.shape[1],
-           triton.next_power_of_2(K))
-    return [dqkv, dgain.sum(0).to(gain.dtype)]
+    qkv, gain = tensors[:2]
+    dqkv = qkv.new_empty(qkv.shape)
+    dgain = gain.new_empty(*qkv.shape[:2], len(gain), dtype=torch.float32)
+    run_split_heads(tensors[:4], gradients, [dqkv, dgain], backward=True)
+    return [dqkv, dgain.sum((0, 1)).to(gain.dtype)]
+
+
+def run_split_heads(inputs: list[Tensor], heads: list[Tensor], gradients: list[Tensor], *,
+                    backward: bool = False) -> None:
+    """Fills heads from inputs; or the gradients of the inputs from those of the heads."""
+    (B, T, num_heads, K), H, half = inputs[0].shape, len(inputs[1]), inputs[2].shape[1]
+    launch(split_heads_kernel, B * T * num_heads, 32, *(t.contiguous() for t in inputs), *heads,
+           *gradients, B * T, T, NORM_EPS, H, (num_heads - H) // 2, K, half,
+           triton.next_power_of_2(K), backward)
 
 
 fused_split_heads = fused(
@@ -3341,7 +3331,7 @@ def activation_product_kernel(left, right, pre, out, N, WIDE: tl.constexpr,  # t
                               DEEP: tl.constexpr, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
                               ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
     """pre = left right^T (N, WIDE) and out = act(pre); or out = act'(pre) (left right)."""
-    across, half = tl.cdiv(WIDE, COLUMNS), COLUMNS // 2
+    across = tl.cdiv(WIDE, COLUMNS)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS) * across, tl.num_programs(0),
                          flatten=True):
         row, column = tile // across * ROWS, tile % across * COLUMNS
@@ -3352,14 +3342,16 @@ def activation_product_kernel(left, right, pre, out, N, WIDE: tl.constexpr,  # t
             else:
                 b = right.load([column, depth]).T
             total = tl.dot(left.load([row, depth]), b, total)
-        halves = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, half)), (0, 2, 1)))
+        first, second = tl.split(
+            tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
         for part in tl.static_range(2):
-            place = [row, column + part * half]
+            product = first if part == 0 else second
+            place = [row, column + part * (COLUMNS // 2)]
             if BACKWARD:
                 p = pre.load(place).to(tl.float32)
-                y = halves[part] * tl.where(p > 0, 2.0 * p, 2.0 * SLOPE * SLOPE * p)
+                y = product * tl.where(p > 0, 2.0 * p, 2.0 * SLOPE * SLOPE * p)
             else:
-                rounded = halves[part].to(pre.dtype)
+                rounded = product.to(pre.dtype)
                 pre.store(place, rounded)
                 p = rounded.to(tl.float32)
                 p = tl.where(p > 0, p, SLOPE * p)
