@@ -25,7 +25,6 @@ import functools
 import hashlib
 import io
 import json
-import lzma
 import math
 import operator
 import os
@@ -1571,7 +1570,7 @@ class Trainer:
 # integers with one scale per row. "6 bits" names a range; what decides the size is the step, a
 # multiple of the row's standard deviation, because the integers are entropy coded.
 #
-#   R rows (outputs)   C columns (inputs)
+#   L blocks   R rows (outputs)   C columns (inputs)
 # ==================================================================================================
 
 
@@ -1585,11 +1584,12 @@ class Hessians:
     def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Adds the second moments of `x` and returns `y`."""
         x_NC = x.flatten(0, -2).float()
-        name = hessian_name(site, block)
-        if name not in self.moments:
-            self.moments[name] = x_NC.new_zeros(x_NC.shape[1], x_NC.shape[1])
-        self.moments[name].addmm_(x_NC.T, x_NC)
+        self.add(hessian_name(site, block), x_NC.T @ x_NC)
         return y
+
+    def add(self, name: str, moment: Tensor) -> None:
+        """Adds to a sum that begins at zero."""
+        self.moments[name] = self.moments.get(name, 0) + moment
 
 
 def hessian_name(stack: str, block: int) -> str:
@@ -1609,18 +1609,18 @@ def collect(hessians: Hessians, rows: Tensor, plan: DepthPlan) -> None:
 @torch.enable_grad()
 def collect_gradients(hessians: Hessians, rows: Tensor, plan: DepthPlan, weight: int) -> None:
     """Adds the mean squared gradient of every linear output, (1, R), times `weight`."""
-    found: list[tuple[str, Tensor]] = []
+    names: list[str] = []
+    outputs: list[Tensor] = []
 
     def keep(visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        found.append((hessian_name(site, block) + ".rows", y))
+        names.append(hessian_name(site, block) + ".rows")
+        outputs.append(y)
         return y
 
     nats = hessians.model(rows[:, :-1], rows[:, 1:], plan, keep).sum()
-    names = [name for name, _ in found]
-    for name, gradient in zip(names, torch.autograd.grad(nats, [y for _, y in found]), strict=True):
+    for name, gradient in zip(names, torch.autograd.grad(nats, outputs), strict=True):
         mean_1R = gradient.flatten(0, -2).float().square().mean(0, keepdim=True)
-        mean_1R *= weight / names.count(name)
-        hessians.moments[name] = hessians.moments.get(name, 0) + mean_1R
+        hessians.add(name, mean_1R * (weight / names.count(name)))
 
 
 def calibration_share(config: Config, world: World, shape: BatchShape) -> int:
@@ -1629,25 +1629,39 @@ def calibration_share(config: Config, world: World, shape: BatchShape) -> int:
     return -(-config.gptq_calibration_batches * per_batch // (shape.sequences * world.size))
 
 
-class QuantRule(NamedTuple):
-    """How one tensor class is quantised."""
-
-    max_level: int  # largest integer
-    clip_sigmas: float  # the value it stands for, in standard deviations of the row
+Solver = tuple[Tensor, Tensor]
 
 
-def quant_rule(config: Config, stack: str, widen: float = 1.0) -> QuantRule:
-    """The rule of a stacked tensor; `widen` multiplies its clip width."""
+def prepare_solver(hessian_CC: Tensor, damp: float) -> Solver:
+    """Columns by descending diagonal, and so ordered the upper factor of the damped inverse.
+
+    Raises: TrainingError (NaN, infinity).
+    """
+    if not torch.isfinite(hessian_CC).all():
+        raise TrainingError("a calibration Hessian is not finite")
+    diagonal_C, order_C = hessian_CC.diagonal().sort(descending=True, stable=True)
+    diagonal_C, eye_CC = diagonal_C + (diagonal_C == 0), torch.eye(len(order_C)).to(hessian_CC)
+    # Factored back to front, so that inverting the triangle gives the inverse's factor.
+    reverse_CC = hessian_CC[order_C][:, order_C].fill_diagonal_(0).flip(0, 1)
+    failed = True
+    while failed:
+        ridge_C = diagonal_C.flip(0) + damp * diagonal_C.mean()
+        lower_CC, failed = torch.linalg.cholesky_ex(reverse_CC + ridge_C.diag())
+        damp *= 10
+    return order_C, torch.linalg.solve_triangular(lower_CC.flip(0, 1), eye_CC, upper=True)
+
+
+def quant_rule(config: Config, stack: str) -> tuple[int, float]:
+    """The largest integer of a stacked tensor, and its step in standard deviations of the row."""
     bits, sigmas = ((config.embed_bits, config.embed_clip_sigmas) if stack == "embed" else
                     (config.matrix_bits, config.matrix_clip_sigmas))
-    bits = 8 if config.quantiser == "rate" else bits
-    return QuantRule(2**(bits - 1) - 1, sigmas * widen)
+    most = 127 if config.quantiser == "rate" else 2**(bits - 1) - 1
+    return most, sigmas / most
 
 
-def row_scales(w_RC: Tensor, rule: QuantRule) -> Tensor:
-    """Steps of rows, float16 (R,): a wider clip means larger ones, fewer bytes, more error."""
-    scale_R = rule.clip_sigmas * w_RC.float().std(1) / rule.max_level
-    return scale_R.nan_to_num(0.0).clamp(2**-24, 65_504).half()
+def row_scales(w_RC: Tensor, sigmas: float) -> Tensor:
+    """Steps of rows, float16 (R,): larger ones mean fewer bytes and more error."""
+    return (sigmas * w_RC.float().std(1)).nan_to_num(0.0).clamp(2**-24, 65_504).half()
 
 
 def coarse(values: Tensor, bits: int, dither: Tensor | int) -> Tensor:
@@ -1657,8 +1671,8 @@ def coarse(values: Tensor, bits: int, dither: Tensor | int) -> Tensor:
     return bits_16.to(torch.int16).view(torch.float16)
 
 
-def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str, unit: float,
-                   damp: float) -> tuple[Tensor, Tensor]:
+def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str, solver: Solver,
+                   unit: float) -> tuple[Tensor, Tensor]:
     """Steps of rows and of columns, float16, at which one more bit buys the same everywhere.
 
     Feedback leaves each column an error of its pivot, the part of the input that later columns
@@ -1667,10 +1681,8 @@ def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str, unit: fl
     be better. Source: successive interference cancellation with unequal steps.
     """
     tokens = hessians["head"].trace() / len(hessians["head"])  # of normalised inputs
-    hessian_CC, gradient_R = hessians[key] / tokens, hessians[key + ".rows"][0] / tokens
-    order = torch.argsort(hessian_CC.diagonal(), descending=True, stable=True)
-    pivot_C = torch.empty_like(hessian_CC[0])
-    pivot_C[order] = inverse_factor(hessian_CC[order][:, order], damp).diagonal().reciprocal()
+    gradient_R, (order_C, factor_CC) = hessians[key + ".rows"][0] / tokens, solver
+    pivot_C = (factor_CC.diagonal() * tokens.sqrt()).reciprocal()[order_C.argsort()]
     middle, mean = pivot_C.log().mean().exp(), gradient_R.mean()
     column_C = coarse((middle / pivot_C).clamp(2**-8, 2**8), 2, 128)
     # Rows of the embedding are inputs as well, of which the head's gradient knows nothing.
@@ -1685,51 +1697,34 @@ def dequantise(q_RC: Tensor, scale_R: Tensor) -> Tensor:
     return q_RC.float() * scale_R.float()[..., None]
 
 
-def inverse_factor(hessian_CC: Tensor, damp: float) -> Tensor:
-    """Upper Cholesky factor of the damped Hessian's inverse. Raises: TrainingError (NaN, inf)."""
-    if not torch.isfinite(hessian_CC).all():
-        raise TrainingError("a calibration Hessian is not finite")
-    ridge = torch.eye(len(hessian_CC), device=hessian_CC.device) * hessian_CC.diagonal().mean()
-    while True:
-        lower, failed = torch.linalg.cholesky_ex(hessian_CC + damp * ridge)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper
-        damp *= 10  # until both factorisations succeed
-
-
-def gptq(w_RC: Tensor, hessian_CC: Tensor, scale_R: Tensor, max_level: int, damp: float,
-         block: int = 128, bit_cost: float = 0.0) -> Tensor:
-    """Integers, int8 (R, C), that keep W x close for inputs with the given second moments.
+def gptq(weights: Sequence[Tensor], solvers: Sequence[Solver], max_level: int,
+         bit_cost: float = 0.0, block: int = 128) -> Tensor:
+    """Integers, int8 (L, R, C), that keep the outputs of matrices close; all in units of steps.
 
     Columns are rounded one by one, the most important first; the error of each is spread over those
     to come. With a cost, levels are chosen by squared error plus rate: their bits are taken to grow
     in proportion to the level over its expected magnitude, which moves the rounding threshold.
     Source: GPTQ (Frantar et al. 2022), with columns in order of descending diagonal.
     """
-    w, hessian, scale = w_RC.float().clone(), hessian_CC.float().clone(), scale_R.float()
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1.0
-    w[:, dead] = 0.0
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    w = w[:, order]
-    size = (w / scale[:, None]).abs() + 1e-6
-    size = size.mean(1, keepdim=True) * (size.mean(0) / size.mean())
-    shift = (bit_cost / size).clamp(max=0.3)
-    factor = inverse_factor(hessian[order][:, order], damp)
-    q = torch.empty_like(w)
-    for first in range(0, w.shape[1], block):
-        last = min(first + block, w.shape[1])
-        errors = torch.empty_like(w[:, first:last])
+    # Columns lie as rows. What adds up is done matrix by matrix: equal at every world size.
+    parts = [w_RC.T[order_C] for w_RC, (order_C, _) in zip(weights, solvers, strict=True)]
+    sizes = [w_CR.abs() + 1e-6 for w_CR in parts]
+    sizes = [size.mean(1, keepdim=True) * (size.mean(0) / size.mean()) for size in sizes]
+    shift_LCR = (bit_cost / torch.stack(sizes)).clamp(max=0.3)
+    w_LCR, factor_LCC = torch.stack(parts), torch.stack([factor for _, factor in solvers])
+    q_LCR, errors = torch.empty_like(w_LCR), torch.empty_like(w_LCR)
+    for first in range(0, w_LCR.shape[1], block):
+        last = min(first + block, w_LCR.shape[1])
         for j in range(first, last):
-            level = w[:, j] / scale
-            level -= shift[:, j] * level.sign()
-            q[:, j] = level.round().clamp(-max_level, max_level)
-            errors[:, j - first] = error = (w[:, j] - q[:, j] * scale) / factor[j, j]
-            w[:, j:last] -= error.outer(factor[j, j:last])
-        w[:, last:] -= errors @ factor[first:last, last:]
-    return q[:, torch.argsort(order)].to(torch.int8)
+            w_LR = w_LCR[:, j]
+            level_LR = w_LR - shift_LCR[:, j] * w_LR.sign()
+            q_LCR[:, j] = level_LR.round_().clamp_(-max_level, max_level)
+            errors[:, j] = error_LR = (w_LR - level_LR) / factor_LCC[:, j, j, None]
+            w_LCR[:, j:last].addcmul_(factor_LCC[:, j, j:last, None], error_LR[:, None], value=-1)
+        for w_CR, factor_CC, error_CR in zip(w_LCR, factor_LCC, errors, strict=True):
+            w_CR[last:].addmm_(factor_CC[first:last, last:].T, error_CR[first:last], alpha=-1)
+    levels = [q.T[:, order.argsort()] for q, (order, _) in zip(q_LCR, solvers, strict=True)]
+    return torch.stack(levels).to(torch.int8)
 
 
 class QuantisedModel(NamedTuple):
@@ -1740,26 +1735,37 @@ class QuantisedModel(NamedTuple):
     vectors: dict[str, Tensor]  # float16
 
 
-def quantise(model: GPT, hessians: dict[str, Tensor], world: World,
-             widen: float = 1.0) -> QuantisedModel:
-    """Quantises every stack; each rank solves its share of the blocks, and all get the integers."""
-    integers, all_scales, config, damp = {}, {}, model.config, model.config.gptq_damp
-    vectors = {name: v.detach().half().cpu() for name, v in model.vectors().items()}
+@torch.no_grad()
+def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float = 1.0,
+             known: dict[str, Solver] | None = None) -> QuantisedModel:
+    """Quantises every stack; each rank solves its share of the blocks, and all get the integers.
+
+    `known` keeps what does not depend on the steps from one pass to the next.
+    """
+    integers, all_scales, config = {}, {}, model.config
+    known = {} if known is None else known
+    vectors = {name: v.half().cpu() for name, v in model.vectors().items()}
     balanced = config.quantiser == "rate"
-    for name, parameter in model.stacks().items():
-        rule, stack = quant_rule(config, name, widen), parameter.detach()
-        stack_LRC = stack if stack.dim() == 3 else stack[None]
+    for name, stack in model.stacks().items():
+        most, sigmas = quant_rule(config, name)
+        stack_LRC, weights, solvers = stack.view(-1, *stack.shape[-2:]), [], []
         levels = torch.zeros_like(stack_LRC, dtype=torch.int8)
         scales, columns = (levels.select(dim, 0).half() for dim in (2, 1))
-        for block in range(world.rank, len(stack_LRC), world.size):
-            w_RC, key, column_C = stack_LRC[block], hessian_name(name, block), columns[block]
+        own = range(world.rank, len(stack_LRC), world.size)
+        for block in own:
+            w_RC, column_C, key = stack_LRC[block], columns[block], hessian_name(name, block)
+            if key not in known:
+                known[key] = prepare_solver(hessians[key], config.gptq_damp)
             if balanced:
-                scales[block], column_C[:] = balanced_steps(w_RC, hessians, key, widen, damp)
+                scales[block], column_C[:] = balanced_steps(w_RC, hessians, key, known[key], widen)
             else:
-                scales[block], column_C[:] = row_scales(w_RC, rule), 1.0
-            levels[block] = gptq(
-                w_RC / column_C, hessians[key] * column_C.float().outer(column_C.float()),
-                scales[block], rule.max_level, damp, bit_cost=0.04 * balanced)
+                scales[block], column_C[:] = row_scales(w_RC, widen * sigmas), 1.0
+            order_C, factor_CC = known[key]
+            used_C = hessians[key].diagonal() > 0
+            weights.append(w_RC / column_C / scales[block, :, None] * used_C)
+            solvers.append((order_C, factor_CC / column_C[order_C]))
+        if own:
+            levels[list(own)] = gptq(weights, solvers, most, 0.04 * balanced)
         integers[name] = world.sum_(levels).view(stack.shape).cpu()
         all_scales[name] = world.sum_(scales).view(stack.shape[:-1]).cpu()
         if config.compressor == "ans":
@@ -1784,9 +1790,9 @@ def restore_weights(model: GPT, quantised: QuantisedModel) -> None:
 
 def tensor_report(model: GPT, quantised: QuantisedModel) -> list[dict[str, object]]:
     """Entropy in bits per weight and relative error of every stack."""
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, parameter in model.stacks().items():
-        q, w = quantised.integers[name], parameter.detach().float().cpu()
+        q, w = quantised.integers[name], parameter.detach().cpu()
         error = (w - stored_weights(quantised, name)).norm() / w.norm()
         rows.append({"name": name, "bits": round(entropy_bits(q) / q.numel(), 4),
                      "error": round(float(error), 5)})
@@ -1796,9 +1802,10 @@ def tensor_report(model: GPT, quantised: QuantisedModel) -> list[dict[str, objec
 def entropy_bits(levels: Tensor) -> float:
     """Order-0 entropy of a stack of integers in bits, with one histogram per matrix."""
     total = 0.0
-    for matrix in levels if levels.dim() == 3 else levels[None]:
-        shares = torch.bincount(matrix.flatten().int() + 128).double() / matrix.numel()
-        total += matrix.numel() * float(torch.special.entr(shares).sum()) / math.log(2)
+    for matrix in levels.view(-1, *levels.shape[-2:]).numpy():
+        counts = np.bincount(matrix.ravel().view(np.uint8))
+        counts = counts[counts > 0]
+        total += float(counts @ np.log2(matrix.size / counts))
     return total
 
 
@@ -1807,31 +1814,26 @@ def estimate_artifact_bytes(config: Config) -> int:
     if config.quantiser == "rate":
         return config.artifact_cap_bytes
     integers, floats = expected_shapes(config, "brotli")  # without column scales
-    coder_loss = {"brotli": 1.014, "ans": 1.001}[config.compressor]
-    total = float(len(packed_program()))
+    total = len(packed_program()) + 1.4 * sum(shape.numel() for shape in floats.values())
     for name, shape in integers.items():
-        rule = quant_rule(config, name)
-        # Differential entropy less the logarithm of the step.
-        bits = 0.5 * math.log2(2 * math.pi * math.e) - math.log2(rule.clip_sigmas / rule.max_level)
-        total += coder_loss * shape.numel() * max(bits, 0.05) / 8
-        total += 1.33 * floats.pop(f"{name}.scale").numel()
-    return int(total + 1.5 * sum(shape.numel() for shape in floats.values()))
+        bits = 2.047 - math.log2(quant_rule(config, name)[1])  # of a bell of that width in steps
+        total += 1.01 * shape.numel() * max(bits, 0.05) / 8
+    return int(total)
 
 
 # ==================================================================================================
 # 8  Artifact
 #
-# Enters: a `QuantisedModel`. Leaves: one flat file, and back. Nothing in it is executed, every size
-# is declared and checked before memory is taken, and a checksum covers every byte. Here too is the
-# packed program, whose bytes count beside the model's.
+# Enters: a `QuantisedModel`. Leaves: one flat file, and back. Nothing in it is executed, it is
+# compared with the settings before memory is taken, and a checksum covers every byte. Here too is
+# the packed program, whose bytes count beside the model's.
 #
-#   magic, lengths of the header | compressed JSON header | streams | start of the SHA-256 of it all
+#   magic | JSON header, streams, each behind its length | start of the SHA-256 of it all
 # ==================================================================================================
 
-ARTIFACT_MAGIC = b"GOLF\x00\x01\r\n"
+ARTIFACT_MAGIC = b"GOLF\x00\x02\r\n"
 CHECKSUM_BYTES = 16
-MOST_HEADER_BYTES = 1 << 20
-MOST_ELEMENTS = 1 << 31
+PIECE_LEVELS = 1 << 19  # of a brotli stream: many small ones share out among cores
 
 SLOTS = 1 << 15  # the sum of a context's frequencies
 CONTEXTS = 64
@@ -1854,36 +1856,6 @@ class Header(NamedTuple):
     plan: str
     preset: str
     codec: str
-    streams: list[int]  # compressed bytes of each
-
-
-class Artifact(NamedTuple):
-    """What an artifact file says."""
-
-    header: Header
-    model: QuantisedModel
-
-
-def compress(levels: np.ndarray) -> bytes:
-    """The bytes of an array as a brotli stream."""
-    import brotli
-    return brotli.compress(levels.tobytes(), quality=11, lgwin=24)
-
-
-def decompress(data: bytes, size: int) -> bytes:
-    """The inverse of `compress`. Raises: ArtifactError unless exactly `size` bytes come out."""
-    import brotli
-    decoder, out, piece = brotli.Decompressor(), b"", b" "
-    try:
-        while not decoder.is_finished() and len(out) <= size and (piece or data):
-            # Never over one byte more than `size`, whatever the stream would expand to.
-            piece = decoder.process(data, output_buffer_limit=size + 1 - len(out))
-            out, data = out + piece, b""
-    except Exception as error:
-        raise ArtifactError(f"artifact: a brotli stream does not decode: {error}") from None
-    if len(out) != size or not decoder.is_finished():
-        raise ArtifactError(f"artifact: a brotli stream gives {len(out)}+ bytes, not {size}")
-    return out
 
 
 def require_compressor(config: Config) -> None:
@@ -1897,6 +1869,25 @@ def require_compressor(config: Config) -> None:
                           "pip install -U 'brotli>=1.2'")
 
 
+def compress(levels: np.ndarray) -> bytes:
+    """The bytes of an array as a brotli stream."""
+    import brotli
+    return brotli.compress(levels.tobytes(), quality=11, lgwin=24)
+
+
+def decompress(data: bytes, shape: Sequence[int]) -> np.ndarray:
+    """The inverse of `compress`, int8. Raises: ArtifactError unless just the shape comes out."""
+    import brotli
+    decoder, size = brotli.Decompressor(), math.prod(shape)
+    try:  # never over one byte more, whatever the stream would expand to
+        out = decoder.process(data, output_buffer_limit=size + 1)
+    except brotli.error as error:
+        raise ArtifactError(f"artifact: a brotli stream does not decode: {error}") from None
+    if len(out) != size or not decoder.is_finished():
+        raise ArtifactError(f"artifact: a brotli stream gives {len(out)}+ bytes, not {size}")
+    return np.frombuffer(out, np.int8).reshape(shape)
+
+
 def expected_shapes(config: Config, codec: str) -> tuple[Shapes, Shapes]:
     """Shapes of a file's integers and float16 tensors, in order; takes no memory."""
     with torch.device("meta"):
@@ -1907,6 +1898,14 @@ def expected_shapes(config: Config, codec: str) -> tuple[Shapes, Shapes]:
     if codec == "ans":
         floats |= {f"{k}.column": shape[:-2] + shape[-1:] for k, shape in integers.items()}
     return integers, floats
+
+
+def stream_shapes(integers: Shapes, codec: str) -> list[tuple[int, ...]]:
+    """Shapes of the levels in each stream: whole stacks for the adaptive coder, else pieces."""
+    if codec == "ans":
+        return [(shape[:-2].numel(), *shape[-2:]) for shape in integers.values()]
+    total = sum(shape.numel() for shape in integers.values())
+    return [(min(PIECE_LEVELS, total - first),) for first in range(0, total, PIECE_LEVELS)]
 
 
 def class_magnitude(classes: np.ndarray, shift: int) -> np.ndarray:
@@ -2036,109 +2035,82 @@ def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
 
 
 def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) -> bytes:
-    """The artifact file: one stream per stack of integers, one of brotli for float16 values."""
-    integers, floats = expected_shapes(config, config.compressor)
+    """The artifact file: streams of levels, and one of brotli for float16 values."""
+    codec = config.compressor
+    integers, floats = expected_shapes(config, codec)
     tensors = quantised.vectors | {f"{k}.scale": v for k, v in quantised.scales.items()}
     values = np.concatenate([tensors[name].numpy().ravel() for name in floats]).astype("<f2")
+    levels = np.concatenate([quantised.integers[name].numpy().ravel() for name in integers])
+    shapes = stream_shapes(integers, codec)
+    parts = np.split(levels, np.cumsum([math.prod(shape) for shape in shapes]))
+    arrays = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=False)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # both coders let go of the interpreter
+        streams = list(pool.map(encode_levels if codec == "ans" else compress, arrays))
     # Low bytes apart from high bytes: exponents compress, mantissas do not.
-    planes = values.view(np.int8).reshape(-1, 2).T
-    stacks = [quantised.integers[k].view(-1, *shape[-2:]).numpy() for k, shape in integers.items()]
-    encode = encode_levels if config.compressor == "ans" else compress
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        streams = [*pool.map(encode, stacks), compress(planes)]
+    streams.append(compress(values.view(np.int8).reshape(-1, 2).T))
     settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
-    header = Header(settings, plan.name, config.preset, config.compressor, [*map(len, streams)])
-    text = json.dumps(header._asdict(), separators=(",", ":")).encode()
-    packed = lzma.compress(text, lzma.FORMAT_ALONE)
-    frame = struct.pack("<II", len(packed), len(text))
-    body = b"".join([ARTIFACT_MAGIC, frame, packed, *streams])
+    header = Header(settings, plan.name, config.preset, codec)._asdict()
+    frames = [json.dumps(header, separators=(",", ":")).encode(), *streams]
+    body = ARTIFACT_MAGIC + b"".join(struct.pack("<I", len(f)) + f for f in frames)
     return body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES]
 
 
-def decode_header(data: bytes) -> tuple[Header, int]:
-    """The header of an intact file, and where its streams begin. Raises: ArtifactError."""
-    start = len(ARTIFACT_MAGIC) + 8
-    if not data.startswith(ARTIFACT_MAGIC) or len(data) < start + CHECKSUM_BYTES:
-        raise ArtifactError(f"artifact: {len(data)} bytes that begin with {data[:8]!r}, expected "
-                            f"{start + CHECKSUM_BYTES} or more with {ARTIFACT_MAGIC!r} in front")
-    if hashlib.sha256(data[:-CHECKSUM_BYTES]).digest()[:CHECKSUM_BYTES] != data[-CHECKSUM_BYTES:]:
+def split_artifact(data: bytes) -> tuple[Header, list[bytes]]:
+    """Header and streams of an intact file. Raises: ArtifactError."""
+    if not data.startswith(ARTIFACT_MAGIC):
+        raise ArtifactError(f"artifact: begins with {data[:8]!r}, not with {ARTIFACT_MAGIC!r}")
+    end, frames, position = len(data) - CHECKSUM_BYTES, [], len(ARTIFACT_MAGIC)
+    if hashlib.sha256(data[:end]).digest()[:CHECKSUM_BYTES] != data[end:]:
         raise ArtifactError("artifact: checksum does not match; the file is damaged or incomplete")
-    packed_bytes, text_bytes = struct.unpack_from("<II", data, len(ARTIFACT_MAGIC))
-    end = start + packed_bytes
-    if text_bytes > MOST_HEADER_BYTES or end + CHECKSUM_BYTES > len(data):
-        raise ArtifactError(f"artifact: header of {text_bytes} bytes, at most {MOST_HEADER_BYTES}")
     try:
-        decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=1 << 26)
-        text = decoder.decompress(data[start:end], text_bytes + 1)
-        header = Header(**json.loads(text))
-        well_formed = (len(text) == text_bytes and not decoder.unused_data
-                       and header.codec in ("brotli", "ans") and isinstance(header.settings, dict)
-                       and all(type(n) is int and n >= 0 for n in header.streams)
-                       and isinstance(header.plan, str) and isinstance(header.preset, str))
-    except Exception as error:
-        raise ArtifactError(f"artifact: unreadable header ({type(error).__name__})") from None
-    if not well_formed or end + sum(header.streams) + CHECKSUM_BYTES != len(data):
-        raise ArtifactError("artifact: its streams do not add up to the file")
-    return header, end
+        while position < end:
+            begin = position + 4
+            position = begin + struct.unpack_from("<I", data, position)[0]
+            frames.append(data[begin:position])
+        header = Header(**json.loads(frames.pop(0)))
+        if position != end or [*map(type, header)] != [dict, str, str, str]:
+            raise ValueError("foreign")
+    except (ValueError, TypeError, IndexError, RecursionError, struct.error) as error:
+        raise ArtifactError(f"artifact: unreadable header or length ({error})") from None
+    return header, frames
 
 
-def decode_artifact(data: bytes) -> Artifact:
-    """The contents of a whole, well-formed file. Raises: ArtifactError for anything else."""
-    header, position = decode_header(data)
-    config = stored_config(header.settings)
-    integers, floats = expected_shapes(config, header.codec)
-    sizes = [shape.numel() for shape in floats.values()]
-    shapes = [(shape[:-2].numel(), *shape[-2:]) for shape in integers.values()]
-    shapes.append((1, 2, sum(sizes)))
-    if sum(map(math.prod, shapes)) > MOST_ELEMENTS or len(shapes) != len(header.streams):
-        raise ArtifactError(f"artifact: {len(header.streams)} streams, must be {len(shapes)} with "
-                            f"at most {MOST_ELEMENTS} levels")
-    arrays = []
-    for number, (length, shape) in enumerate(zip(header.streams, shapes, strict=True), 1):
-        stream = data[position:position + length]
-        adaptive = header.codec == "ans" and number < len(shapes)
-        arrays.append(decode_levels(stream, shape) if adaptive else np.frombuffer(
-            bytearray(decompress(stream, math.prod(shape))), np.int8))
-        position += length
-    values = arrays.pop().reshape(2, -1).T.copy().view("<f2").ravel()
-    parts = torch.from_numpy(values).split(sizes)
-    tensors = {name: p.view(shape) for (name, shape), p in zip(floats.items(), parts, strict=True)}
-    stacks = {name: torch.from_numpy(array).view(shape)
-              for (name, shape), array in zip(integers.items(), arrays, strict=True)}
-    scales = {name: tensors.pop(f"{name}.scale") for name in integers}
-    return Artifact(header, QuantisedModel(stacks, scales, tensors))
-
-
-def stored_config(settings: dict[str, float]) -> Config:
-    """The configuration with a header's model settings. Raises: ArtifactError."""
-    types = typing.get_type_hints(Config)
-    if set(settings) != set(MODEL_SETTINGS):
-        raise ArtifactError(f"artifact: {set(settings) ^ set(MODEL_SETTINGS)} missing or unknown")
-    for name, value in settings.items():
-        if type(value) is not types[name]:
-            raise ArtifactError(f"artifact: {name}={value!r} is not of type {types[name].__name__}")
-    try:
-        return Config(**settings)  # type: ignore[arg-type]
-    except ConfigError as error:
-        raise ArtifactError(f"artifact: {error}") from None
-
-
-def open_artifact(path: Path, config: Config) -> Artifact:
-    """The contents of the file at `path`. Raises: ArtifactError unless it is of this model.
+def decode_artifact(data: bytes, config: Config) -> tuple[Header, QuantisedModel]:
+    """The contents of a whole file of this model. Raises: ArtifactError for anything else.
 
     What it claims is compared before it is decoded: a small file can claim a large model.
     """
+    header, streams = split_artifact(data)
+    expected: dict[str, object] = {name: getattr(config, name) for name in MODEL_SETTINGS}
+    for name in expected | header.settings:
+        claimed, wanted = header.settings.get(name), expected.get(name)
+        if claimed != wanted:
+            raise ArtifactError(f"artifact: {name.upper()}={claimed} (PRESET={header.preset}), but "
+                                f"the settings say {wanted}")
+    plans = [plan.name for plan in depth_plans(config)]
+    if header.plan not in plans:
+        raise ArtifactError(f"artifact: plan {header.plan!r} is not one of {', '.join(plans)}")
+    integers, floats = expected_shapes(config, header.codec)
+    sizes = [shape.numel() for shape in floats.values()]
+    shapes = [*stream_shapes(integers, header.codec), (2, sum(sizes))]
+    if header.codec not in ("brotli", "ans") or len(shapes) != len(streams):
+        raise ArtifactError(f"artifact: {len(streams)} streams of {header.codec!r}, not "
+                            f"{len(shapes)} of brotli or ans")
+    decode = decode_levels if header.codec == "ans" else decompress
+    values = decompress(streams.pop(), shapes.pop()).T.copy().view("<f2")
+    levels = np.concatenate([decode(*both).ravel() for both in zip(streams, shapes, strict=True)])
+    parts = torch.from_numpy(values.ravel()).split(sizes)
+    tensors = {name: p.view(shape) for (name, shape), p in zip(floats.items(), parts, strict=True)}
+    parts = torch.from_numpy(levels).split([shape.numel() for shape in integers.values()])
+    stacks = {name: p.view(shape) for (name, shape), p in zip(integers.items(), parts, strict=True)}
+    scales = {name: tensors.pop(f"{name}.scale") for name in integers}
+    return header, QuantisedModel(stacks, scales, tensors)
+
+
+def open_artifact(path: Path, config: Config) -> tuple[Header, QuantisedModel]:
+    """The contents of the file at `path`. Raises: ArtifactError unless it is of this model."""
     try:
-        data = path.read_bytes()
-        header, _ = decode_header(data)
-        plans = [plan.name for plan in depth_plans(config)]
-        if header.plan not in plans:
-            raise ArtifactError(f"depth plan {header.plan!r} is not one of {', '.join(plans)}")
-        for name, value in header.settings.items():
-            if name in MODEL_SETTINGS and value != getattr(config, name):
-                raise ArtifactError(f"{name.upper()}={value} (PRESET={header.preset}), but the "
-                                    f"settings say {getattr(config, name)}")
-        return decode_artifact(data)
+        return decode_artifact(path.read_bytes(), config)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
     except ArtifactError as error:
@@ -2164,13 +2136,13 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
     steps shrink too, until bytes stop to matter.
     Raises: ArtifactError if the artifact does not fit.
     """
-    config, code_bytes = model.config, len(packed_program())
+    config, code_bytes, begin = model.config, len(packed_program()), time.perf_counter()
+    known: dict[str, Solver] = {}
     cap, floor = config.artifact_cap_bytes, -3.0 if config.quantiser == "rate" else 0.0
     margin, best, low, high, at = min(5000, cap // 200), None, floor - 1, math.inf, 0.0
     slope, last = -sum(p.numel() for p in model.stacks().values()) / 8, (math.inf, 0)
     for _ in range(20):
-        begin = time.perf_counter()
-        quantised = quantise(model, hessians, world, 2**at)
+        quantised = quantise(model, hessians, world, 2**at, known)
         solved = time.perf_counter()
         blob = encode_artifact(quantised, config, plan) if world.is_main else b""
         log.put("quantisation", seconds_solve=round(solved - begin, 2),
@@ -2189,6 +2161,7 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
         at = max(floor, last[0] - 3, min(last[0] + 3, at))
         if not low < at < high:
             at = (low + high) / 2
+        begin = time.perf_counter()
     if best is None:
         hint = f"even with steps x{2**low:.0f}" if config.fit else "FIT=1 would widen the steps"
         raise ArtifactError(f"artifact is {over:,} bytes over ARTIFACT_CAP_BYTES ({cap:,}), "
