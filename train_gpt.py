@@ -1956,36 +1956,25 @@ def walk_levels(levels_LRC: np.ndarray, row_LR: np.ndarray, limits: Sequence[int
             tables, patience, fresh = level_tables(counts), min(2 * patience, 1 << 20), []
 
 
-def walk_stack(levels_LRC: np.ndarray, classes: np.ndarray, facts: Sequence[int],
-               visit: Visitor) -> None:
-    """Walks the classes of a stack's rows, less their middle, and then the stack."""
-    grid = classes.reshape(1, -1, 64)
-    walk_levels(grid, 24 + 0 * grid[..., 0], facts[:2], visit)
-    row_LR = classes[:levels_LRC[..., 0].size].reshape(levels_LRC.shape[:2])
-    walk_levels(levels_LRC, row_LR.astype(np.int32) + facts[4], facts[2:4], visit)
-
-
 def num_lanes(shape: Sequence[int]) -> int:
     """Coder states that advance together: more are faster, and each costs two bytes."""
     return max(16, min(512, math.prod(shape) >> 14))
 
 
 def encode_levels(levels_LRC: np.ndarray) -> bytes:
-    """A stack of int8 as one stream: five facts about it, the coder's states, its words.
+    """A stack of int8 as one stream: limits, classes of rows, the coder's states, its words.
 
     Source: asymmetric numeral systems (Duda 2013), many of them interleaved (Giesen 2014).
     """
-    row_LR = magnitude_class(np.abs(levels_LRC, dtype=np.float32).mean(2), 21)
-    middle = int(np.median(row_LR))
-    classes = np.pad(row_LR.ravel() - middle, (0, -row_LR.size % 64)).astype(np.int8)
-    facts = [int(end) for a in (classes, levels_LRC) for end in (a.min(), a.max())] + [middle]
+    row_LR = magnitude_class(np.abs(levels_LRC, dtype=np.float32).mean(2), 21).astype(np.int8)
+    limits, classes = (int(levels_LRC.min()), int(levels_LRC.max())), compress(row_LR)
     rows: list[np.ndarray] = []
 
     def record(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
         rows.append(tables[0][context, symbols].ravel())
         return symbols
 
-    walk_stack(levels_LRC.copy(), classes, facts, record)
+    walk_levels(levels_LRC.copy(), row_LR, limits, record)
     lanes = num_lanes(levels_LRC.shape)
     states, words = np.full(lanes, 1 << 16, np.uint32), [np.empty(0, np.uint16)]
     for row in reversed(rows):
@@ -1997,16 +1986,13 @@ def encode_levels(levels_LRC: np.ndarray) -> bytes:
             x[full] >>= 16
             x += x // freq * (SLOTS - freq) + (cell & 0xFFFF)
     tail = np.concatenate(words[::-1]).astype("<u2")
-    return struct.pack("5b", *facts) + states.astype("<u4").tobytes() + tail.tobytes()
+    return (struct.pack("<2bI", *limits, len(classes)) + classes
+            + states.astype("<u4").tobytes() + tail.tobytes())
 
 
 def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
     """The inverse of `encode_levels`. Raises: ArtifactError unless the stream ends as it began."""
     levels_LRC, lanes = np.zeros(shape, np.int8), num_lanes(shape)
-    if len(data) < 5 + 4 * lanes or len(data) % 2 == 0:
-        raise ArtifactError(f"artifact: a stream of {len(data)} bytes, not {5 + 4 * lanes} or more")
-    states = np.frombuffer(data, "<u4", lanes, 5).astype(np.uint32)
-    words = np.frombuffer(data, "<u2", -1, 5 + 4 * lanes).astype(np.uint32)
     position = 0
 
     def take(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
@@ -2024,13 +2010,16 @@ def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
             position += len(empty)
         return out.reshape(context.shape)
 
-    classes = np.zeros(-(-levels_LRC[..., 0].size // 64) * 64, np.int8)
     try:
-        walk_stack(levels_LRC, classes, struct.unpack_from("5b", data), take)
-    except (ValueError, IndexError):  # facts or states that no encoder writes
-        position = -1
-    if position != len(words) or (states != 1 << 16).any():
-        raise ArtifactError("artifact: a stream of levels does not end where it began")
+        *limits, length = struct.unpack_from("<2bI", data)
+        row_LR = decompress(data[6:6 + length], shape[:2])
+        states = np.frombuffer(data, "<u4", lanes, 6 + length).astype(np.uint32)
+        words = np.frombuffer(data, "<u2", -1, 6 + length + 4 * lanes).astype(np.uint32)
+        walk_levels(levels_LRC, row_LR, limits, take)
+        if position != len(words) or (states != 1 << 16).any():
+            raise ValueError
+    except (ValueError, IndexError, struct.error):
+        raise ArtifactError("artifact: a stream of levels does not end where it began") from None
     return levels_LRC
 
 
@@ -2136,12 +2125,12 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
     steps shrink too, until bytes stop to matter.
     Raises: ArtifactError if the artifact does not fit.
     """
-    config, code_bytes, begin = model.config, len(packed_program()), time.perf_counter()
-    known: dict[str, Solver] = {}
+    config, code_bytes, known = model.config, len(packed_program()), {}
     cap, floor = config.artifact_cap_bytes, -3.0 if config.quantiser == "rate" else 0.0
-    margin, best, low, high, at = min(5000, cap // 200), None, floor - 1, math.inf, 0.0
+    margin, low, high, at = min(5000, cap // 200), floor - 1, math.inf, 0.0
     slope, last = -sum(p.numel() for p in model.stacks().values()) / 8, (math.inf, 0)
     for _ in range(20):
+        begin = time.perf_counter()
         quantised = quantise(model, hessians, world, 2**at, known)
         solved = time.perf_counter()
         blob = encode_artifact(quantised, config, plan) if world.is_main else b""
@@ -2157,15 +2146,12 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
             break
         if math.isfinite(last[0]):
             slope = min((over - last[1]) / (at - last[0]), 0.1 * slope)
-        last, at = (at, over), at - (over + margin / 2) / slope
-        at = max(floor, last[0] - 3, min(last[0] + 3, at))
-        if not low < at < high:
-            at = (low + high) / 2
-        begin = time.perf_counter()
-    if best is None:
-        hint = f"even with steps x{2**low:.0f}" if config.fit else "FIT=1 would widen the steps"
+        last, at = (at, over), at - max(-3, min(3, (over + margin / 2) / slope))
+        at = max(floor, at) if low < max(floor, at) < high else (low + high) / 2
+    if high == math.inf:
         raise ArtifactError(f"artifact is {over:,} bytes over ARTIFACT_CAP_BYTES ({cap:,}), "
-                            f"{code_bytes:,} of them the program; {hint}")
+                            f"{code_bytes:,} of them the program; FIT={config.fit:d} allowed "
+                            f"steps x{2**low:.0f}")
     if floor == 0.0 < high:
         log.warn(f"the preset's clip widths do not fit the cap: widened x{2**high:.4f}")
     log.put("quantisation", clip_widening=round(2**high, 5))

@@ -376,7 +376,7 @@ def test_preset_widths_that_do_not_fit_are_refused_without_fit(
     config = make_config(FIT=0, ARTIFACT_CAP_BYTES=cap)
     with pytest.raises(golf.ArtifactError, match=rf"ARTIFACT_CAP_BYTES \({cap:,}\)") as error:
         fit(config, log)
-    assert "FIT=1" in str(error.value)
+    assert "FIT=0" in str(error.value)
 
 
 def test_cap_that_nothing_fits_is_refused(make_config: MakeConfig, log: SilentLog,
