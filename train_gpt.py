@@ -1667,8 +1667,8 @@ def row_scales(w_RC: Tensor, sigmas: float) -> Tensor:
 def coarse(values: Tensor, bits: int, dither: Tensor | int) -> Tensor:
     """Float16 of few mantissa bits, which cost little to store; dither keeps the mean."""
     step = 1 << 10 - bits
-    bits_16 = (values.half().view(torch.int16) + dither % step) & -step
-    return bits_16.to(torch.int16).view(torch.float16)
+    rounded = (values.half().view(torch.int16) + dither % step) & -step
+    return rounded.to(torch.int16).view(torch.float16)
 
 
 def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str, solver: Solver,
@@ -1731,8 +1731,7 @@ class QuantisedModel(NamedTuple):
     """Everything an artifact holds, on the CPU."""
 
     integers: dict[str, Tensor]  # int8 (..., R, C)
-    scales: dict[str, Tensor]  # float16 (..., R)
-    vectors: dict[str, Tensor]  # float16
+    floats: dict[str, Tensor]  # float16: scales of rows and columns, and the small parameters
 
 
 @torch.no_grad()
@@ -1742,10 +1741,8 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
 
     `known` keeps what does not depend on the steps from one pass to the next.
     """
-    integers, all_scales, config = {}, {}, model.config
-    known = {} if known is None else known
-    vectors = {name: v.half().cpu() for name, v in model.vectors().items()}
-    balanced = config.quantiser == "rate"
+    config, integers, known = model.config, {}, {} if known is None else known
+    floats, balanced = dict(model.vectors()), config.quantiser == "rate"
     for name, stack in model.stacks().items():
         most, sigmas = quant_rule(config, name)
         stack_LRC, weights, solvers = stack.view(-1, *stack.shape[-2:]), [], []
@@ -1767,16 +1764,15 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
         if own:
             levels[list(own)] = gptq(weights, solvers, most, 0.04 * balanced)
         integers[name] = world.sum_(levels).view(stack.shape).cpu()
-        all_scales[name] = world.sum_(scales).view(stack.shape[:-1]).cpu()
-        if config.compressor == "ans":
-            vectors[f"{name}.column"] = world.sum_(columns).view(stack[..., 0, :].shape).cpu()
-    return QuantisedModel(integers, all_scales, vectors)
+        floats[f"{name}.scale"] = world.sum_(scales).view(stack.shape[:-1])
+        floats[f"{name}.column"] = world.sum_(columns).view(stack[..., 0, :].shape)
+    return QuantisedModel(integers, {name: t.half().cpu() for name, t in floats.items()})
 
 
 def stored_weights(quantised: QuantisedModel, name: str) -> Tensor:
     """The float32 stack that the integers, row scales and column scales of `name` stand for."""
-    column = quantised.vectors.get(f"{name}.column", torch.ones(1)).float().unsqueeze(-2)
-    return dequantise(quantised.integers[name], quantised.scales[name]) * column
+    weights = dequantise(quantised.integers[name], quantised.floats[f"{name}.scale"])
+    return weights * quantised.floats[f"{name}.column"].float().unsqueeze(-2)
 
 
 @torch.no_grad()
@@ -1785,7 +1781,7 @@ def restore_weights(model: GPT, quantised: QuantisedModel) -> None:
     for name, parameter in model.stacks().items():
         parameter.copy_(stored_weights(quantised, name))
     for name, vector in model.vectors().items():
-        vector.copy_(quantised.vectors[name])
+        vector.copy_(quantised.floats[name])
 
 
 def tensor_report(model: GPT, quantised: QuantisedModel) -> list[dict[str, object]]:
@@ -1813,8 +1809,8 @@ def estimate_artifact_bytes(config: Config) -> int:
     """Bytes of program and model to expect before training, as if rows were Gaussian."""
     if config.quantiser == "rate":
         return config.artifact_cap_bytes
-    integers, floats = expected_shapes(config, "brotli")  # without column scales
-    total = len(packed_program()) + 1.4 * sum(shape.numel() for shape in floats.values())
+    integers, floats = expected_shapes(config)
+    total = len(packed_program()) + 1.3 * sum(shape.numel() for shape in floats.values())
     for name, shape in integers.items():
         bits = 2.047 - math.log2(quant_rule(config, name)[1])  # of a bell of that width in steps
         total += 1.01 * shape.numel() * max(bits, 0.05) / 8
@@ -1832,7 +1828,6 @@ def estimate_artifact_bytes(config: Config) -> int:
 # ==================================================================================================
 
 ARTIFACT_MAGIC = b"GOLF\x00\x02\r\n"
-CHECKSUM_BYTES = 16
 PIECE_LEVELS = 1 << 19  # of a brotli stream: many small ones share out among cores
 
 SLOTS = 1 << 15  # the sum of a context's frequencies
@@ -1847,15 +1842,6 @@ Visitor = Callable[[np.ndarray, np.ndarray, LevelTables], np.ndarray]
 MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
                   "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "parallel_residual_start",
                   "logit_softcap", "num_loops", "loop_start", "loop_end")
-
-
-class Header(NamedTuple):
-    """The self-description of an artifact file."""
-
-    settings: dict[str, float]
-    plan: str
-    preset: str
-    codec: str
 
 
 def require_compressor(config: Config) -> None:
@@ -1878,25 +1864,23 @@ def compress(levels: np.ndarray) -> bytes:
 def decompress(data: bytes, shape: Sequence[int]) -> np.ndarray:
     """The inverse of `compress`, int8. Raises: ArtifactError unless just the shape comes out."""
     import brotli
-    decoder, size = brotli.Decompressor(), math.prod(shape)
-    try:  # never over one byte more, whatever the stream would expand to
+    decoder, size, out = brotli.Decompressor(), math.prod(shape), b""
+    with contextlib.suppress(brotli.error):
+        # Never over one byte more, whatever the stream would expand to.
         out = decoder.process(data, output_buffer_limit=size + 1)
-    except brotli.error as error:
-        raise ArtifactError(f"artifact: a brotli stream does not decode: {error}") from None
     if len(out) != size or not decoder.is_finished():
-        raise ArtifactError(f"artifact: a brotli stream gives {len(out)}+ bytes, not {size}")
+        raise ArtifactError(f"artifact: a brotli stream does not decode to {size} bytes")
     return np.frombuffer(out, np.int8).reshape(shape)
 
 
-def expected_shapes(config: Config, codec: str) -> tuple[Shapes, Shapes]:
+def expected_shapes(config: Config) -> tuple[Shapes, Shapes]:
     """Shapes of a file's integers and float16 tensors, in order; takes no memory."""
     with torch.device("meta"):
         model = GPT(config, sdpa_attend)
     integers = {name: p.shape for name, p in model.stacks().items()}
-    floats = {f"{name}.scale": shape[:-1] for name, shape in integers.items()}
-    floats |= {name: p.shape for name, p in model.vectors().items()}
-    if codec == "ans":
-        floats |= {f"{k}.column": shape[:-2] + shape[-1:] for k, shape in integers.items()}
+    floats = {name: p.shape for name, p in model.vectors().items()}
+    for name, shape in integers.items():
+        floats |= {f"{name}.scale": shape[:-1], f"{name}.column": shape[:-2] + shape[-1:]}
     return integers, floats
 
 
@@ -2023,81 +2007,76 @@ def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
     return levels_LRC
 
 
+CODERS = {"brotli": (compress, decompress), "ans": (encode_levels, decode_levels)}
+
+
+def checksum(body: bytes) -> bytes:
+    """What ends a file."""
+    return hashlib.sha256(body).digest()[:16]
+
+
 def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) -> bytes:
     """The artifact file: streams of levels, and one of brotli for float16 values."""
-    codec = config.compressor
-    integers, floats = expected_shapes(config, codec)
-    tensors = quantised.vectors | {f"{k}.scale": v for k, v in quantised.scales.items()}
-    values = np.concatenate([tensors[name].numpy().ravel() for name in floats]).astype("<f2")
+    integers, floats = expected_shapes(config)
+    values = np.concatenate([quantised.floats[name].numpy().ravel() for name in floats])
     levels = np.concatenate([quantised.integers[name].numpy().ravel() for name in integers])
-    shapes = stream_shapes(integers, codec)
-    parts = np.split(levels, np.cumsum([math.prod(shape) for shape in shapes]))
-    arrays = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=False)]
+    shapes = stream_shapes(integers, config.compressor)
+    parts = np.split(levels, np.cumsum([math.prod(shape) for shape in shapes[:-1]]))
+    arrays = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # both coders let go of the interpreter
-        streams = list(pool.map(encode_levels if codec == "ans" else compress, arrays))
+        streams = list(pool.map(CODERS[config.compressor][0], arrays))
     # Low bytes apart from high bytes: exponents compress, mantissas do not.
-    streams.append(compress(values.view(np.int8).reshape(-1, 2).T))
+    streams.append(compress(values.astype("<f2").view(np.int8).reshape(-1, 2).T))
     settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
-    header = Header(settings, plan.name, config.preset, codec)._asdict()
+    header = dict(preset=config.preset, plan=plan.name, codec=config.compressor, settings=settings)
     frames = [json.dumps(header, separators=(",", ":")).encode(), *streams]
     body = ARTIFACT_MAGIC + b"".join(struct.pack("<I", len(f)) + f for f in frames)
-    return body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES]
+    return body + checksum(body)
 
 
-def split_artifact(data: bytes) -> tuple[Header, list[bytes]]:
-    """Header and streams of an intact file. Raises: ArtifactError."""
-    if not data.startswith(ARTIFACT_MAGIC):
-        raise ArtifactError(f"artifact: begins with {data[:8]!r}, not with {ARTIFACT_MAGIC!r}")
-    end, frames, position = len(data) - CHECKSUM_BYTES, [], len(ARTIFACT_MAGIC)
-    if hashlib.sha256(data[:end]).digest()[:CHECKSUM_BYTES] != data[end:]:
-        raise ArtifactError("artifact: checksum does not match; the file is damaged or incomplete")
-    try:
-        while position < end:
-            begin = position + 4
-            position = begin + struct.unpack_from("<I", data, position)[0]
-            frames.append(data[begin:position])
-        header = Header(**json.loads(frames.pop(0)))
-        if position != end or [*map(type, header)] != [dict, str, str, str]:
-            raise ValueError("foreign")
-    except (ValueError, TypeError, IndexError, RecursionError, struct.error) as error:
-        raise ArtifactError(f"artifact: unreadable header or length ({error})") from None
-    return header, frames
-
-
-def decode_artifact(data: bytes, config: Config) -> tuple[Header, QuantisedModel]:
-    """The contents of a whole file of this model. Raises: ArtifactError for anything else.
+def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedModel]:
+    """Plan and contents of a whole file of this model. Raises: ArtifactError for anything else.
 
     What it claims is compared before it is decoded: a small file can claim a large model.
     """
-    header, streams = split_artifact(data)
-    expected: dict[str, object] = {name: getattr(config, name) for name in MODEL_SETTINGS}
-    for name in expected | header.settings:
-        claimed, wanted = header.settings.get(name), expected.get(name)
-        if claimed != wanted:
-            raise ArtifactError(f"artifact: {name.upper()}={claimed} (PRESET={header.preset}), but "
-                                f"the settings say {wanted}")
-    plans = [plan.name for plan in depth_plans(config)]
-    if header.plan not in plans:
-        raise ArtifactError(f"artifact: plan {header.plan!r} is not one of {', '.join(plans)}")
-    integers, floats = expected_shapes(config, header.codec)
-    sizes = [shape.numel() for shape in floats.values()]
-    shapes = [*stream_shapes(integers, header.codec), (2, sum(sizes))]
-    if header.codec not in ("brotli", "ans") or len(shapes) != len(streams):
-        raise ArtifactError(f"artifact: {len(streams)} streams of {header.codec!r}, not "
-                            f"{len(shapes)} of brotli or ans")
-    decode = decode_levels if header.codec == "ans" else decompress
-    values = decompress(streams.pop(), shapes.pop()).T.copy().view("<f2")
+    position, body, streams = len(ARTIFACT_MAGIC), data[:-16], []
+    if not data.startswith(ARTIFACT_MAGIC) or checksum(body) != data[len(body):]:
+        raise ArtifactError(f"artifact: {len(data)} bytes that begin with {data[:8]!r}, not "
+                            f"{ARTIFACT_MAGIC!r}, or whose checksum does not match: damaged")
+    try:
+        while position < len(body):
+            begin = position + 4
+            position = begin + struct.unpack_from("<I", body, position)[0]
+            streams.append(body[begin:position])
+        header = json.loads(streams.pop(0))
+        expected = {name: getattr(config, name) for name in MODEL_SETTINGS}
+        for name in expected | header["settings"]:
+            claimed, wanted = header["settings"].get(name), expected.get(name)
+            if claimed != wanted:
+                raise ArtifactError(f"artifact: {name.upper()}={claimed} (PRESET="
+                                    f"{header['preset']}), but the settings say {wanted}")
+        plan = {plan.name: plan for plan in depth_plans(config)}[header["plan"]]
+        return plan, decode_streams(streams, config, header["codec"])
+    except (ValueError, TypeError, LookupError, RecursionError, struct.error) as error:
+        raise ArtifactError(f"artifact: malformed: {type(error).__name__} {error}") from None
+
+
+def decode_streams(streams: list[bytes], config: Config, codec: str) -> QuantisedModel:
+    """The model in a file's streams. Raises: ArtifactError, ValueError, LookupError."""
+    integers, floats = expected_shapes(config)
+    sizes, decode = [shape.numel() for shape in floats.values()], CODERS[codec][1]
+    values = decompress(streams.pop(), (2, sum(sizes))).T.copy().view("<f2")
+    shapes = stream_shapes(integers, codec)
     levels = np.concatenate([decode(*both).ravel() for both in zip(streams, shapes, strict=True)])
-    parts = torch.from_numpy(values.ravel()).split(sizes)
-    tensors = {name: p.view(shape) for (name, shape), p in zip(floats.items(), parts, strict=True)}
-    parts = torch.from_numpy(levels).split([shape.numel() for shape in integers.values()])
-    stacks = {name: p.view(shape) for (name, shape), p in zip(integers.items(), parts, strict=True)}
-    scales = {name: tensors.pop(f"{name}.scale") for name in integers}
-    return header, QuantisedModel(stacks, scales, tensors)
+    parts = [*torch.from_numpy(levels).split([shape.numel() for shape in integers.values()]),
+             *torch.from_numpy(values.ravel()).split(sizes)]
+    tensors = {name: part.view(shape) for part, (name, shape)
+               in zip(parts, (integers | floats).items(), strict=True)}
+    return QuantisedModel({name: tensors.pop(name) for name in integers}, tensors)
 
 
-def open_artifact(path: Path, config: Config) -> tuple[Header, QuantisedModel]:
-    """The contents of the file at `path`. Raises: ArtifactError unless it is of this model."""
+def open_artifact(path: Path, config: Config) -> tuple[DepthPlan, QuantisedModel]:
+    """Plan and contents of the file at `path`. Raises: ArtifactError unless of this model."""
     try:
         return decode_artifact(path.read_bytes(), config)
     except OSError as error:
@@ -2109,11 +2088,10 @@ def open_artifact(path: Path, config: Config) -> tuple[Header, QuantisedModel]:
 def load_artifact(path: Path, config: Config, world: World,
                   attend: Attend) -> tuple[GPT, DepthPlan]:
     """The model and the depth plan that the file at `path` stands for. Raises: ArtifactError."""
-    header, quantised = open_artifact(path, config)
-    plans = {plan.name: plan for plan in depth_plans(config)}
+    plan, quantised = open_artifact(path, config)
     model = GPT(config, attend, compute_dtype(world.device)).to(world.device)
     restore_weights(model, quantised)
-    return model, plans[header.plan]
+    return model, plan
 
 
 def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: World,

@@ -270,11 +270,11 @@ def test_whole_model_is_quantised_by_its_rules(config: golf.Config, world: golf.
     model = random_model(config)
     hessians = measured_hessians(model)
     found = golf.quantise(model, hessians, world)
-    assert set(found.integers) == set(found.scales) == {"embed", "qkv", "out", "up", "down"}
+    assert set(found.integers) == {"embed", "qkv", "out", "up", "down"}
     for name, most, sigmas in (("embed", 127, 20.0), ("qkv", 31, 12.85), ("down", 31, 12.85)):
         w = model.get_parameter(name).detach()
         stack, q, scales = (t if name != "embed" else t[None] for t in (
-            w, found.integers[name], found.scales[name]))
+            w, found.integers[name], found.floats[f"{name}.scale"]))
         for block, matrix in enumerate(stack):
             scale = sigmas * matrix.std(dim=1) / most
             torch.testing.assert_close(scales[block].float(), scale, rtol=1e-3, atol=0)
@@ -282,7 +282,7 @@ def test_whole_model_is_quantised_by_its_rules(config: golf.Config, world: golf.
             again = gptq(matrix, hessian, scales[block], most, config.gptq_damp)
             assert torch.equal(q[block], again)
     for name, vector in model.vectors().items():
-        assert torch.equal(found.vectors[name], vector.detach().half())
+        assert torch.equal(found.floats[name], vector.detach().half())
 
 
 def test_restored_model_holds_what_the_integers_stand_for(config: golf.Config,
@@ -291,11 +291,11 @@ def test_restored_model_holds_what_the_integers_stand_for(config: golf.Config,
     found = golf.quantise(model, measured_hessians(model), world)
     golf.restore_weights(other, found)
     for name, p in model.stacks().items():
-        q, s = found.integers[name].double(), found.scales[name].double()
+        q, s = found.integers[name].double(), found.floats[f"{name}.scale"].double()
         assert torch.equal(other.get_parameter(name).detach().double(), q * s[..., None])
         assert (other.get_parameter(name) - p).norm() < 0.2 * p.norm()
     for name, vector in other.vectors().items():
-        assert torch.equal(vector.detach(), found.vectors[name].float())
+        assert torch.equal(vector.detach(), found.floats[name].float())
 
 
 def test_report_names_every_stack(config: golf.Config, world: golf.World) -> None:
@@ -305,7 +305,7 @@ def test_report_names_every_stack(config: golf.Config, world: golf.World) -> Non
     assert rows.keys() == found.integers.keys()
     for name, row in rows.items():
         w = model.get_parameter(name).detach()
-        error = (w - golf.dequantise(found.integers[name], found.scales[name])).norm() / w.norm()
+        error = (w - golf.stored_weights(found, name)).norm() / w.norm()
         assert row["error"] == pytest.approx(error.item(), abs=1e-4)
         assert 2.0 < float(str(row["bits"])) < 6.0
 
@@ -350,7 +350,7 @@ def test_clips_widen_until_the_artifact_fits_and_the_log_says_so(
     assert said == [pytest.approx(widening, abs=1e-3)]
     model = random_model(tight)
     wanted = widening * 12.85 * model.up.detach().std(dim=2) / 31
-    torch.testing.assert_close(quantised.scales["up"].float(), wanted, rtol=2e-3, atol=0)
+    torch.testing.assert_close(quantised.floats["up.scale"].float(), wanted, rtol=2e-3, atol=0)
     assert golf.decode_artifact(blob, tight)[1].integers["up"].equal(quantised.integers["up"])
 
 

@@ -190,7 +190,7 @@ def test_search_lands_just_under_the_cap(model: golf.GPT, hessians: dict[str, Te
     assert 0 <= unused <= 0.005 * config.artifact_cap_bytes
     assert len([line for line in log.lines if line.startswith("fit:")]) <= 8
     found = golf.decode_artifact(blob, config)[1]
-    assert found.vectors.keys() == quantised.vectors.keys()
+    assert found.floats.keys() == quantised.floats.keys()
     for name, q in quantised.integers.items():
         assert torch.equal(found.integers[name], q)
         assert torch.equal(golf.stored_weights(found, name), golf.stored_weights(quantised, name))
@@ -267,9 +267,8 @@ def test_two_ranks_find_the_integers_of_one(model: golf.GPT, hessians: dict[str,
     halves = [golf.quantise(model, hessians, Half(rank)) for rank in range(2)]
     for name, q in alone.integers.items():
         assert torch.equal(sum(half.integers[name] for half in halves), q)
-        assert torch.equal(sum(half.scales[name] for half in halves), alone.scales[name])
-        both = sum(half.vectors[f"{name}.column"] for half in halves)
-        assert torch.equal(both, alone.vectors[f"{name}.column"])
+        for key in (f"{name}.scale", f"{name}.column"):
+            assert torch.equal(sum(half.floats[key] for half in halves), alone.floats[key])
 
 
 def test_balanced_model_is_closer_at_equal_bytes(model: golf.GPT,
