@@ -29,7 +29,6 @@ import math
 import operator
 import os
 import platform
-import struct
 import subprocess
 import sys
 import time
@@ -1597,30 +1596,28 @@ def hessian_name(stack: str, block: int) -> str:
     return "head" if block < 0 or stack == "embed" else f"{stack}.{block}"
 
 
-@torch.no_grad()
 def collect(hessians: Hessians, rows: Tensor, plan: DepthPlan) -> None:
-    """One calibration batch, int32 (sequences, seq_len + 1), through the forward pass."""
-    x_BTD = hessians.model.hidden(rows[:, :-1], plan, hessians)
-    hessians(-1, -1, "head", x_BTD, x_BTD)
-    if hessians.model.config.quantiser == "rate":
-        collect_gradients(hessians, rows[:-(-len(rows) // 8)], plan, rows[:, 1:].numel())
+    """One calibration batch, int32 (sequences, seq_len + 1), through the forward pass.
 
-
-@torch.enable_grad()
-def collect_gradients(hessians: Hessians, rows: Tensor, plan: DepthPlan, weight: int) -> None:
-    """Adds the mean squared gradient of every linear output, (1, R), times `weight`."""
-    names: list[str] = []
-    outputs: list[Tensor] = []
+    For balanced steps, an eighth of it gives the mean squared gradient of every linear output.
+    """
+    model, names, outputs = hessians.model, [], []
+    with torch.no_grad():
+        x_BTD = model.hidden(rows[:, :-1], plan, hessians)
+        hessians(-1, -1, "head", x_BTD, x_BTD)
+    if model.config.quantiser == "gptq":
+        return
 
     def keep(visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
         names.append(hessian_name(site, block) + ".rows")
         outputs.append(y)
         return y
 
-    nats = hessians.model(rows[:, :-1], rows[:, 1:], plan, keep).sum()
+    few = rows[:-(-len(rows) // 8)]
+    nats = model(few[:, :-1], few[:, 1:], plan, keep).sum()
     for name, gradient in zip(names, torch.autograd.grad(nats, outputs), strict=True):
         mean_1R = gradient.flatten(0, -2).float().square().mean(0, keepdim=True)
-        hessians.add(name, mean_1R * (weight / names.count(name)))
+        hessians.add(name, mean_1R * (rows[:, 1:].numel() / names.count(name)))
 
 
 def calibration_share(config: Config, world: World, shape: BatchShape) -> int:
@@ -1640,13 +1637,12 @@ def prepare_solver(hessian_CC: Tensor, damp: float) -> Solver:
     if not torch.isfinite(hessian_CC).all():
         raise TrainingError("a calibration Hessian is not finite")
     diagonal_C, order_C = hessian_CC.diagonal().sort(descending=True, stable=True)
-    diagonal_C, eye_CC = diagonal_C + (diagonal_C == 0), torch.eye(len(order_C)).to(hessian_CC)
+    eye_CC, failed = torch.eye(len(order_C)).to(hessian_CC), True
     # Factored back to front, so that inverting the triangle gives the inverse's factor.
-    reverse_CC = hessian_CC[order_C][:, order_C].fill_diagonal_(0).flip(0, 1)
-    failed = True
+    reverse_CC = hessian_CC[order_C][:, order_C].flip(0, 1)
     while failed:
-        ridge_C = diagonal_C.flip(0) + damp * diagonal_C.mean()
-        lower_CC, failed = torch.linalg.cholesky_ex(reverse_CC + ridge_C.diag())
+        ridge_CC = damp * (diagonal_C.mean() + 1e-30) * eye_CC
+        lower_CC, failed = torch.linalg.cholesky_ex(reverse_CC + ridge_CC)
         damp *= 10
     return order_C, torch.linalg.solve_triangular(lower_CC.flip(0, 1), eye_CC, upper=True)
 
@@ -1692,29 +1688,23 @@ def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str, solver: 
     return coarse(row_R, 3, 79 * torch.arange(len(row_R), device=row_R.device)), column_C
 
 
-def dequantise(q_RC: Tensor, scale_R: Tensor) -> Tensor:
-    """Float32 weights of integers and row scales."""
-    return q_RC.float() * scale_R.float()[..., None]
+def gptq(w_LCR: Tensor, factor_LCC: Tensor, max_level: int, bit_cost: float = 0.0,
+         block: int = 128) -> Tensor:
+    """Integers (L, C, R) that keep the outputs of matrices close; all in units of steps.
 
-
-def gptq(weights: Sequence[Tensor], solvers: Sequence[Solver], max_level: int,
-         bit_cost: float = 0.0, block: int = 128) -> Tensor:
-    """Integers, int8 (L, R, C), that keep the outputs of matrices close; all in units of steps.
-
-    Columns are rounded one by one, the most important first; the error of each is spread over those
-    to come. With a cost, levels are chosen by squared error plus rate: their bits are taken to grow
+    Columns, which lie as rows, are rounded one by one; the error of each is spread over those to
+    come. With a cost, levels are chosen by squared error plus rate: their bits are taken to grow
     in proportion to the level over its expected magnitude, which moves the rounding threshold.
     Source: GPTQ (Frantar et al. 2022), with columns in order of descending diagonal.
     """
-    # Columns lie as rows. What adds up is done matrix by matrix: equal at every world size.
-    parts = [w_RC.T[order_C] for w_RC, (order_C, _) in zip(weights, solvers, strict=True)]
-    sizes = [w_CR.abs() + 1e-6 for w_CR in parts]
+    # What adds up is done matrix by matrix, so that it is equal at every world size.
+    sizes = [w_CR.abs() + 1e-6 for w_CR in w_LCR]
     sizes = [size.mean(1, keepdim=True) * (size.mean(0) / size.mean()) for size in sizes]
     shift_LCR = (bit_cost / torch.stack(sizes)).clamp(max=0.3)
-    w_LCR, factor_LCC = torch.stack(parts), torch.stack([factor for _, factor in solvers])
-    q_LCR, errors = torch.empty_like(w_LCR), torch.empty_like(w_LCR)
-    for first in range(0, w_LCR.shape[1], block):
-        last = min(first + block, w_LCR.shape[1])
+    w_LCR, errors, last = w_LCR.clone(), torch.empty_like(w_LCR), 0
+    q_LCR = torch.empty_like(w_LCR)
+    while last < w_LCR.shape[1]:
+        first, last = last, min(last + block, w_LCR.shape[1])
         for j in range(first, last):
             w_LR = w_LCR[:, j]
             level_LR = w_LR - shift_LCR[:, j] * w_LR.sign()
@@ -1723,8 +1713,7 @@ def gptq(weights: Sequence[Tensor], solvers: Sequence[Solver], max_level: int,
             w_LCR[:, j:last].addcmul_(factor_LCC[:, j, j:last, None], error_LR[:, None], value=-1)
         for w_CR, factor_CC, error_CR in zip(w_LCR, factor_LCC, errors, strict=True):
             w_CR[last:].addmm_(factor_CC[first:last, last:].T, error_CR[first:last], alpha=-1)
-    levels = [q.T[:, order.argsort()] for q, (order, _) in zip(q_LCR, solvers, strict=True)]
-    return torch.stack(levels).to(torch.int8)
+    return q_LCR
 
 
 class QuantisedModel(NamedTuple):
@@ -1742,27 +1731,32 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
     `known` keeps what does not depend on the steps from one pass to the next.
     """
     config, integers, known = model.config, {}, {} if known is None else known
-    floats, balanced = dict(model.vectors()), config.quantiser == "rate"
+    floats: dict[str, Tensor] = {**model.vectors()}
+    balanced = config.quantiser == "rate"
     for name, stack in model.stacks().items():
         most, sigmas = quant_rule(config, name)
-        stack_LRC, weights, solvers = stack.view(-1, *stack.shape[-2:]), [], []
+        stack_LRC, weights, factors = stack.view(-1, *stack.shape[-2:]), [], []
         levels = torch.zeros_like(stack_LRC, dtype=torch.int8)
         scales, columns = (levels.select(dim, 0).half() for dim in (2, 1))
         own = range(world.rank, len(stack_LRC), world.size)
-        for block in own:
-            w_RC, column_C, key = stack_LRC[block], columns[block], hessian_name(name, block)
+        keys = [hessian_name(name, block) for block in own]
+        for block, key in zip(own, keys, strict=True):
+            w_RC, column_C, hessian_CC = stack_LRC[block], columns[block], hessians[key]
             if key not in known:
-                known[key] = prepare_solver(hessians[key], config.gptq_damp)
+                known[key] = prepare_solver(hessian_CC, config.gptq_damp)
+            order_C, factor_CC = known[key]
             if balanced:
                 scales[block], column_C[:] = balanced_steps(w_RC, hessians, key, known[key], widen)
             else:
                 scales[block], column_C[:] = row_scales(w_RC, widen * sigmas), 1.0
-            order_C, factor_CC = known[key]
-            used_C = hessians[key].diagonal() > 0
-            weights.append(w_RC / column_C / scales[block, :, None] * used_C)
-            solvers.append((order_C, factor_CC / column_C[order_C]))
+            # An input that never occurs gets no weight.
+            w_RC = w_RC / scales[block, :, None] / column_C * (hessian_CC.diagonal() > 0)
+            weights.append(w_RC.T[order_C])
+            factors.append(factor_CC / column_C[order_C])
         if own:
-            levels[list(own)] = gptq(weights, solvers, most, 0.04 * balanced)
+            solved = gptq(torch.stack(weights), torch.stack(factors), most, 0.04 * balanced)
+            for block, key, q_CR in zip(own, keys, solved, strict=True):
+                levels[block][:, known[key][0]] = q_CR.T.to(torch.int8)
         integers[name] = world.sum_(levels).view(stack.shape).cpu()
         floats[f"{name}.scale"] = world.sum_(scales).view(stack.shape[:-1])
         floats[f"{name}.column"] = world.sum_(columns).view(stack[..., 0, :].shape)
@@ -1771,8 +1765,8 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
 
 def stored_weights(quantised: QuantisedModel, name: str) -> Tensor:
     """The float32 stack that the integers, row scales and column scales of `name` stand for."""
-    weights = dequantise(quantised.integers[name], quantised.floats[f"{name}.scale"])
-    return weights * quantised.floats[f"{name}.column"].float().unsqueeze(-2)
+    scale, column = (quantised.floats[f"{name}.{kind}"].float() for kind in ("scale", "column"))
+    return quantised.integers[name] * scale[..., None] * column[..., None, :]
 
 
 @torch.no_grad()
@@ -1869,7 +1863,7 @@ def decompress(data: bytes, shape: Sequence[int]) -> np.ndarray:
         # Never over one byte more, whatever the stream would expand to.
         out = decoder.process(data, output_buffer_limit=size + 1)
     if len(out) != size or not decoder.is_finished():
-        raise ArtifactError(f"artifact: a brotli stream does not decode to {size} bytes")
+        raise ArtifactError(f"a brotli stream does not decode to {size} bytes")
     return np.frombuffer(out, np.int8).reshape(shape)
 
 
@@ -1951,14 +1945,14 @@ def encode_levels(levels_LRC: np.ndarray) -> bytes:
     Source: asymmetric numeral systems (Duda 2013), many of them interleaved (Giesen 2014).
     """
     row_LR = magnitude_class(np.abs(levels_LRC, dtype=np.float32).mean(2), 21).astype(np.int8)
-    limits, classes = (int(levels_LRC.min()), int(levels_LRC.max())), compress(row_LR)
+    limits, classes = np.array([levels_LRC.min(), levels_LRC.max()]), compress(row_LR)
     rows: list[np.ndarray] = []
 
     def record(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
         rows.append(tables[0][context, symbols].ravel())
         return symbols
 
-    walk_levels(levels_LRC.copy(), row_LR, limits, record)
+    walk_levels(levels_LRC.copy(), row_LR, limits.tolist(), record)
     lanes = num_lanes(levels_LRC.shape)
     states, words = np.full(lanes, 1 << 16, np.uint32), [np.empty(0, np.uint16)]
     for row in reversed(rows):
@@ -1970,8 +1964,8 @@ def encode_levels(levels_LRC: np.ndarray) -> bytes:
             x[full] >>= 16
             x += x // freq * (SLOTS - freq) + (cell & 0xFFFF)
     tail = np.concatenate(words[::-1]).astype("<u2")
-    return (struct.pack("<2bI", *limits, len(classes)) + classes
-            + states.astype("<u4").tobytes() + tail.tobytes())
+    return b"".join([limits.tobytes(), len(classes).to_bytes(4, "little"), classes,
+                     states.astype("<u4").tobytes(), tail.tobytes()])
 
 
 def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
@@ -1995,15 +1989,15 @@ def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
         return out.reshape(context.shape)
 
     try:
-        *limits, length = struct.unpack_from("<2bI", data)
-        row_LR = decompress(data[6:6 + length], shape[:2])
-        states = np.frombuffer(data, "<u4", lanes, 6 + length).astype(np.uint32)
-        words = np.frombuffer(data, "<u2", -1, 6 + length + 4 * lanes).astype(np.uint32)
-        walk_levels(levels_LRC, row_LR, limits, take)
+        begin = 6 + int.from_bytes(data[2:6], "little")
+        row_LR, limits = decompress(data[6:begin], shape[:2]), np.frombuffer(data, np.int8, 2)
+        states = np.frombuffer(data, "<u4", lanes, begin).astype(np.uint32)
+        words = np.frombuffer(data, "<u2", -1, begin + 4 * lanes).astype(np.uint32)
+        walk_levels(levels_LRC, row_LR, limits.tolist(), take)
         if position != len(words) or (states != 1 << 16).any():
             raise ValueError
-    except (ValueError, IndexError, struct.error):
-        raise ArtifactError("artifact: a stream of levels does not end where it began") from None
+    except (ValueError, IndexError):
+        raise ArtifactError("a stream of levels does not end where it began") from None
     return levels_LRC
 
 
@@ -2030,7 +2024,7 @@ def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) 
     settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
     header = dict(preset=config.preset, plan=plan.name, codec=config.compressor, settings=settings)
     frames = [json.dumps(header, separators=(",", ":")).encode(), *streams]
-    body = ARTIFACT_MAGIC + b"".join(struct.pack("<I", len(f)) + f for f in frames)
+    body = ARTIFACT_MAGIC + b"".join(len(f).to_bytes(4, "little") + f for f in frames)
     return body + checksum(body)
 
 
@@ -2041,24 +2035,24 @@ def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedMo
     """
     position, body, streams = len(ARTIFACT_MAGIC), data[:-16], []
     if not data.startswith(ARTIFACT_MAGIC) or checksum(body) != data[len(body):]:
-        raise ArtifactError(f"artifact: {len(data)} bytes that begin with {data[:8]!r}, not "
+        raise ArtifactError(f"{len(data)} bytes that begin with {data[:8]!r}, not "
                             f"{ARTIFACT_MAGIC!r}, or whose checksum does not match: damaged")
     try:
         while position < len(body):
             begin = position + 4
-            position = begin + struct.unpack_from("<I", body, position)[0]
+            position = begin + int.from_bytes(body[position:begin], "little")
             streams.append(body[begin:position])
         header = json.loads(streams.pop(0))
         expected = {name: getattr(config, name) for name in MODEL_SETTINGS}
         for name in expected | header["settings"]:
             claimed, wanted = header["settings"].get(name), expected.get(name)
             if claimed != wanted:
-                raise ArtifactError(f"artifact: {name.upper()}={claimed} (PRESET="
+                raise ArtifactError(f"{name.upper()}={claimed} (PRESET="
                                     f"{header['preset']}), but the settings say {wanted}")
         plan = {plan.name: plan for plan in depth_plans(config)}[header["plan"]]
         return plan, decode_streams(streams, config, header["codec"])
-    except (ValueError, TypeError, LookupError, RecursionError, struct.error) as error:
-        raise ArtifactError(f"artifact: malformed: {type(error).__name__} {error}") from None
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ArtifactError(f"malformed: {type(error).__name__} {error}") from None
 
 
 def decode_streams(streams: list[bytes], config: Config, codec: str) -> QuantisedModel:
@@ -2103,7 +2097,8 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
     steps shrink too, until bytes stop to matter.
     Raises: ArtifactError if the artifact does not fit.
     """
-    config, code_bytes, known = model.config, len(packed_program()), {}
+    config, code_bytes = model.config, len(packed_program())
+    known: dict[str, Solver] = {}
     cap, floor = config.artifact_cap_bytes, -3.0 if config.quantiser == "rate" else 0.0
     margin, low, high, at = min(5000, cap // 200), floor - 1, math.inf, 0.0
     slope, last = -sum(p.numel() for p in model.stacks().values()) / 8, (math.inf, 0)

@@ -100,9 +100,11 @@ def solve_balanced(w: Tensor, hessian: Tensor, unit: float, cost: float) -> tupl
     known = {"head": torch.eye(len(hessian)), "up.0": hessian, "up.0.rows": torch.ones(1, len(w))}
     order, factor = golf.prepare_solver(hessian, 0.01)
     scale, column = golf.balanced_steps(w, known, "up.0", (order, factor), unit)
-    steps = w / scale[:, None] / column
-    q = golf.gptq([steps], [(order, factor / column[order])], 127, bit_cost=cost)[0]
-    return q, golf.dequantise(q, scale) * column
+    steps = (w / scale[:, None] / column).T[order]
+    solved = golf.gptq(steps[None], (factor / column[order])[None], 127, cost)[0]
+    q = torch.empty_like(w, dtype=torch.int8)
+    q[:, order] = solved.T.to(torch.int8)
+    return q, q * scale[:, None].float() * column
 
 
 def coded_bits(q: Tensor) -> float:
