@@ -18,7 +18,6 @@ Sections, in the order the data flows: 1 Config, 2 Runtime, 3 Data, 4 Model, 5 O
 from __future__ import annotations
 
 import ast
-import bz2
 import contextlib
 import difflib
 import functools
@@ -1849,10 +1848,10 @@ def require_compressor(config: Config) -> None:
                           "pip install -U 'brotli>=1.2'")
 
 
-def compress(levels: np.ndarray) -> bytes:
-    """The bytes of an array as a brotli stream."""
+def compress(data: np.ndarray | bytes) -> bytes:
+    """Bytes, or those of an array, as a brotli stream."""
     import brotli
-    return brotli.compress(levels.tobytes(), quality=11, lgwin=24)
+    return brotli.compress(bytes(data), quality=11, lgwin=24)
 
 
 def decompress(data: bytes, shape: Sequence[int]) -> np.ndarray:
@@ -2149,8 +2148,8 @@ def save_artifact(path: Path, blob: bytes, quantised: QuantisedModel, model: GPT
 
 # Runs the program inside its archive. The line cache gets the text, because tracebacks,
 # torch.compile and Triton read the source of what they compile.
-PACKED_STUB = """import bz2, linecache
-s = bz2.decompress(__loader__.get_data("source")).decode()
+PACKED_STUB = """import brotli, linecache
+s = brotli.decompress(__loader__.get_data("source")).decode()
 linecache.cache["<train_gpt>"] = len(s), None, s.splitlines(True), "<train_gpt>"
 exec(compile(s, "<train_gpt>", "exec"))
 """
@@ -2175,7 +2174,7 @@ def strip_source(source: str) -> str:
 
 def pack_program(source: str) -> bytes:
     """A zip that Python runs like the script. Equal sources give equal bytes."""
-    data = bz2.compress(strip_source(source).encode())
+    data = compress(strip_source(source).encode())
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in (("source", data), ("__main__.py", PACKED_STUB.encode())):
@@ -2187,8 +2186,9 @@ def pack_program(source: str) -> bytes:
 
 def unpack_program(path: Path) -> str:
     """The source inside a packed program."""
+    import brotli
     with zipfile.ZipFile(path) as archive:
-        return bz2.decompress(archive.read("source")).decode()
+        return brotli.decompress(archive.read("source")).decode()
 
 
 # ==================================================================================================
