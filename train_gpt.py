@@ -1738,24 +1738,24 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
         levels = torch.zeros_like(stack_LRC, dtype=torch.int8)
         scales, columns = (levels.select(dim, 0).half() for dim in (2, 1))
         own = range(world.rank, len(stack_LRC), world.size)
-        keys = [hessian_name(name, block) for block in own]
-        for block, key in zip(own, keys, strict=True):
-            w_RC, column_C, hessian_CC = stack_LRC[block], columns[block], hessians[key]
+        for block in own:
+            key, w_RC, column_C = hessian_name(name, block), stack_LRC[block], columns[block]
             if key not in known:
-                known[key] = prepare_solver(hessian_CC, config.gptq_damp)
+                known[key] = prepare_solver(hessians[key], config.gptq_damp)
             order_C, factor_CC = known[key]
             if balanced:
                 scales[block], column_C[:] = balanced_steps(w_RC, hessians, key, known[key], widen)
             else:
                 scales[block], column_C[:] = row_scales(w_RC, widen * sigmas), 1.0
             # An input that never occurs gets no weight.
-            w_RC = w_RC / scales[block, :, None] / column_C * (hessian_CC.diagonal() > 0)
+            w_RC = w_RC / scales[block, :, None] / column_C * (hessians[key].diagonal() > 0)
             weights.append(w_RC.T[order_C])
             factors.append(factor_CC / column_C[order_C])
         if own:
             solved = gptq(torch.stack(weights), torch.stack(factors), most, 0.04 * balanced)
-            for block, key, q_CR in zip(own, keys, solved, strict=True):
-                levels[block][:, known[key][0]] = q_CR.T.to(torch.int8)
+            for block, q_CR in zip(own, solved, strict=True):
+                order_C, _ = known[hessian_name(name, block)]
+                levels[block][:, order_C] = q_CR.T.to(torch.int8)
         integers[name] = world.sum_(levels).view(stack.shape).cpu()
         floats[f"{name}.scale"] = world.sum_(scales).view(stack.shape[:-1])
         floats[f"{name}.column"] = world.sum_(columns).view(stack[..., 0, :].shape)
@@ -1821,7 +1821,7 @@ def estimate_artifact_bytes(config: Config) -> int:
 # ==================================================================================================
 
 ARTIFACT_MAGIC = b"GOLF\x00\x02\r\n"
-PIECE_LEVELS = 1 << 19  # of a brotli stream: many small ones share out among cores
+PIECE = 1 << 19  # of a brotli stream: many small ones share out among cores
 
 SLOTS = 1 << 15  # the sum of a context's frequencies
 CONTEXTS = 64
@@ -1882,7 +1882,7 @@ def stream_shapes(integers: Shapes, codec: str) -> list[tuple[int, ...]]:
     if codec == "ans":
         return [(shape[:-2].numel(), *shape[-2:]) for shape in integers.values()]
     total = sum(shape.numel() for shape in integers.values())
-    return [(min(PIECE_LEVELS, total - first),) for first in range(0, total, PIECE_LEVELS)]
+    return [(min(PIECE, total - first),) for first in range(0, total, PIECE)]
 
 
 def class_magnitude(classes: np.ndarray, shift: int) -> np.ndarray:
@@ -2003,11 +2003,6 @@ def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
 CODERS = {"brotli": (compress, decompress), "ans": (encode_levels, decode_levels)}
 
 
-def checksum(body: bytes) -> bytes:
-    """What ends a file."""
-    return hashlib.sha256(body).digest()[:16]
-
-
 def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) -> bytes:
     """The artifact file: streams of levels, and one of brotli for float16 values."""
     integers, floats = expected_shapes(config)
@@ -2024,7 +2019,7 @@ def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) 
     header = dict(preset=config.preset, plan=plan.name, codec=config.compressor, settings=settings)
     frames = [json.dumps(header, separators=(",", ":")).encode(), *streams]
     body = ARTIFACT_MAGIC + b"".join(len(f).to_bytes(4, "little") + f for f in frames)
-    return body + checksum(body)
+    return body + hashlib.sha256(body).digest()[:16]
 
 
 def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedModel]:
@@ -2033,25 +2028,25 @@ def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedMo
     What it claims is compared before it is decoded: a small file can claim a large model.
     """
     position, body, streams = len(ARTIFACT_MAGIC), data[:-16], []
-    if not data.startswith(ARTIFACT_MAGIC) or checksum(body) != data[len(body):]:
-        raise ArtifactError(f"{len(data)} bytes that begin with {data[:8]!r}, not "
-                            f"{ARTIFACT_MAGIC!r}, or whose checksum does not match: damaged")
+    intact = hashlib.sha256(body).digest()[:16] == data[len(body):]
+    if not intact or not data.startswith(ARTIFACT_MAGIC):
+        raise ArtifactError(f"{len(data)} bytes that begin with {data[:8]!r}: not an artifact of "
+                            "this version, or damaged")
     try:
         while position < len(body):
             begin = position + 4
             position = begin + int.from_bytes(body[position:begin], "little")
             streams.append(body[begin:position])
         header = json.loads(streams.pop(0))
-        expected = {name: getattr(config, name) for name in MODEL_SETTINGS}
-        for name in expected | header["settings"]:
-            claimed, wanted = header["settings"].get(name), expected.get(name)
+        for name in MODEL_SETTINGS:
+            claimed, wanted = header["settings"][name], getattr(config, name)
             if claimed != wanted:
-                raise ArtifactError(f"{name.upper()}={claimed} (PRESET="
-                                    f"{header['preset']}), but the settings say {wanted}")
+                raise ArtifactError(f"{name.upper()}={claimed} (PRESET={header['preset']}), but "
+                                    f"the settings say {wanted}")
         plan = {plan.name: plan for plan in depth_plans(config)}[header["plan"]]
         return plan, decode_streams(streams, config, header["codec"])
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise ArtifactError(f"malformed: {type(error).__name__} {error}") from None
+        raise ArtifactError(f"malformed: {error!r}") from None
 
 
 def decode_streams(streams: list[bytes], config: Config, codec: str) -> QuantisedModel:
@@ -2072,9 +2067,7 @@ def open_artifact(path: Path, config: Config) -> tuple[DepthPlan, QuantisedModel
     """Plan and contents of the file at `path`. Raises: ArtifactError unless of this model."""
     try:
         return decode_artifact(path.read_bytes(), config)
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
-    except ArtifactError as error:
+    except (OSError, ArtifactError) as error:
         raise ArtifactError(f"{path}: {error}") from None
 
 
@@ -2122,8 +2115,7 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
         at = max(floor, at) if low < max(floor, at) < high else (low + high) / 2
     if high == math.inf:
         raise ArtifactError(f"artifact is {over:,} bytes over ARTIFACT_CAP_BYTES ({cap:,}), "
-                            f"{code_bytes:,} of them the program; FIT={config.fit:d} allowed "
-                            f"steps x{2**low:.0f}")
+                            f"even with steps x{2**low:.0f} (FIT={config.fit:d})")
     if floor == 0.0 < high:
         log.warn(f"the preset's clip widths do not fit the cap: widened x{2**high:.4f}")
     log.put("quantisation", clip_widening=round(2**high, 5))
