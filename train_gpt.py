@@ -2031,7 +2031,7 @@ def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedMo
     intact = hashlib.sha256(body).digest()[:16] == data[len(body):]
     if not intact or not data.startswith(ARTIFACT_MAGIC):
         raise ArtifactError(f"{len(data)} bytes that begin with {data[:8]!r}: not an artifact of "
-                            "this version, or damaged")
+                            "this version, or damaged (checksum)")
     try:
         while position < len(body):
             begin = position + 4
