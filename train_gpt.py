@@ -1596,10 +1596,7 @@ def hessian_name(stack: str, block: int) -> str:
 
 
 def collect(hessians: Hessians, rows: Tensor, plan: DepthPlan) -> None:
-    """One calibration batch, int32 (sequences, seq_len + 1), through the forward pass.
-
-    For balanced steps, an eighth of it gives the mean squared gradient of every linear output.
-    """
+    """One calibration batch (sequences, seq_len + 1); an eighth of it also gives gradients."""
     model, names, outputs = hessians.model, [], []
     with torch.no_grad():
         x_BTD = model.hidden(rows[:, :-1], plan, hessians)
@@ -1629,10 +1626,7 @@ Solver = tuple[Tensor, Tensor]
 
 
 def prepare_solver(hessian_CC: Tensor, damp: float) -> Solver:
-    """Columns by descending diagonal, and so ordered the upper factor of the damped inverse.
-
-    Raises: TrainingError (NaN, infinity).
-    """
+    """Columns by descending diagonal, and so ordered the upper factor of the damped inverse."""
     if not torch.isfinite(hessian_CC).all():
         raise TrainingError("a calibration Hessian is not finite")
     diagonal_C, order_C = hessian_CC.diagonal().sort(descending=True, stable=True)
@@ -1670,10 +1664,9 @@ def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str, solver: 
                    unit: float) -> tuple[Tensor, Tensor]:
     """Steps of rows and of columns, float16, at which one more bit buys the same everywhere.
 
-    Feedback leaves each column an error of its pivot, the part of the input that later columns
-    cannot make up for, so steps are in inverse proportion to it. What an output's error does to the
-    loss is its squared gradient; as an estimate it is noisy, and powers below one are measured to
-    be better. Source: successive interference cancellation with unequal steps.
+    Feedback leaves a column the error of its pivot, the part of the input that later columns cannot
+    make up for: steps are in inverse proportion to it. An output's error costs its mean squared
+    gradient; that estimate is noisy, so powers below one were measured to be better.
     """
     tokens = hessians["head"].trace() / len(hessians["head"])  # of normalised inputs
     gradient_R, (order_C, factor_CC) = hessians[key + ".rows"][0] / tokens, solver
@@ -1692,9 +1685,8 @@ def gptq(w_LCR: Tensor, factor_LCC: Tensor, max_level: int, bit_cost: float = 0.
     """Integers (L, C, R) that keep the outputs of matrices close; all in units of steps.
 
     Columns, which lie as rows, are rounded one by one; the error of each is spread over those to
-    come. With a cost, levels are chosen by squared error plus rate: their bits are taken to grow
-    in proportion to the level over its expected magnitude, which moves the rounding threshold.
-    Source: GPTQ (Frantar et al. 2022), with columns in order of descending diagonal.
+    come. Bits are taken to grow with the level over its expected magnitude: their cost moves the
+    rounding threshold. Source: GPTQ (Frantar et al. 2022).
     """
     # What adds up is done matrix by matrix, so that it is equal at every world size.
     sizes = [w_CR.abs() + 1e-6 for w_CR in w_LCR]
@@ -1725,10 +1717,7 @@ class QuantisedModel(NamedTuple):
 @torch.no_grad()
 def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float = 1.0,
              known: dict[str, Solver] | None = None) -> QuantisedModel:
-    """Quantises every stack; each rank solves its share of the blocks, and all get the integers.
-
-    `known` keeps what does not depend on the steps from one pass to the next.
-    """
+    """Quantises every stack, each rank its share of the blocks; `known` serves later passes."""
     config, integers, known = model.config, {}, {} if known is None else known
     floats: dict[str, Tensor] = {**model.vectors()}
     balanced = config.quantiser == "rate"
@@ -1780,11 +1769,10 @@ def restore_weights(model: GPT, quantised: QuantisedModel) -> None:
 def tensor_report(model: GPT, quantised: QuantisedModel) -> list[dict[str, object]]:
     """Entropy in bits per weight and relative error of every stack."""
     rows: list[dict[str, object]] = []
-    for name, parameter in model.stacks().items():
-        q, w = quantised.integers[name], parameter.detach().cpu()
-        error = (w - stored_weights(quantised, name)).norm() / w.norm()
-        rows.append({"name": name, "bits": round(entropy_bits(q) / q.numel(), 4),
-                     "error": round(float(error), 5)})
+    for name, q in quantised.integers.items():
+        w = model.get_parameter(name).detach().cpu()
+        error = float((w - stored_weights(quantised, name)).norm() / w.norm())
+        rows.append(dict(name=name, bits=round(entropy_bits(q) / q.numel(), 4), error=error))
     return rows
 
 
@@ -1805,7 +1793,7 @@ def estimate_artifact_bytes(config: Config) -> int:
     integers, floats = expected_shapes(config)
     total = len(packed_program()) + 1.3 * sum(shape.numel() for shape in floats.values())
     for name, shape in integers.items():
-        bits = 2.047 - math.log2(quant_rule(config, name)[1])  # of a bell of that width in steps
+        bits = 2.047 - math.log2(quant_rule(config, name)[1])  # entropy of a bell in such steps
         total += 1.01 * shape.numel() * max(bits, 0.05) / 8
     return int(total)
 
@@ -2023,10 +2011,7 @@ def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) 
 
 
 def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedModel]:
-    """Plan and contents of a whole file of this model. Raises: ArtifactError for anything else.
-
-    What it claims is compared before it is decoded: a small file can claim a large model.
-    """
+    """Plan and contents of a whole file of this model. Raises: ArtifactError for anything else."""
     position, body, streams = len(ARTIFACT_MAGIC), data[:-16], []
     intact = hashlib.sha256(body).digest()[:16] == data[len(body):]
     if not intact or not data.startswith(ARTIFACT_MAGIC):
@@ -2037,7 +2022,7 @@ def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedMo
             begin = position + 4
             position = begin + int.from_bytes(body[position:begin], "little")
             streams.append(body[begin:position])
-        header = json.loads(streams.pop(0))
+        header = json.loads(streams.pop(0))  # compared first: a small file can claim a large model
         for name in MODEL_SETTINGS:
             claimed, wanted = header["settings"][name], getattr(config, name)
             if claimed != wanted:
@@ -2084,9 +2069,8 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
                log: RunLog) -> tuple[QuantisedModel, bytes]:
     """Integers and file such that program and model fit ARTIFACT_CAP_BYTES.
 
-    With FIT, one factor on all steps is searched on the measured size: along the slope so far, and
-    never outside what is known to be too fine and to fit. Clips are only ever widened; balanced
-    steps shrink too, until bytes stop to matter.
+    With FIT, one factor on all steps is searched on the measured size, along the slope so far and
+    within what is known. Clips are only ever widened; balanced steps shrink too, within reason.
     Raises: ArtifactError if the artifact does not fit.
     """
     config, code_bytes = model.config, len(packed_program())
@@ -2148,14 +2132,12 @@ exec(compile(s, "<train_gpt>", "exec"))
 
 
 def strip_source(source: str) -> str:
-    """The same program without comments, docstrings and annotations nobody reads, indented by one.
-
-    Operators registered by a decorator derive their signature from annotations and keep them.
-    """
+    """The same program without comments and docstrings, indented by one; no idle annotations."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             node.body = node.body[bool(ast.get_docstring(node)):] or [ast.Pass()]
+        # Operators registered by a decorator derive their signature from annotations.
         if isinstance(node, ast.FunctionDef) and not node.decorator_list:
             node.returns = None
             for argument in [*node.args.args, *node.args.kwonlyargs]:
