@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from toy import tiny_env
+import torch
+from toy import random_tokens, tiny_env
 
 import train_gpt as golf
 from tools import quantiser_curve
 
 CAPS = [quantiser_curve.CODE_BYTES + size for size in (24_000, 32_000)]
+DEFAULT = ("reference", "coder", "rate_distortion")
 ROW = {"method", "total_bytes", "gap_bpb", "checkpoint_run_id"}
 
 
@@ -41,7 +44,7 @@ def test_every_method_lands_just_under_every_cap(
     assert status == 0
     rows = content["rows"]
     assert [(r["cap_bytes"], r["method"]) for r in rows] == [
-        (cap, method) for cap in CAPS for method in quantiser_curve.METHODS]
+        (cap, method) for cap in CAPS for method in DEFAULT]
     for row in rows:
         assert row.keys() >= ROW
         assert row["checkpoint_run_id"] == "toy"
@@ -57,6 +60,27 @@ def test_every_method_lands_just_under_every_cap(
     assert [row for row in again if row["method"] != "coder"] == content["rows"]
     assert [(r["method"], r["total_bytes"]) for r in again] == [
         (r["method"], r["total_bytes"]) for r in rows]
+
+
+def test_tuning_keeps_the_integers_and_comes_closer(
+        checkpoint: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantiser_curve, "TUNE_STEPS", 8)
+    found = quantiser_curve.load(checkpoint, env, golf.World().device)
+    config = replace(found.config, quantiser="rate", compressor="ans")
+    teacher, student = (found.model(config, golf.World().device) for _ in range(2))
+    quantised = golf.quantise(teacher, found.hessians, golf.World(), 20.0)
+    tuned = quantiser_curve.tune(quantised, teacher, student, found)
+    assert all(torch.equal(tuned.integers[name], q) for name, q in quantised.integers.items())
+    assert {n: (t.dtype, t.shape) for n, t in tuned.floats.items()} == {
+        n: (t.dtype, t.shape) for n, t in quantised.floats.items()}
+    ids, errors = random_tokens(8, 64, seed=5), []
+    with torch.no_grad():
+        wanted = quantiser_curve.log_probabilities(teacher, ids, found.plan)
+        for stored in (quantised, tuned):
+            golf.restore_weights(student, stored)
+            got = quantiser_curve.log_probabilities(student, ids, found.plan)
+            errors.append(float((wanted.exp() * (wanted - got)).sum()))
+    assert 0 < errors[1] < errors[0]
 
 
 def test_rows_outlive_what_stops_the_tool(checkpoint: Path, env: dict[str, str], tmp_path: Path,

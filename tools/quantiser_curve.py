@@ -12,6 +12,8 @@ factor on all steps, wider or finer, brings each to just under the cap, program 
     reference          QUANTISER=gptq COMPRESSOR=brotli
     coder              QUANTISER=gptq COMPRESSOR=ans
     rate_distortion    QUANTISER=rate COMPRESSOR=ans
+    tuned              the same; then row scales and small parameters follow, for some steps on
+                       training windows, the gradient of the divergence from the checkpoint
 
 Gap: bits per byte after less before, every document alone, windows of EVAL_SEQ_LEN side by side.
 The file is written after every row; rows of the same checkpoint that it holds are not repeated.
@@ -41,9 +43,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as golf
 
 METHODS: dict[str, tuple[Literal["gptq", "rate"], Literal["brotli", "ans"]]] = {
-    "reference": ("gptq", "brotli"), "coder": ("gptq", "ans"), "rate_distortion": ("rate", "ans")}
+    "reference": ("gptq", "brotli"), "coder": ("gptq", "ans"), "rate_distortion": ("rate", "ans"),
+    "tuned": ("rate", "ans")}
 MOST_PASSES = 6
 TOLERANCE = 1e-3  # of the cap, unused
+TUNE_STEPS, TUNE_RATE, TUNE_SEQUENCES = 30, 0.004, 16
+TUNED_BITS = 7  # of a scale's mantissa; they cost about half a byte a row
 CODE_BYTES = len(golf.packed_program())
 
 
@@ -168,6 +173,46 @@ def order0_bytes(quantised: golf.QuantisedModel) -> int:
     return round(sum(golf.entropy_bits(levels) for levels in quantised.integers.values()) / 8)
 
 
+def log_probabilities(model: golf.GPT, ids_BT: Tensor, plan: golf.DepthPlan) -> Tensor:
+    """Of all tokens at all positions, float32 (B, T, V)."""
+    logits = torch.nn.functional.linear(model.hidden(ids_BT, plan), model.embed.to(model.dtype))
+    cap = model.config.logit_softcap
+    return (cap * torch.tanh(logits.float() / cap)).log_softmax(-1)
+
+
+def tune(quantised: golf.QuantisedModel, teacher: golf.GPT, model: golf.GPT,
+         checkpoint: Checkpoint) -> golf.QuantisedModel:
+    """The same integers with scales of rows and small parameters that undo some of the damage."""
+    golf.restore_weights(model, quantised)
+    shards = [golf.read_shard(path) for path in
+              golf.find_shards(checkpoint.config.dataset_dir, "train")]
+    loader = golf.TrainLoader(shards, checkpoint.config)
+    stacks, device = model.stacks(), model.embed.device
+    stored = {name: p.detach().clone() for name, p in stacks.items()}
+    factors = {name: torch.ones_like(p[..., 0]).requires_grad_() for name, p in stored.items()}
+    adam = torch.optim.Adam([*factors.values(), *model.vectors().values()], betas=(0.9, 0.95))
+    for step in range(TUNE_STEPS):
+        adam.param_groups[0]["lr"] = TUNE_RATE * (1 - step / TUNE_STEPS)
+        windows = loader.read(step * TUNE_SEQUENCES, TUNE_SEQUENCES)
+        ids_BT = torch.from_numpy(windows[:, :-1]).to(device)
+        with torch.no_grad():
+            wanted = log_probabilities(teacher, ids_BT, checkpoint.plan)
+            for name, factor in factors.items():
+                stacks[name].copy_(stored[name] * factor[..., None])
+        model.zero_grad()
+        found = log_probabilities(model, ids_BT, checkpoint.plan)
+        ((wanted.exp() * (wanted - found)).sum() / ids_BT.numel()).backward()
+        for name, factor in factors.items():
+            factor.grad = (golf.gradient_of(stacks[name]) * stored[name]).sum(-1)
+        adam.step()
+    floats = quantised.floats | {name: v.detach().half().cpu()
+                                 for name, v in model.vectors().items()}
+    for name, factor in factors.items():
+        scale = quantised.floats[f"{name}.scale"].float() * factor.detach().cpu()
+        floats[f"{name}.scale"] = golf.coarse(scale, TUNED_BITS, 1 << 9 - TUNED_BITS)
+    return golf.QuantisedModel(quantised.integers, floats)
+
+
 def next_factor(points: Sequence[Point], target: float, slope: float) -> float:
     """Where the size should be `target`: the line through the two points nearest to it."""
     first, *others = sorted(points, key=lambda p: abs(p.total_bytes - target))[:2]
@@ -219,8 +264,27 @@ class Curve:
             model = self.checkpoint.model(config, self.world.device)
         points: list[Point] = []
         done = {row["cap_bytes"] for row in self.content["rows"] if row["method"] == method}
+        extra = sum(p[..., 0].numel() for p in model.stacks().values()) // 2
         for cap in sorted(set(caps) - done, reverse=True):
-            self.add_row(method, cap, *self.fit(model, points, cap))
+            if method == "tuned":
+                self.add_row(method, cap, *self.fit_and_tune(model, points, cap, extra))
+            else:
+                self.add_row(method, cap, *self.fit(model, points, cap))
+
+    def fit_and_tune(self, model: golf.GPT, points: list[Point], cap: int,
+                     extra: int) -> tuple[Point, golf.QuantisedModel, bytes]:
+        """An artifact with room for `extra` bytes, or twice as many, that tuning fills."""
+        for room in (extra, 2 * extra, 4 * extra):
+            point, quantised, _ = self.fit(model, points, cap - room)
+            with self.lock:
+                begin = time.perf_counter()
+                tuned = tune(quantised, model, self.scorer.model, self.checkpoint)
+                seconds = point.solve_seconds + time.perf_counter() - begin
+            blob = golf.encode_artifact(tuned, model.config, self.checkpoint.plan)
+            total = CODE_BYTES + len(blob)
+            if total <= cap:
+                return point._replace(total_bytes=total, solve_seconds=seconds), tuned, blob
+        raise golf.ArtifactError(f"tuned scales do not fit {cap:,} bytes")
 
     def solve(self, model: golf.GPT, at: float) -> tuple[golf.QuantisedModel, float]:
         """Integers with all steps times 2**at, and the seconds they took."""
@@ -312,8 +376,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train-only", action="store_true", help="stop at the checkpoint")
     parser.add_argument("--caps", default="10000000,12000000,14000000,16000000", metavar="BYTES",
                         help="of program and model, separated by commas (default %(default)s)")
-    parser.add_argument("--methods", default=",".join(METHODS), metavar="NAMES",
-                        help="default %(default)s")
+    parser.add_argument("--methods", default="reference,coder,rate_distortion", metavar="NAMES",
+                        help=f"some of {','.join(METHODS)} (default %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE",
                         help="default quantiser_curve.json in LOG_DIR")
     options = parser.parse_args(arguments)
