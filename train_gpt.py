@@ -18,19 +18,16 @@ Sections, in the order the data flows: 1 Config, 2 Runtime, 3 Data, 4 Model, 5 O
 from __future__ import annotations
 
 import ast
-import bz2
 import contextlib
 import difflib
 import functools
 import hashlib
 import io
 import json
-import lzma
 import math
 import operator
 import os
 import platform
-import struct
 import subprocess
 import sys
 import time
@@ -1612,7 +1609,7 @@ class Trainer:
 # integers with one scale per row. "6 bits" names a range; what decides the size is the step, a
 # multiple of the row's standard deviation, because the integers are entropy coded.
 #
-#   R rows (outputs)   C columns (inputs)
+#   L blocks   R rows (outputs)   C columns (inputs)
 # ==================================================================================================
 
 
@@ -1626,11 +1623,12 @@ class Hessians:
     def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Adds the second moments of `x` and returns `y`."""
         x_NC = x.flatten(0, -2).float()
-        name = hessian_name(site, block)
-        if name not in self.moments:
-            self.moments[name] = x_NC.new_zeros(x_NC.shape[1], x_NC.shape[1])
-        self.moments[name].addmm_(x_NC.T, x_NC)
+        self.add(hessian_name(site, block), x_NC.T @ x_NC)
         return y
+
+    def add(self, name: str, moment: Tensor) -> None:
+        """Adds to a sum that begins at zero."""
+        self.moments[name] = self.moments.get(name, 0) + moment
 
 
 def hessian_name(stack: str, block: int) -> str:
@@ -1638,34 +1636,28 @@ def hessian_name(stack: str, block: int) -> str:
     return "head" if block < 0 or stack == "embed" else f"{stack}.{block}"
 
 
-@torch.no_grad()
 def collect(hessians: Hessians, rows: Tensor, plan: DepthPlan) -> None:
-    """One calibration batch, int32 (sequences, seq_len + 1), through the forward pass."""
-    x_BTD = hessians.model.hidden(rows[:, :-1], plan, hessians)
-    hessians(-1, -1, "head", x_BTD, x_BTD)
-    if hessians.model.config.quantiser == "rate":
-        collect_gradients(hessians, rows[:-(-len(rows) // 8)], plan, rows[:, 1:].numel())
-
-
-@torch.enable_grad()
-def collect_gradients(hessians: Hessians, rows: Tensor, plan: DepthPlan, weight: int) -> None:
-    """Adds the mean squared gradient of every linear output, (1, R), times `weight`."""
-    found: list[tuple[str, Tensor]] = []
+    """One calibration batch (sequences, seq_len + 1); an eighth of it also gives gradients."""
+    model, names, outputs = hessians.model, [], []
+    with torch.no_grad():
+        x_BTD = model.hidden(rows[:, :-1], plan, hessians)
+        hessians(-1, -1, "head", x_BTD, x_BTD)
+    if model.config.quantiser == "gptq":
+        return
 
     def keep(visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        found.append((hessian_name(site, block) + ".rows", y))
+        names.append(hessian_name(site, block) + ".rows")
+        outputs.append(y)
         return y
 
-    nats = hessians.model(rows[:, :-1], rows[:, 1:], plan, keep).sum()
-    names = [name for name, _ in found]
-    scales = {"out": hessians.model.attn_scale, "down": hessians.model.mlp_scale}
-    for name, gradient in zip(names, torch.autograd.grad(nats, [y for _, y in found]), strict=True):
+    few, scales = rows[:-(-len(rows) // 8)], {"out": model.attn_scale, "down": model.mlp_scale}
+    nats = model(few[:, :-1], few[:, 1:], plan, keep).sum()
+    for name, gradient in zip(names, torch.autograd.grad(nats, outputs), strict=True):
         mean_1R = gradient.flatten(0, -2).float().square().mean(0, keepdim=True)
-        mean_1R *= weight / names.count(name)
-        site, _, block = name.removesuffix(".rows").partition(".")
-        if site in scales:  # what the layer puts out is scaled already
-            mean_1R *= scales[site][int(block)].square()
-        hessians.moments[name] = hessians.moments.get(name, 0) + mean_1R
+        site, block, *_ = name.split(".")
+        if site in scales:  # what such a layer puts out is scaled already
+            mean_1R *= scales[site][int(block)].detach().square()
+        hessians.add(name, mean_1R * (rows[:, 1:].numel() / names.count(name)))
 
 
 def calibration_share(config: Config, world: World, shape: BatchShape) -> int:
@@ -1674,48 +1666,55 @@ def calibration_share(config: Config, world: World, shape: BatchShape) -> int:
     return -(-config.gptq_calibration_batches * per_batch // (shape.sequences * world.size))
 
 
-class QuantRule(NamedTuple):
-    """How one tensor class is quantised."""
-
-    max_level: int  # largest integer
-    clip_sigmas: float  # the value it stands for, in standard deviations of the row
+Solver = tuple[Tensor, Tensor]
 
 
-def quant_rule(config: Config, stack: str, widen: float = 1.0) -> QuantRule:
-    """The rule of a stacked tensor; `widen` multiplies its clip width."""
+def prepare_solver(hessian_CC: Tensor, damp: float) -> Solver:
+    """Columns by descending diagonal, and so ordered the upper factor of the damped inverse."""
+    if not torch.isfinite(hessian_CC).all():
+        raise TrainingError("a calibration Hessian is not finite")
+    diagonal_C, order_C = hessian_CC.diagonal().sort(descending=True, stable=True)
+    eye_CC, failed = torch.eye(len(order_C)).to(hessian_CC), True
+    # Factored back to front, so that inverting the triangle gives the inverse's factor.
+    reverse_CC = hessian_CC[order_C][:, order_C].flip(0, 1)
+    while failed:
+        ridge_CC = damp * (diagonal_C.mean() + 1e-30) * eye_CC
+        lower_CC, failed = torch.linalg.cholesky_ex(reverse_CC + ridge_CC)
+        damp *= 10
+    return order_C, torch.linalg.solve_triangular(lower_CC.flip(0, 1), eye_CC, upper=True)
+
+
+def quant_rule(config: Config, stack: str) -> tuple[int, float]:
+    """The largest integer of a stacked tensor, and its step in standard deviations of the row."""
     bits, sigmas = ((config.embed_bits, config.embed_clip_sigmas) if stack == "embed" else
                     (config.matrix_bits, config.matrix_clip_sigmas))
-    bits = 8 if config.quantiser == "rate" else bits
-    return QuantRule(2**(bits - 1) - 1, sigmas * widen)
+    most = 127 if config.quantiser == "rate" else 2**(bits - 1) - 1
+    return most, sigmas / most
 
 
-def row_scales(w_RC: Tensor, rule: QuantRule) -> Tensor:
-    """Steps of rows, float16 (R,): a wider clip means larger ones, fewer bytes, more error."""
-    scale_R = rule.clip_sigmas * w_RC.float().std(1) / rule.max_level
-    return scale_R.nan_to_num(0.0).clamp(2**-24, 65_504).half()
+def row_scales(w_RC: Tensor, sigmas: float) -> Tensor:
+    """Steps of rows, float16 (R,): larger ones mean fewer bytes and more error."""
+    return (sigmas * w_RC.float().std(1)).nan_to_num(0.0).clamp(2**-24, 65_504).half()
 
 
 def coarse(values: Tensor, bits: int, dither: Tensor | int) -> Tensor:
     """Float16 of few mantissa bits, which cost little to store; dither keeps the mean."""
     step = 1 << 10 - bits
-    bits_16 = (values.half().view(torch.int16) + dither % step) & -step
-    return bits_16.to(torch.int16).view(torch.float16)
+    rounded = (values.half().view(torch.int16) + dither % step) & -step
+    return rounded.to(torch.int16).view(torch.float16)
 
 
-def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str, unit: float,
-                   damp: float) -> tuple[Tensor, Tensor]:
+def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str, solver: Solver,
+                   unit: float) -> tuple[Tensor, Tensor]:
     """Steps of rows and of columns, float16, at which one more bit buys the same everywhere.
 
-    Feedback leaves each column an error of its pivot, the part of the input that later columns
-    cannot make up for, so steps are in inverse proportion to it. What an output's error does to the
-    loss is its squared gradient; as an estimate it is noisy, and powers below one are measured to
-    be better. Source: successive interference cancellation with unequal steps.
+    Feedback leaves a column the error of its pivot, the part of the input that later columns cannot
+    make up for: steps are in inverse proportion to it. An output's error costs its mean squared
+    gradient; that estimate is noisy, so powers below one were measured to be better.
     """
     tokens = hessians["head"].trace() / len(hessians["head"])  # of normalised inputs
-    hessian_CC, gradient_R = hessians[key] / tokens, hessians[key + ".rows"][0] / tokens
-    order = torch.argsort(hessian_CC.diagonal(), descending=True, stable=True)
-    pivot_C = torch.empty_like(hessian_CC[0])
-    pivot_C[order] = inverse_factor(hessian_CC[order][:, order], damp).diagonal().reciprocal()
+    gradient_R, (order_C, factor_CC) = hessians[key + ".rows"][0] / tokens, solver
+    pivot_C = (factor_CC.diagonal() * tokens.sqrt()).reciprocal()[order_C.argsort()]
     middle, mean = pivot_C.log().mean().exp(), gradient_R.mean()
     column_C = coarse((middle / pivot_C).clamp(2**-8, 2**8), 2, 128)
     # Rows of the embedding are inputs as well, of which the head's gradient knows nothing.
@@ -1725,97 +1724,81 @@ def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str, unit: fl
     return coarse(row_R, 3, 79 * torch.arange(len(row_R), device=row_R.device)), column_C
 
 
-def dequantise(q_RC: Tensor, scale_R: Tensor) -> Tensor:
-    """Float32 weights of integers and row scales."""
-    return q_RC.float() * scale_R.float()[..., None]
+def gptq(w_LCR: Tensor, factor_LCC: Tensor, max_level: int, bit_cost: float = 0.0,
+         block: int = 128) -> Tensor:
+    """Integers (L, C, R) that keep the outputs of matrices close; all in units of steps.
 
-
-def inverse_factor(hessian_CC: Tensor, damp: float) -> Tensor:
-    """Upper Cholesky factor of the damped Hessian's inverse. Raises: TrainingError (NaN, inf)."""
-    if not torch.isfinite(hessian_CC).all():
-        raise TrainingError("a calibration Hessian is not finite")
-    ridge = torch.eye(len(hessian_CC), device=hessian_CC.device) * hessian_CC.diagonal().mean()
-    while True:
-        lower, failed = torch.linalg.cholesky_ex(hessian_CC + damp * ridge)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper
-        damp *= 10  # until both factorisations succeed
-
-
-def gptq(w_RC: Tensor, hessian_CC: Tensor, scale_R: Tensor, max_level: int, damp: float,
-         block: int = 128, bit_cost: float = 0.0) -> Tensor:
-    """Integers, int8 (R, C), that keep W x close for inputs with the given second moments.
-
-    Columns are rounded one by one, the most important first; the error of each is spread over those
-    to come. With a cost, levels are chosen by squared error plus rate: their bits are taken to grow
-    in proportion to the level over its expected magnitude, which moves the rounding threshold.
-    Source: GPTQ (Frantar et al. 2022), with columns in order of descending diagonal.
+    Columns, which lie as rows, are rounded one by one; the error of each is spread over those to
+    come. Bits are taken to grow with the level over its expected magnitude: their cost moves the
+    rounding threshold. Source: GPTQ (Frantar et al. 2022).
     """
-    w, hessian, scale = w_RC.float().clone(), hessian_CC.float().clone(), scale_R.float()
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1.0
-    w[:, dead] = 0.0
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    w = w[:, order]
-    size = (w / scale[:, None]).abs() + 1e-6
-    size = size.mean(1, keepdim=True) * (size.mean(0) / size.mean())
-    shift = (bit_cost / size).clamp(max=0.3)
-    factor = inverse_factor(hessian[order][:, order], damp)
-    q = torch.empty_like(w)
-    for first in range(0, w.shape[1], block):
-        last = min(first + block, w.shape[1])
-        errors = torch.empty_like(w[:, first:last])
+    # What adds up is done matrix by matrix, so that it is equal at every world size.
+    sizes = [w_CR.abs() + 1e-6 for w_CR in w_LCR]
+    sizes = [size.mean(1, keepdim=True) * (size.mean(0) / size.mean()) for size in sizes]
+    shift_LCR = (bit_cost / torch.stack(sizes)).clamp(max=0.3)
+    w_LCR, errors, last = w_LCR.clone(), torch.empty_like(w_LCR), 0
+    q_LCR = torch.empty_like(w_LCR)
+    while last < w_LCR.shape[1]:
+        first, last = last, min(last + block, w_LCR.shape[1])
         for j in range(first, last):
-            level = w[:, j] / scale
-            level -= shift[:, j] * level.sign()
-            q[:, j] = level.round().clamp(-max_level, max_level)
-            errors[:, j - first] = error = (w[:, j] - q[:, j] * scale) / factor[j, j]
-            w[:, j:last] -= error.outer(factor[j, j:last])
-        w[:, last:] -= errors @ factor[first:last, last:]
-    return q[:, torch.argsort(order)].to(torch.int8)
+            w_LR = w_LCR[:, j]
+            level_LR = w_LR - shift_LCR[:, j] * w_LR.sign()
+            q_LCR[:, j] = level_LR.round_().clamp_(-max_level, max_level)
+            errors[:, j] = error_LR = (w_LR - level_LR) / factor_LCC[:, j, j, None]
+            w_LCR[:, j:last].addcmul_(factor_LCC[:, j, j:last, None], error_LR[:, None], value=-1)
+        for w_CR, factor_CC, error_CR in zip(w_LCR, factor_LCC, errors, strict=True):
+            w_CR[last:].addmm_(factor_CC[first:last, last:].T, error_CR[first:last], alpha=-1)
+    return q_LCR
 
 
 class QuantisedModel(NamedTuple):
     """Everything an artifact holds, on the CPU."""
 
     integers: dict[str, Tensor]  # int8 (..., R, C)
-    scales: dict[str, Tensor]  # float16 (..., R)
-    vectors: dict[str, Tensor]  # float16
+    floats: dict[str, Tensor]  # float16: scales of rows and columns, and the small parameters
 
 
-def quantise(model: GPT, hessians: dict[str, Tensor], world: World,
-             widen: float = 1.0) -> QuantisedModel:
-    """Quantises every stack; each rank solves its share of the blocks, and all get the integers."""
-    integers, all_scales, config, damp = {}, {}, model.config, model.config.gptq_damp
-    vectors = {name: v.detach().half().cpu() for name, v in model.vectors().items()}
+@torch.no_grad()
+def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float = 1.0,
+             known: dict[str, Solver] | None = None) -> QuantisedModel:
+    """Quantises every stack, each rank its share of the blocks; `known` serves later passes."""
+    config, integers, known = model.config, {}, {} if known is None else known
+    floats: dict[str, Tensor] = {**model.vectors()}
     balanced = config.quantiser == "rate"
-    for name, parameter in model.stacks().items():
-        rule, stack = quant_rule(config, name, widen), parameter.detach()
-        stack_LRC = stack if stack.dim() == 3 else stack[None]
+    for name, stack in model.stacks().items():
+        most, sigmas = quant_rule(config, name)
+        stack_LRC, weights, factors = stack.view(-1, *stack.shape[-2:]), [], []
         levels = torch.zeros_like(stack_LRC, dtype=torch.int8)
         scales, columns = (levels.select(dim, 0).half() for dim in (2, 1))
-        for block in range(world.rank, len(stack_LRC), world.size):
-            w_RC, key, column_C = stack_LRC[block], hessian_name(name, block), columns[block]
+        own = range(world.rank, len(stack_LRC), world.size)
+        for block in own:
+            key, w_RC, column_C = hessian_name(name, block), stack_LRC[block], columns[block]
+            if key not in known:
+                known[key] = prepare_solver(hessians[key], config.gptq_damp)
+            order_C, factor_CC = known[key]
             if balanced:
-                scales[block], column_C[:] = balanced_steps(w_RC, hessians, key, widen, damp)
+                scales[block], column_C[:] = balanced_steps(w_RC, hessians, key, known[key], widen)
             else:
-                scales[block], column_C[:] = row_scales(w_RC, rule), 1.0
-            levels[block] = gptq(
-                w_RC / column_C, hessians[key] * column_C.float().outer(column_C.float()),
-                scales[block], rule.max_level, damp, bit_cost=0.04 * balanced)
+                scales[block], column_C[:] = row_scales(w_RC, widen * sigmas), 1.0
+            # An input that never occurs gets no weight.
+            w_RC = w_RC / scales[block, :, None] / column_C * (hessians[key].diagonal() > 0)
+            weights.append(w_RC.T[order_C])
+            factors.append(factor_CC / column_C[order_C])
+        if own:
+            solved = gptq(torch.stack(weights), torch.stack(factors), most, 0.04 * balanced)
+            for block, q_CR in zip(own, solved, strict=True):
+                order_C, _ = known[hessian_name(name, block)]
+                levels[block][:, order_C] = q_CR.T.to(torch.int8)
         integers[name] = world.sum_(levels).view(stack.shape).cpu()
-        all_scales[name] = world.sum_(scales).view(stack.shape[:-1]).cpu()
-        if config.compressor == "ans":
-            vectors[f"{name}.column"] = world.sum_(columns).view(stack[..., 0, :].shape).cpu()
-    return QuantisedModel(integers, all_scales, vectors)
+        floats[f"{name}.scale"] = world.sum_(scales).view(stack.shape[:-1])
+        floats[f"{name}.column"] = world.sum_(columns).view(stack[..., 0, :].shape)
+    return QuantisedModel(integers, {name: t.half().cpu() for name, t in floats.items()})
 
 
 def stored_weights(quantised: QuantisedModel, name: str) -> Tensor:
     """The float32 stack that the integers, row scales and column scales of `name` stand for."""
-    column = quantised.vectors.get(f"{name}.column", torch.ones(1)).float().unsqueeze(-2)
-    return dequantise(quantised.integers[name], quantised.scales[name]) * column
+    scale, column = (quantised.floats[f"{name}.{kind}"].float() for kind in ("scale", "column"))
+    return quantised.integers[name] * scale[..., None] * column[..., None, :]
 
 
 @torch.no_grad()
@@ -1824,26 +1807,26 @@ def restore_weights(model: GPT, quantised: QuantisedModel) -> None:
     for name, parameter in model.stacks().items():
         parameter.copy_(stored_weights(quantised, name))
     for name, vector in model.vectors().items():
-        vector.copy_(quantised.vectors[name])
+        vector.copy_(quantised.floats[name])
 
 
 def tensor_report(model: GPT, quantised: QuantisedModel) -> list[dict[str, object]]:
     """Entropy in bits per weight and relative error of every stack."""
-    rows = []
-    for name, parameter in model.stacks().items():
-        q, w = quantised.integers[name], parameter.detach().float().cpu()
-        error = (w - stored_weights(quantised, name)).norm() / w.norm()
-        rows.append({"name": name, "bits": round(entropy_bits(q) / q.numel(), 4),
-                     "error": round(float(error), 5)})
+    rows: list[dict[str, object]] = []
+    for name, q in quantised.integers.items():
+        w = model.get_parameter(name).detach().cpu()
+        error = float((w - stored_weights(quantised, name)).norm() / w.norm())
+        rows.append(dict(name=name, bits=round(entropy_bits(q) / q.numel(), 4), error=error))
     return rows
 
 
 def entropy_bits(levels: Tensor) -> float:
     """Order-0 entropy of a stack of integers in bits, with one histogram per matrix."""
     total = 0.0
-    for matrix in levels if levels.dim() == 3 else levels[None]:
-        shares = torch.bincount(matrix.flatten().int() + 128).double() / matrix.numel()
-        total += matrix.numel() * float(torch.special.entr(shares).sum()) / math.log(2)
+    for matrix in levels.view(-1, *levels.shape[-2:]).numpy():
+        counts = np.bincount(matrix.ravel().view(np.uint8))
+        counts = counts[counts > 0]
+        total += float(counts @ np.log2(matrix.size / counts))
     return total
 
 
@@ -1851,32 +1834,26 @@ def estimate_artifact_bytes(config: Config) -> int:
     """Bytes of program and model to expect before training, as if rows were Gaussian."""
     if config.quantiser == "rate":
         return config.artifact_cap_bytes
-    integers, floats = expected_shapes(config, "brotli")  # without column scales
-    coder_loss = {"brotli": 1.014, "ans": 1.001}[config.compressor]
-    total = float(len(packed_program()))
+    integers, floats = expected_shapes(config)
+    total = len(packed_program()) + 1.3 * sum(shape.numel() for shape in floats.values())
     for name, shape in integers.items():
-        rule = quant_rule(config, name)
-        # Differential entropy less the logarithm of the step.
-        bits = 0.5 * math.log2(2 * math.pi * math.e) - math.log2(rule.clip_sigmas / rule.max_level)
-        total += coder_loss * shape.numel() * max(bits, 0.05) / 8
-        total += 1.33 * floats.pop(f"{name}.scale").numel()
-    return int(total + 1.5 * sum(shape.numel() for shape in floats.values()))
+        bits = 2.047 - math.log2(quant_rule(config, name)[1])  # entropy of a bell in such steps
+        total += 1.01 * shape.numel() * max(bits, 0.05) / 8
+    return int(total)
 
 
 # ==================================================================================================
 # 8  Artifact
 #
-# Enters: a `QuantisedModel`. Leaves: one flat file, and back. Nothing in it is executed, every size
-# is declared and checked before memory is taken, and a checksum covers every byte. Here too is the
-# packed program, whose bytes count beside the model's.
+# Enters: a `QuantisedModel`. Leaves: one flat file, and back. Nothing in it is executed, it is
+# compared with the settings before memory is taken, and a checksum covers every byte. Here too is
+# the packed program, whose bytes count beside the model's.
 #
-#   magic, lengths of the header | compressed JSON header | streams | start of the SHA-256 of it all
+#   magic | JSON header, streams, each behind its length | start of the SHA-256 of it all
 # ==================================================================================================
 
-ARTIFACT_MAGIC = b"GOLF\x00\x01\r\n"
-CHECKSUM_BYTES = 16
-MOST_HEADER_BYTES = 1 << 20
-MOST_ELEMENTS = 1 << 31
+ARTIFACT_MAGIC = b"GOLF\x00\x02\r\n"
+PIECE = 1 << 19  # of a brotli stream: many small ones share out among cores
 
 SLOTS = 1 << 15  # the sum of a context's frequencies
 CONTEXTS = 64
@@ -1892,45 +1869,6 @@ MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_
                   "logit_softcap", "num_loops", "loop_start", "loop_end")
 
 
-class Header(NamedTuple):
-    """The self-description of an artifact file."""
-
-    settings: dict[str, float]
-    plan: str
-    preset: str
-    codec: str
-    streams: list[int]  # compressed bytes of each
-
-
-class Artifact(NamedTuple):
-    """What an artifact file says."""
-
-    header: Header
-    model: QuantisedModel
-
-
-def compress(levels: np.ndarray) -> bytes:
-    """The bytes of an array as a brotli stream."""
-    import brotli
-    return brotli.compress(levels.tobytes(), quality=11, lgwin=24)
-
-
-def decompress(data: bytes, size: int) -> bytes:
-    """The inverse of `compress`. Raises: ArtifactError unless exactly `size` bytes come out."""
-    import brotli
-    decoder, out, piece = brotli.Decompressor(), b"", b" "
-    try:
-        while not decoder.is_finished() and len(out) <= size and (piece or data):
-            # Never over one byte more than `size`, whatever the stream would expand to.
-            piece = decoder.process(data, output_buffer_limit=size + 1 - len(out))
-            out, data = out + piece, b""
-    except Exception as error:
-        raise ArtifactError(f"artifact: a brotli stream does not decode: {error}") from None
-    if len(out) != size or not decoder.is_finished():
-        raise ArtifactError(f"artifact: a brotli stream gives {len(out)}+ bytes, not {size}")
-    return out
-
-
 def require_compressor(config: Config) -> None:
     """Raises ConfigError where the codec is missing, before time goes into a model for it."""
     try:
@@ -1942,16 +1880,41 @@ def require_compressor(config: Config) -> None:
                           "pip install -U 'brotli>=1.2'")
 
 
-def expected_shapes(config: Config, codec: str) -> tuple[Shapes, Shapes]:
+def compress(data: np.ndarray | bytes) -> bytes:
+    """Bytes, or those of an array, as a brotli stream."""
+    import brotli
+    return brotli.compress(bytes(data), quality=11, lgwin=24)
+
+
+def decompress(data: bytes, shape: Sequence[int]) -> np.ndarray:
+    """The inverse of `compress`, int8. Raises: ArtifactError unless just the shape comes out."""
+    import brotli
+    decoder, size, out = brotli.Decompressor(), math.prod(shape), b""
+    with contextlib.suppress(brotli.error):
+        # Never over one byte more, whatever the stream would expand to.
+        out = decoder.process(data, output_buffer_limit=size + 1)
+    if len(out) != size or not decoder.is_finished():
+        raise ArtifactError(f"a brotli stream does not decode to {size} bytes")
+    return np.frombuffer(out, np.int8).reshape(shape)
+
+
+def expected_shapes(config: Config) -> tuple[Shapes, Shapes]:
     """Shapes of a file's integers and float16 tensors, in order; takes no memory."""
     with torch.device("meta"):
         model = GPT(config, sdpa_attend)
     integers = {name: p.shape for name, p in model.stacks().items()}
-    floats = {f"{name}.scale": shape[:-1] for name, shape in integers.items()}
-    floats |= {name: p.shape for name, p in model.vectors().items()}
-    if codec == "ans":
-        floats |= {f"{k}.column": shape[:-2] + shape[-1:] for k, shape in integers.items()}
+    floats = {name: p.shape for name, p in model.vectors().items()}
+    for name, shape in integers.items():
+        floats |= {f"{name}.scale": shape[:-1], f"{name}.column": shape[:-2] + shape[-1:]}
     return integers, floats
+
+
+def stream_shapes(integers: Shapes, codec: str) -> list[tuple[int, ...]]:
+    """Shapes of the levels in each stream: whole stacks for the adaptive coder, else pieces."""
+    if codec == "ans":
+        return [(shape[:-2].numel(), *shape[-2:]) for shape in integers.values()]
+    total = sum(shape.numel() for shape in integers.values())
+    return [(min(PIECE, total - first),) for first in range(0, total, PIECE)]
 
 
 def class_magnitude(classes: np.ndarray, shift: int) -> np.ndarray:
@@ -2002,36 +1965,25 @@ def walk_levels(levels_LRC: np.ndarray, row_LR: np.ndarray, limits: Sequence[int
             tables, patience, fresh = level_tables(counts), min(2 * patience, 1 << 20), []
 
 
-def walk_stack(levels_LRC: np.ndarray, classes: np.ndarray, facts: Sequence[int],
-               visit: Visitor) -> None:
-    """Walks the classes of a stack's rows, less their middle, and then the stack."""
-    grid = classes.reshape(1, -1, 64)
-    walk_levels(grid, 24 + 0 * grid[..., 0], facts[:2], visit)
-    row_LR = classes[:levels_LRC[..., 0].size].reshape(levels_LRC.shape[:2])
-    walk_levels(levels_LRC, row_LR.astype(np.int32) + facts[4], facts[2:4], visit)
-
-
 def num_lanes(shape: Sequence[int]) -> int:
     """Coder states that advance together: more are faster, and each costs two bytes."""
     return max(16, min(512, math.prod(shape) >> 14))
 
 
 def encode_levels(levels_LRC: np.ndarray) -> bytes:
-    """A stack of int8 as one stream: five facts about it, the coder's states, its words.
+    """A stack of int8 as one stream: limits, classes of rows, the coder's states, its words.
 
     Source: asymmetric numeral systems (Duda 2013), many of them interleaved (Giesen 2014).
     """
-    row_LR = magnitude_class(np.abs(levels_LRC, dtype=np.float32).mean(2), 21)
-    middle = int(np.median(row_LR))
-    classes = np.pad(row_LR.ravel() - middle, (0, -row_LR.size % 64)).astype(np.int8)
-    facts = [int(end) for a in (classes, levels_LRC) for end in (a.min(), a.max())] + [middle]
+    row_LR = magnitude_class(np.abs(levels_LRC, dtype=np.float32).mean(2), 21).astype(np.int8)
+    limits, classes = np.array([levels_LRC.min(), levels_LRC.max()]), compress(row_LR)
     rows: list[np.ndarray] = []
 
     def record(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
         rows.append(tables[0][context, symbols].ravel())
         return symbols
 
-    walk_stack(levels_LRC.copy(), classes, facts, record)
+    walk_levels(levels_LRC.copy(), row_LR, limits.tolist(), record)
     lanes = num_lanes(levels_LRC.shape)
     states, words = np.full(lanes, 1 << 16, np.uint32), [np.empty(0, np.uint16)]
     for row in reversed(rows):
@@ -2043,16 +1995,13 @@ def encode_levels(levels_LRC: np.ndarray) -> bytes:
             x[full] >>= 16
             x += x // freq * (SLOTS - freq) + (cell & 0xFFFF)
     tail = np.concatenate(words[::-1]).astype("<u2")
-    return struct.pack("5b", *facts) + states.astype("<u4").tobytes() + tail.tobytes()
+    return b"".join([limits.tobytes(), len(classes).to_bytes(4, "little"), classes,
+                     states.astype("<u4").tobytes(), tail.tobytes()])
 
 
 def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
     """The inverse of `encode_levels`. Raises: ArtifactError unless the stream ends as it began."""
     levels_LRC, lanes = np.zeros(shape, np.int8), num_lanes(shape)
-    if len(data) < 5 + 4 * lanes or len(data) % 2 == 0:
-        raise ArtifactError(f"artifact: a stream of {len(data)} bytes, not {5 + 4 * lanes} or more")
-    states = np.frombuffer(data, "<u4", lanes, 5).astype(np.uint32)
-    words = np.frombuffer(data, "<u2", -1, 5 + 4 * lanes).astype(np.uint32)
     position = 0
 
     def take(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
@@ -2070,152 +2019,112 @@ def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
             position += len(empty)
         return out.reshape(context.shape)
 
-    classes = np.zeros(-(-levels_LRC[..., 0].size // 64) * 64, np.int8)
     try:
-        walk_stack(levels_LRC, classes, struct.unpack_from("5b", data), take)
-    except (ValueError, IndexError):  # facts or states that no encoder writes
-        position = -1
-    if position != len(words) or (states != 1 << 16).any():
-        raise ArtifactError("artifact: a stream of levels does not end where it began")
+        begin = 6 + int.from_bytes(data[2:6], "little")
+        row_LR, limits = decompress(data[6:begin], shape[:2]), np.frombuffer(data, np.int8, 2)
+        states = np.frombuffer(data, "<u4", lanes, begin).astype(np.uint32)
+        words = np.frombuffer(data, "<u2", -1, begin + 4 * lanes).astype(np.uint32)
+        walk_levels(levels_LRC, row_LR, limits.tolist(), take)
+        if position != len(words) or (states != 1 << 16).any():
+            raise ValueError
+    except (ValueError, IndexError):
+        raise ArtifactError("a stream of levels does not end where it began") from None
     return levels_LRC
 
 
+CODERS = {"brotli": (compress, decompress), "ans": (encode_levels, decode_levels)}
+
+
 def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) -> bytes:
-    """The artifact file: one stream per stack of integers, one of brotli for float16 values."""
-    integers, floats = expected_shapes(config, config.compressor)
-    tensors = quantised.vectors | {f"{k}.scale": v for k, v in quantised.scales.items()}
-    values = np.concatenate([tensors[name].numpy().ravel() for name in floats]).astype("<f2")
+    """The artifact file: streams of levels, and one of brotli for float16 values."""
+    integers, floats = expected_shapes(config)
+    values = np.concatenate([quantised.floats[name].numpy().ravel() for name in floats])
+    levels = np.concatenate([quantised.integers[name].numpy().ravel() for name in integers])
+    shapes = stream_shapes(integers, config.compressor)
+    parts = np.split(levels, np.cumsum([math.prod(shape) for shape in shapes[:-1]]))
+    arrays = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # both coders let go of the interpreter
+        streams = list(pool.map(CODERS[config.compressor][0], arrays))
     # Low bytes apart from high bytes: exponents compress, mantissas do not.
-    planes = values.view(np.int8).reshape(-1, 2).T
-    stacks = [quantised.integers[k].view(-1, *shape[-2:]).numpy() for k, shape in integers.items()]
-    encode = encode_levels if config.compressor == "ans" else compress
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        streams = [*pool.map(encode, stacks), compress(planes)]
+    streams.append(compress(values.astype("<f2").view(np.int8).reshape(-1, 2).T))
     settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
-    header = Header(settings, plan.name, config.preset, config.compressor, [*map(len, streams)])
-    text = json.dumps(header._asdict(), separators=(",", ":")).encode()
-    packed = lzma.compress(text, lzma.FORMAT_ALONE)
-    frame = struct.pack("<II", len(packed), len(text))
-    body = b"".join([ARTIFACT_MAGIC, frame, packed, *streams])
-    return body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES]
+    header = dict(preset=config.preset, plan=plan.name, codec=config.compressor, settings=settings)
+    frames = [json.dumps(header, separators=(",", ":")).encode(), *streams]
+    body = ARTIFACT_MAGIC + b"".join(len(f).to_bytes(4, "little") + f for f in frames)
+    return body + hashlib.sha256(body).digest()[:16]
 
 
-def decode_header(data: bytes) -> tuple[Header, int]:
-    """The header of an intact file, and where its streams begin. Raises: ArtifactError."""
-    start = len(ARTIFACT_MAGIC) + 8
-    if not data.startswith(ARTIFACT_MAGIC) or len(data) < start + CHECKSUM_BYTES:
-        raise ArtifactError(f"artifact: {len(data)} bytes that begin with {data[:8]!r}, expected "
-                            f"{start + CHECKSUM_BYTES} or more with {ARTIFACT_MAGIC!r} in front")
-    if hashlib.sha256(data[:-CHECKSUM_BYTES]).digest()[:CHECKSUM_BYTES] != data[-CHECKSUM_BYTES:]:
-        raise ArtifactError("artifact: checksum does not match; the file is damaged or incomplete")
-    packed_bytes, text_bytes = struct.unpack_from("<II", data, len(ARTIFACT_MAGIC))
-    end = start + packed_bytes
-    if text_bytes > MOST_HEADER_BYTES or end + CHECKSUM_BYTES > len(data):
-        raise ArtifactError(f"artifact: header of {text_bytes} bytes, at most {MOST_HEADER_BYTES}")
+def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedModel]:
+    """Plan and contents of a whole file of this model. Raises: ArtifactError for anything else."""
+    position, body, streams = len(ARTIFACT_MAGIC), data[:-16], []
+    intact = hashlib.sha256(body).digest()[:16] == data[len(body):]
+    if not intact or not data.startswith(ARTIFACT_MAGIC):
+        raise ArtifactError(f"{len(data)} bytes that begin with {data[:8]!r}: not an artifact of "
+                            "this version, or damaged (checksum)")
     try:
-        decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=1 << 26)
-        text = decoder.decompress(data[start:end], text_bytes + 1)
-        header = Header(**json.loads(text))
-        well_formed = (len(text) == text_bytes and not decoder.unused_data
-                       and header.codec in ("brotli", "ans") and isinstance(header.settings, dict)
-                       and all(type(n) is int and n >= 0 for n in header.streams)
-                       and isinstance(header.plan, str) and isinstance(header.preset, str))
-    except Exception as error:
-        raise ArtifactError(f"artifact: unreadable header ({type(error).__name__})") from None
-    if not well_formed or end + sum(header.streams) + CHECKSUM_BYTES != len(data):
-        raise ArtifactError("artifact: its streams do not add up to the file")
-    return header, end
+        while position < len(body):
+            begin = position + 4
+            position = begin + int.from_bytes(body[position:begin], "little")
+            streams.append(body[begin:position])
+        header = json.loads(streams.pop(0))  # compared first: a small file can claim a large model
+        for name in MODEL_SETTINGS:
+            claimed, wanted = header["settings"][name], getattr(config, name)
+            if claimed != wanted:
+                raise ArtifactError(f"{name.upper()}={claimed} (PRESET={header['preset']}), but "
+                                    f"the settings say {wanted}")
+        plan = {plan.name: plan for plan in depth_plans(config)}[header["plan"]]
+        return plan, decode_streams(streams, config, header["codec"])
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ArtifactError(f"malformed: {error!r}") from None
 
 
-def decode_artifact(data: bytes) -> Artifact:
-    """The contents of a whole, well-formed file. Raises: ArtifactError for anything else."""
-    header, position = decode_header(data)
-    config = stored_config(header.settings)
-    integers, floats = expected_shapes(config, header.codec)
-    sizes = [shape.numel() for shape in floats.values()]
-    shapes = [(shape[:-2].numel(), *shape[-2:]) for shape in integers.values()]
-    shapes.append((1, 2, sum(sizes)))
-    if sum(map(math.prod, shapes)) > MOST_ELEMENTS or len(shapes) != len(header.streams):
-        raise ArtifactError(f"artifact: {len(header.streams)} streams, must be {len(shapes)} with "
-                            f"at most {MOST_ELEMENTS} levels")
-    arrays = []
-    for number, (length, shape) in enumerate(zip(header.streams, shapes, strict=True), 1):
-        stream = data[position:position + length]
-        adaptive = header.codec == "ans" and number < len(shapes)
-        arrays.append(decode_levels(stream, shape) if adaptive else np.frombuffer(
-            bytearray(decompress(stream, math.prod(shape))), np.int8))
-        position += length
-    values = arrays.pop().reshape(2, -1).T.copy().view("<f2").ravel()
-    parts = torch.from_numpy(values).split(sizes)
-    tensors = {name: p.view(shape) for (name, shape), p in zip(floats.items(), parts, strict=True)}
-    stacks = {name: torch.from_numpy(array).view(shape)
-              for (name, shape), array in zip(integers.items(), arrays, strict=True)}
-    scales = {name: tensors.pop(f"{name}.scale") for name in integers}
-    return Artifact(header, QuantisedModel(stacks, scales, tensors))
+def decode_streams(streams: list[bytes], config: Config, codec: str) -> QuantisedModel:
+    """The model in a file's streams. Raises: ArtifactError, ValueError, LookupError."""
+    integers, floats = expected_shapes(config)
+    sizes, decode = [shape.numel() for shape in floats.values()], CODERS[codec][1]
+    values = decompress(streams.pop(), (2, sum(sizes))).T.copy().view("<f2")
+    shapes = stream_shapes(integers, codec)
+    levels = np.concatenate([decode(*both).ravel() for both in zip(streams, shapes, strict=True)])
+    parts = [*torch.from_numpy(levels).split([shape.numel() for shape in integers.values()]),
+             *torch.from_numpy(values.ravel()).split(sizes)]
+    tensors = {name: part.view(shape) for part, (name, shape)
+               in zip(parts, (integers | floats).items(), strict=True)}
+    return QuantisedModel({name: tensors.pop(name) for name in integers}, tensors)
 
 
-def stored_config(settings: dict[str, float]) -> Config:
-    """The configuration with a header's model settings. Raises: ArtifactError."""
-    types = typing.get_type_hints(Config)
-    if set(settings) != set(MODEL_SETTINGS):
-        raise ArtifactError(f"artifact: {set(settings) ^ set(MODEL_SETTINGS)} missing or unknown")
-    for name, value in settings.items():
-        if type(value) is not types[name]:
-            raise ArtifactError(f"artifact: {name}={value!r} is not of type {types[name].__name__}")
+def open_artifact(path: Path, config: Config) -> tuple[DepthPlan, QuantisedModel]:
+    """Plan and contents of the file at `path`. Raises: ArtifactError unless of this model."""
     try:
-        return Config(**settings)  # type: ignore[arg-type]
-    except ConfigError as error:
-        raise ArtifactError(f"artifact: {error}") from None
-
-
-def open_artifact(path: Path, config: Config) -> Artifact:
-    """The contents of the file at `path`. Raises: ArtifactError unless it is of this model.
-
-    What it claims is compared before it is decoded: a small file can claim a large model.
-    """
-    try:
-        data = path.read_bytes()
-        header, _ = decode_header(data)
-        plans = [plan.name for plan in depth_plans(config)]
-        if header.plan not in plans:
-            raise ArtifactError(f"depth plan {header.plan!r} is not one of {', '.join(plans)}")
-        for name, value in header.settings.items():
-            if name in MODEL_SETTINGS and value != getattr(config, name):
-                raise ArtifactError(f"{name.upper()}={value} (PRESET={header.preset}), but the "
-                                    f"settings say {getattr(config, name)}")
-        return decode_artifact(data)
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
-    except ArtifactError as error:
+        return decode_artifact(path.read_bytes(), config)
+    except (OSError, ArtifactError) as error:
         raise ArtifactError(f"{path}: {error}") from None
 
 
 def load_artifact(path: Path, config: Config, world: World,
                   attend: Attend) -> tuple[GPT, DepthPlan]:
     """The model and the depth plan that the file at `path` stands for. Raises: ArtifactError."""
-    header, quantised = open_artifact(path, config)
-    plans = {plan.name: plan for plan in depth_plans(config)}
+    plan, quantised = open_artifact(path, config)
     model = GPT(config, attend, compute_dtype(world.device)).to(world.device)
     restore_weights(model, quantised)
-    return model, plans[header.plan]
+    return model, plan
 
 
 def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: World,
                log: RunLog) -> tuple[QuantisedModel, bytes]:
     """Integers and file such that program and model fit ARTIFACT_CAP_BYTES.
 
-    With FIT, one factor on all steps is searched on the measured size: along the slope so far, and
-    never outside what is known to be too fine and to fit. Clips are only ever widened; balanced
-    steps shrink too, until bytes stop to matter.
+    With FIT, one factor on all steps is searched on the measured size, along the slope so far and
+    within what is known. Clips are only ever widened; balanced steps shrink too, within reason.
     Raises: ArtifactError if the artifact does not fit.
     """
     config, code_bytes = model.config, len(packed_program())
+    known: dict[str, Solver] = {}
     cap, floor = config.artifact_cap_bytes, -3.0 if config.quantiser == "rate" else 0.0
-    margin, best, low, high, at = min(5000, cap // 200), None, floor - 1, math.inf, 0.0
+    margin, low, high, at = min(5000, cap // 200), floor - 1, math.inf, 0.0
     slope, last = -sum(p.numel() for p in model.stacks().values()) / 8, (math.inf, 0)
     for _ in range(20):
         begin = time.perf_counter()
-        quantised = quantise(model, hessians, world, 2**at)
+        quantised = quantise(model, hessians, world, 2**at, known)
         solved = time.perf_counter()
         blob = encode_artifact(quantised, config, plan) if world.is_main else b""
         log.put("quantisation", seconds_solve=round(solved - begin, 2),
@@ -2230,14 +2139,11 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
             break
         if math.isfinite(last[0]):
             slope = min((over - last[1]) / (at - last[0]), 0.1 * slope)
-        last, at = (at, over), at - (over + margin / 2) / slope
-        at = max(floor, last[0] - 3, min(last[0] + 3, at))
-        if not low < at < high:
-            at = (low + high) / 2
-    if best is None:
-        hint = f"even with steps x{2**low:.0f}" if config.fit else "FIT=1 would widen the steps"
+        last, at = (at, over), at - max(-3, min(3, (over + margin / 2) / slope))
+        at = max(floor, at) if low < max(floor, at) < high else (low + high) / 2
+    if high == math.inf:
         raise ArtifactError(f"artifact is {over:,} bytes over ARTIFACT_CAP_BYTES ({cap:,}), "
-                            f"{code_bytes:,} of them the program; {hint}")
+                            f"even with steps x{2**low:.0f} (FIT={config.fit:d})")
     if floor == 0.0 < high:
         log.warn(f"the preset's clip widths do not fit the cap: widened x{2**high:.4f}")
     log.put("quantisation", clip_widening=round(2**high, 5))
@@ -2262,22 +2168,20 @@ def save_artifact(path: Path, blob: bytes, quantised: QuantisedModel, model: GPT
 
 # Runs the program inside its archive. The line cache gets the text, because tracebacks,
 # torch.compile and Triton read the source of what they compile.
-PACKED_STUB = """import bz2, linecache
-s = bz2.decompress(__loader__.get_data("source")).decode()
+PACKED_STUB = """import brotli, linecache
+s = brotli.decompress(__loader__.get_data("source")).decode()
 linecache.cache["<train_gpt>"] = len(s), None, s.splitlines(True), "<train_gpt>"
 exec(compile(s, "<train_gpt>", "exec"))
 """
 
 
 def strip_source(source: str) -> str:
-    """The same program without comments, docstrings and annotations nobody reads, indented by one.
-
-    Operators registered by a decorator derive their signature from annotations and keep them.
-    """
+    """The same program without comments and docstrings, indented by one; no idle annotations."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             node.body = node.body[bool(ast.get_docstring(node)):] or [ast.Pass()]
+        # Operators registered by a decorator derive their signature from annotations.
         if isinstance(node, ast.FunctionDef) and not node.decorator_list:
             node.returns = None
             for argument in [*node.args.args, *node.args.kwonlyargs]:
@@ -2288,7 +2192,7 @@ def strip_source(source: str) -> str:
 
 def pack_program(source: str) -> bytes:
     """A zip that Python runs like the script. Equal sources give equal bytes."""
-    data = bz2.compress(strip_source(source).encode())
+    data = compress(strip_source(source).encode())
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in (("source", data), ("__main__.py", PACKED_STUB.encode())):
@@ -2300,8 +2204,9 @@ def pack_program(source: str) -> bytes:
 
 def unpack_program(path: Path) -> str:
     """The source inside a packed program."""
+    import brotli
     with zipfile.ZipFile(path) as archive:
-        return bz2.decompress(archive.read("source")).decode()
+        return brotli.decompress(archive.read("source")).decode()
 
 
 # ==================================================================================================

@@ -89,7 +89,7 @@ def test_most_changed_bits_and_every_truncation_are_refused() -> None:
         damaged[place // 8] ^= 1 << place % 8
         try:
             same = np.array_equal(golf.decode_levels(bytes(damaged), stack.shape), stack)
-            assert not same or place // 8 < 5  # only facts may be looser than they need to be
+            assert not same or place // 8 < 6  # only facts may be looser than they need to be
         except golf.ArtifactError:
             refused += 1
     assert refused > 0.98 * len(places)
@@ -113,7 +113,7 @@ def test_noise_never_crashes_the_decoder(data: bytes) -> None:
 def test_decoder_takes_no_more_memory_than_its_tables_and_the_stack() -> None:
     shape = (1, 1000, 500)
     stream = golf.encode_levels(levels(shape, "bell", 1))
-    for data in (stream, struct.pack("5b", -128, 127, -128, 127, 0) + stream[5:], stream[:-2]):
+    for data in (stream, struct.pack("2b", -128, 127) + stream[2:], stream[:-2]):
         tracemalloc.start()
         try:
             golf.decode_levels(data, shape)

@@ -87,7 +87,7 @@ def test_integers_do_not_depend_on_the_world_size(ranks: list[Measured], alone: 
     wanted = cast("dict[str, dict[str, Tensor]]", part(alone, "calibration")["quantised"])
     for measured in ranks:
         found = cast("dict[str, dict[str, Tensor]]", part(measured, "calibration")["quantised"])
-        for kind in ("integers", "scales", "vectors"):
+        for kind in ("integers", "floats"):
             assert found[kind].keys() == wanted[kind].keys()
             for name, tensor in found[kind].items():
                 assert torch.equal(tensor, wanted[kind][name]), (kind, name)

@@ -98,10 +98,13 @@ def output_error(w: Tensor, stored: Tensor, hessian: Tensor) -> float:
 def solve_balanced(w: Tensor, hessian: Tensor, unit: float, cost: float) -> tuple[Tensor, Tensor]:
     """Integers, and the weights that they stand for."""
     known = {"head": torch.eye(len(hessian)), "up.0": hessian, "up.0.rows": torch.ones(1, len(w))}
-    scale, column = golf.balanced_steps(w, known, "up.0", unit, 0.01)
-    column = column.float()
-    q = golf.gptq(w / column, hessian * column.outer(column), scale, 127, 0.01, bit_cost=cost)
-    return q, golf.dequantise(q, scale) * column
+    order, factor = golf.prepare_solver(hessian, 0.01)
+    scale, column = golf.balanced_steps(w, known, "up.0", (order, factor), unit)
+    steps = (w / scale[:, None] / column).T[order]
+    solved = golf.gptq(steps[None], (factor / column[order])[None], 127, cost)[0]
+    q = torch.empty_like(w, dtype=torch.int8)
+    q[:, order] = solved.T.to(torch.int8)
+    return q, q * scale[:, None].float() * column
 
 
 def coded_bits(q: Tensor) -> float:
@@ -139,7 +142,8 @@ def test_steps_are_coarse_floats_that_follow_gradient_and_pivot() -> None:
     hessian[7, 7], gradient = 16.0, torch.ones(1, 96)
     gradient[0, 5] = 81.0
     known = {"head": torch.eye(64), "up.0": hessian, "up.0.rows": gradient}
-    scale, column = golf.balanced_steps(w, known, "up.0", 500.0, 1e-6)
+    scale, column = golf.balanced_steps(
+        w, known, "up.0", golf.prepare_solver(hessian, 1e-6), 500.0)
     assert scale.dtype == column.dtype == torch.float16
     assert not (scale.view(torch.int16) & 127).any()
     assert not (column.view(torch.int16) & 255).any()
@@ -187,8 +191,8 @@ def test_search_lands_just_under_the_cap(model: golf.GPT, hessians: dict[str, Te
     unused = config.artifact_cap_bytes - PROGRAM_BYTES - len(blob)
     assert 0 <= unused <= 0.005 * config.artifact_cap_bytes
     assert len([line for line in log.lines if line.startswith("fit:")]) <= 8
-    found = golf.decode_artifact(blob).model
-    assert found.vectors.keys() == quantised.vectors.keys()
+    found = golf.decode_artifact(blob, config)[1]
+    assert found.floats.keys() == quantised.floats.keys()
     for name, q in quantised.integers.items():
         assert torch.equal(found.integers[name], q)
         assert torch.equal(golf.stored_weights(found, name), golf.stored_weights(quantised, name))
@@ -218,7 +222,8 @@ class FakeSize:
         monkeypatch.setattr(golf, "encode_artifact", lambda q, config, plan: bytes(q))
         self.law = law
 
-    def quantise(self, model: object, hessians: object, world: object, widen: float) -> int:
+    def quantise(self, model: object, hessians: object, world: object, widen: float,
+                 known: object) -> int:
         assert callable(self.law)
         size = max(0, int(self.law(math.log2(widen))))
         self.asked.append((math.log2(widen), size))
@@ -264,9 +269,8 @@ def test_two_ranks_find_the_integers_of_one(model: golf.GPT, hessians: dict[str,
     halves = [golf.quantise(model, hessians, Half(rank)) for rank in range(2)]
     for name, q in alone.integers.items():
         assert torch.equal(sum(half.integers[name] for half in halves), q)
-        assert torch.equal(sum(half.scales[name] for half in halves), alone.scales[name])
-        both = sum(half.vectors[f"{name}.column"] for half in halves)
-        assert torch.equal(both, alone.vectors[f"{name}.column"])
+        for key in (f"{name}.scale", f"{name}.column"):
+            assert torch.equal(sum(half.floats[key] for half in halves), alone.floats[key])
 
 
 def test_balanced_model_is_closer_at_equal_bytes(model: golf.GPT,

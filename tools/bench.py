@@ -443,7 +443,7 @@ class Bench:
             golf.quantise(model, hessians.moments, self.world)))
         torch.set_float32_matmul_precision("high")
         encode = timer.once(lambda: encoded.append(golf.encode_artifact(solved[0], config, plan)))
-        decode = timer.once(lambda: golf.decode_artifact(encoded[0]))
+        decode = timer.once(lambda: golf.decode_artifact(encoded[0], config))
         self.add(f"hessians of all {batches} batches", batches * batch)
         for name, seconds in (("solve", solve), ("encode", encode), ("decode", decode)):
             self.add(name, seconds)
