@@ -603,20 +603,16 @@ SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a leading 
 
 def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
     """The uint16 ids of a shard, mapped, below `vocab_size` if given. Raises: DataError."""
+    start = 4 * SHARD_HEADER_INTS
     try:
-        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
-        actual = path.stat().st_size
+        header, actual = np.fromfile(path, dtype="<i4", count=3), path.stat().st_size
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if header.size < SHARD_HEADER_INTS:
-        raise DataError(f"{path}: {actual} bytes, shorter than a header ({4 * SHARD_HEADER_INTS})")
-    magic, version, count = header[:3].tolist()
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise DataError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} "
-                        f"and {SHARD_VERSION}")
-    if count < 0 or actual != 4 * SHARD_HEADER_INTS + 2 * count:
-        raise DataError(f"{path}: {actual} bytes, but the header announces {count} tokens")
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
+    magic, version, count = np.resize(header, 3).tolist()  # of zeros where there is nothing
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or not start <= actual == start + 2 * count:
+        raise DataError(f"{path}: {actual} bytes, magic {magic} version {version}; expected {start} "
+                        f"and 2 for each of {count} tokens, {SHARD_MAGIC} and {SHARD_VERSION}")
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(count,))
     if vocab_size is not None:
         check_ids(tokens, vocab_size, str(path))
     return tokens
@@ -654,32 +650,28 @@ class TrainLoader:
         self.shards, self.config, self.seq_len = shards, config, config.train_seq_len
         self.offsets = np.cumsum([0] + [s.size for s in shards])
         self.num_tokens = int(self.offsets[-1])
-        self.enter_epoch(0, 0)
+        self.enter_epoch(0)
         if not self.starts.size:
             raise DataError(
                 f"{config.dataset_dir}: {self.num_tokens} training tokens in {len(shards)} shards, "
                 f"none as long as TRAIN_SEQ_LEN ({self.seq_len}) + 1")
 
-    def enter_epoch(self, epoch: int, first_number: int) -> None:
+    def enter_epoch(self, epoch: int) -> None:
         """Draws the windows of one pass: start positions in the concatenation of all shards."""
-        rng = np.random.Generator(np.random.PCG64([self.config.seed, epoch]))
-        starts = []
+        rng, starts = np.random.Generator(np.random.PCG64([self.config.seed, epoch])), []
         for shard, offset in zip(self.shards, self.offsets[:-1], strict=True):
-            last = shard.size - self.seq_len  # where a window would lack its final token
-            phase = rng.integers(max(1, min(self.seq_len, last)))
-            starts.append(offset + np.arange(phase, last, self.seq_len))
-        self.starts = rng.permutation(np.concatenate(starts))
-        self.epoch, self.first_number = epoch, first_number
+            count, spare = divmod(max(0, shard.size - 1), self.seq_len)
+            starts.append(offset + rng.integers(spare + 1) + self.seq_len * np.arange(count))
+        self.epoch, self.starts = epoch, rng.permutation(np.concatenate(starts))
 
     def read(self, first: int, count: int) -> np.ndarray:
         """Windows `first` to `first + count`, int32 (count, seq_len + 1). Raises: DataError."""
         windows = np.empty((count, self.seq_len + 1), dtype=np.int32)
         for row, number in zip(windows, range(first, first + count), strict=True):
-            if number < self.first_number:
-                self.enter_epoch(0, 0)
-            while number >= self.first_number + self.starts.size:
-                self.enter_epoch(self.epoch + 1, self.first_number + self.starts.size)
-            start = self.starts[number - self.first_number]
+            epoch, index = divmod(number, self.starts.size)
+            if epoch != self.epoch:
+                self.enter_epoch(epoch)
+            start = self.starts[index]
             shard = int(np.searchsorted(self.offsets, start, side="right")) - 1
             row[:] = self.shards[shard][start - self.offsets[shard]:][:self.seq_len + 1]
         check_ids(windows, self.config.vocab_size, f"{self.config.dataset_dir}: training shards")
@@ -761,21 +753,19 @@ def token_bytes(tokenizer: SentencePieceProcessor) -> TokenBytes:
     if a piece holds it anywhere but in front.
     Example: pieces (U+2581)"caf", "<0xC3>", "<0xA9>" -> 3 and a leading space, 1, 1
     """
-    size = tokenizer.vocab_size()
-    table = TokenBytes(np.zeros(size, np.int16), np.zeros(size, bool), np.ones(size, bool))
     if tokenizer.is_unknown(tokenizer.piece_to_id(SPACE_MARK)):
-        raise DataError(f"tokenizer of {size} pieces: U+2581 is none of them; bytes would be wrong")
-    for token in range(size):
-        if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
-            continue
-        piece = tokenizer.id_to_piece(token)
-        text = piece.removeprefix(SPACE_MARK)
+        raise DataError("tokenizer: U+2581 is no piece of its own; bytes would be wrong")
+    ids = list(range(tokenizer.vocab_size()))
+    pieces = tokenizer.id_to_piece(ids)
+    texts = [piece.removeprefix(SPACE_MARK) for piece in pieces]
+    for piece, text in zip(pieces, texts, strict=True):
         if SPACE_MARK in text:
-            raise DataError(f"tokenizer piece {token} ({piece!r}) holds U+2581 inside")
-        table.boundary[token] = False
-        table.leading_space[token] = text != piece
-        table.base[token] = 1 if tokenizer.is_byte(token) else len(text.encode())
-    return table
+            raise DataError(f"tokenizer: piece {piece!r} holds U+2581 inside")
+    counts = np.where(tokenizer.is_byte(ids), 1, [len(text.encode()) for text in texts])
+    boundary = np.any([tokenizer.is_control(ids), tokenizer.is_unknown(ids),
+                       tokenizer.is_unused(ids)], axis=0)
+    leading_space = [text != piece for piece, text in zip(pieces, texts, strict=True)]
+    return TokenBytes((counts * ~boundary).astype(np.int16), leading_space & ~boundary, boundary)
 
 
 def bytes_of_targets(previous: np.ndarray, target: np.ndarray, table: TokenBytes) -> np.ndarray:
@@ -809,11 +799,6 @@ class ValStream:
         shards = find_shards(config.dataset_dir, "val")
         tokens = np.concatenate([read_shard(path, config.vocab_size) for path in shards])
         return cls(tokens, table, config.eval_seq_len, config.val_tail)
-
-
-def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Total nats as bits per byte of text."""
-    return nats / (math.log(2) * num_bytes)
 
 
 # ==================================================================================================
@@ -2267,68 +2252,6 @@ def unpack_program(path: Path) -> str:
 # ==================================================================================================
 
 
-class ScoreLedger:
-    """Every target's score, taken exactly once; nothing is released before it is scored."""
-
-    def __init__(self, stream: ValStream, world: World) -> None:
-        self.stream, self.world = stream, world
-        self.by_document, self.num_releases = False, 0
-        self.scored = np.zeros(stream.num_targets, dtype=np.uint8)  # by this rank
-        self.final = np.zeros(stream.num_targets, dtype=np.uint8)  # by any rank, as agreed
-        self.nats = torch.zeros(stream.num_targets, device=world.device)
-
-    def commit(self, starts: np.ndarray, counts: np.ndarray, nats_BS: Tensor) -> None:
-        """Takes scores of counts[b] targets from starts[b] on. Raises: LegalityError if one had."""
-        spans = zip(starts, counts, strict=True)
-        positions = np.concatenate([np.arange(start, start + n) for start, n in spans])
-        again = (self.scored[positions] | self.final[positions]).any()
-        if again or np.unique(positions).size != positions.size:
-            first, last = positions.min(), positions.max()
-            raise LegalityError(f"a target between {first} and {last} was scored before")
-        self.scored[positions] = 1
-        place = torch.from_numpy(positions).to(nats_BS.device)
-        self.nats[place] = scored_nats(counts, nats_BS).float()
-
-    def agree(self, first: int, last: int) -> None:
-        """Makes all ranks' scores of some targets final. Raises: LegalityError if two have one."""
-        flags = torch.from_numpy(self.scored[first:last].copy())
-        if bool((self.world.combine(flags, dist.ReduceOp.SUM) > 1).any()):
-            raise LegalityError(f"a target between {first} and {last} was scored by two ranks")
-        self.final[first:last] = flags.numpy()
-
-    def released(self, first: int, last: int) -> np.ndarray:
-        """Inputs and targets `first` to `last`. Raises: LegalityError unless all are final."""
-        self.require_final(first, last)
-        self.num_releases += 1
-        return self.stream.tokens[first:last + 1]
-
-    def released_nats(self, windows: Windows, nats_BS: Tensor) -> Tensor:
-        """Total nats of windows, to learn from. Raises: LegalityError unless committed before."""
-        spans = zip(windows.first_scored, windows.stops, strict=True)
-        if not all(self.scored[first:stop].all() for first, stop in spans):
-            raise LegalityError("a target was to be learned from before its score was committed")
-        self.num_releases += 1
-        return scored_nats(windows.counts(), nats_BS).sum()
-
-    def require_final(self, first: int, last: int) -> None:
-        """Raises LegalityError unless every target from `first` to `last` has a final score."""
-        missing = (self.final[first:last] == 0).sum()
-        if missing:
-            raise LegalityError(f"{missing} targets between {first} and {last} are not scored")
-
-    def total_nats(self) -> float:
-        """Sum over all targets and ranks, in float64. Raises: LegalityError if one is missing."""
-        self.agree(0, self.final.size)
-        self.require_final(0, self.final.size)
-        return float(self.world.sum_(self.nats.double().sum()))
-
-
-def scored_nats(counts: np.ndarray, nats_BS: Tensor) -> Tensor:
-    """The first counts[b] entries of every row b, one after the other."""
-    kept_BS = np.arange(nats_BS.shape[1]) < np.asarray(counts)[:, None]
-    return nats_BS.flatten()[torch.from_numpy(np.flatnonzero(kept_BS)).to(nats_BS.device)]
-
-
 class Windows(NamedTuple):
     """Stretches of the stream to run through the model, and which targets each of them scores."""
 
@@ -2336,23 +2259,80 @@ class Windows(NamedTuple):
     first_scored: np.ndarray  # first target that counts
     stops: np.ndarray  # one past the last target
 
+    @property
+    def skip(self) -> int:
+        """Positions before the first scored one, of every window if they form a batch."""
+        return int(self.first_scored[0] - self.starts[0])
+
     def select(self, chosen: slice | np.ndarray) -> Windows:
         """Some of the windows."""
         return Windows(*(a[chosen] for a in self))
-
-    def counts(self) -> np.ndarray:
-        """Targets that each window scores."""
-        return self.stops - self.first_scored
 
     def share(self, world: World) -> Windows:
         """This rank's contiguous share."""
         ranks = np.array([world.rank, world.rank + 1])
         return self.select(slice(*len(self.starts) * ranks // world.size))
 
+    def targets(self) -> np.ndarray:
+        """Positions of all scored targets, window by window."""
+        spans = zip(self.first_scored, self.stops, strict=True)
+        return np.concatenate([np.arange(*span) for span in spans])
 
-def plain_windows(num_targets: int, seq_len: int) -> Windows:
-    """Windows side by side; each scores all its targets."""
-    return sliding_windows(num_targets, seq_len, seq_len)
+    def scores(self, nats_BS: Tensor) -> Tensor:
+        """The nats of `targets`, from those of the positions from the first scored ones on."""
+        counts = (self.stops - self.first_scored)[:, None]
+        kept = np.flatnonzero(np.arange(nats_BS.shape[1]) < counts)
+        return nats_BS.flatten()[torch.from_numpy(kept).to(nats_BS.device, non_blocking=True)]
+
+
+class ScoreLedger:
+    """Every target's score, taken exactly once; nothing is released before it is scored."""
+
+    def __init__(self, stream: ValStream, world: World, by_document: bool = False) -> None:
+        self.stream, self.world, self.by_document = stream, world, by_document
+        self.begin, self.num_commits, self.num_releases = time.perf_counter(), 0, 0
+        # Per target: scores by this rank; scores by any rank, as agreed.
+        self.scored, self.final = np.zeros((2, stream.num_targets), dtype=np.uint8)
+        self.nats = torch.zeros(stream.num_targets, device=world.device)
+
+    def commit(self, windows: Windows, nats_BS: Tensor) -> None:
+        """Takes the scores of some windows. Raises: LegalityError if a target had one."""
+        targets = windows.targets()
+        np.add.at(self.scored, targets, 1)
+        if (self.scored[targets] > 1).any():
+            raise LegalityError(f"a target between {targets.min()} and {targets.max()} was scored "
+                                "before")
+        place = torch.from_numpy(targets).to(self.nats.device, non_blocking=True)
+        self.nats[place] = windows.scores(nats_BS.detach())
+        self.num_commits += 1
+
+    def agree(self, first: int, last: int) -> None:
+        """Makes all ranks' scores of some targets final. Raises: LegalityError if two have one."""
+        counts = torch.from_numpy(self.scored[first:last].copy())
+        if bool((self.world.combine(counts, dist.ReduceOp.SUM) > 1).any()):
+            raise LegalityError(f"a target between {first} and {last} was scored by two ranks")
+        self.final[first:last] = counts.numpy()
+
+    def released(self, first: int, last: int) -> np.ndarray:
+        """Inputs and targets `first` to `last`. Raises: LegalityError unless all are final."""
+        missing = (self.final[first:last] == 0).sum()
+        if missing:
+            raise LegalityError(f"{missing} targets between {first} and {last} are not scored")
+        self.num_releases += 1
+        return self.stream.tokens[first:last + 1]
+
+    def released_nats(self, windows: Windows, nats_BS: Tensor) -> Tensor:
+        """Total nats of windows, to learn from. Raises: LegalityError unless committed before."""
+        if not self.scored[windows.targets()].all():
+            raise LegalityError("a target was to be learned from before its score was committed")
+        self.num_releases += 1
+        return windows.scores(nats_BS).sum()
+
+    def total_nats(self) -> float:
+        """Sum over all targets and ranks, in float64. Raises: LegalityError if one is missing."""
+        self.agree(0, self.final.size)
+        self.released(0, self.final.size)
+        return float(self.world.sum_(self.nats.double().sum()))
 
 
 def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
@@ -2368,23 +2348,10 @@ def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
 
 def document_windows(stream: ValStream, seq_len: int, stride: int) -> Windows:
     """The sliding windows of every document; its last target is the next one's first token."""
-    parts = [[start + a for a in sliding_windows(stop - start, seq_len, stride)]
-             for start, stop in zip(stream.document_starts, stream.document_stops, strict=True)]
-    return Windows(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-
-
-class Batch(NamedTuple):
-    """One forward pass: windows that skip equally many positions, padded to a shape of few."""
-
-    windows: Windows
-    rows: int
-    width: int
-    scored: int  # positions that go through the head, after the skipped ones
-
-    def span(self, sequence_BT: Tensor) -> Tensor:
-        """The scored positions of a sequence."""
-        skip = int(self.windows.first_scored[-1] - self.windows.starts[-1])
-        return sequence_BT[:, skip:skip + self.scored]
+    spans = zip(stream.document_starts, stream.document_stops, strict=True)
+    parts = [start + np.array(sliding_windows(stop - start, seq_len, stride))
+             for start, stop in spans]
+    return Windows(*np.concatenate(parts, axis=1))
 
 
 class Scorer:
@@ -2398,34 +2365,38 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, windows: Windows, ledger: ScoreLedger) -> None:
-        """Scores windows in order; those that skip equally many positions share batches."""
-        skipped, config = windows.first_scored - windows.starts, self.model.config
-        rows, width = config.eval_rows, config.eval_seq_len
+        """Scores this rank's share; windows that skip equally many positions share batches."""
+        windows, config = windows.share(self.world), self.model.config
+        skipped, rows = windows.first_scored - windows.starts, config.eval_rows
         for skip in np.unique(skipped):
             group = windows.select(skipped == skip)
             for first in range(0, len(group.starts), rows):
                 part = group.select(slice(first, first + rows))
-                nats_BS = self.predict(Batch(part, rows, width, width - int(skip)), ledger)
-                ledger.commit(part.first_scored, part.counts(), nats_BS)
+                ledger.commit(part, self.predict(part, (rows, config.eval_seq_len), ledger))
 
-    def predict(self, batch: Batch, ledger: ScoreLedger, adapter: LowRank | None = None) -> Tensor:
-        """Nats (rows, scored) of the batch's targets under the weights as they are now."""
-        starts = np.resize(batch.windows.starts, (batch.rows, 1))  # repeats pad the batch
-        index = np.minimum(starts + np.arange(batch.width + 1), self.stream.num_targets)
-        rows = self.tokens[torch.from_numpy(index).to(self.world.device)]
-        nats_BS = self.nats(rows, batch, adapter)
+    def predict(self, windows: Windows, shape: tuple[int, int], ledger: ScoreLedger,
+                adapter: LowRank | None = None) -> Tensor:
+        """Nats of all positions from the first scored ones on, by the weights as they are now.
+
+        The windows form a batch, padded to `shape`, rows and width.
+        """
+        device = self.world.device
+        starts = torch.from_numpy(np.resize(windows.starts, (shape[0], 1)))
+        index = starts.to(device, non_blocking=True) + torch.arange(shape[1] + 1, device=device)
+        rows = self.tokens[index.clamp_(max=self.stream.num_targets)]
+        nats_BS = self.nats(rows, windows.skip, adapter)
         if self.audit:
-            self.audit.observe(self, ledger, batch, rows, nats_BS, adapter)
+            self.audit.observe(self, ledger, windows, rows, nats_BS, adapter)
         return nats_BS
 
-    def nats(self, rows: Tensor, batch: Batch, adapter: LowRank | None) -> Tensor:
-        """Nats (rows, scored) of the targets in token rows (rows, width + 1)."""
-        return self.model.nats(self.states(rows, batch, adapter), batch.span(rows[:, 1:]), adapter)
+    def nats(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
+        """Nats (rows, width - skip) of the targets in token rows (rows, width + 1)."""
+        return self.model.nats(self.states(rows, skip, adapter), rows[:, 1 + skip:], adapter)
 
-    def states(self, rows: Tensor, batch: Batch, adapter: LowRank | None) -> Tensor:
-        """Hidden states at the scored positions."""
+    def states(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
+        """Hidden states at all positions but the first."""
         runner = adapter.run_block if adapter else self.block_runner
-        return batch.span(self.model.hidden(rows[:, :-1], self.plan, adapter, runner))
+        return self.model.hidden(rows[:, :-1], self.plan, adapter, runner)[:, skip:]
 
 
 AUDIT_EVERY = 100  # batches, from the first on: what keeps the overhead at a few percent
@@ -2439,7 +2410,6 @@ class Audit:
     def __init__(self, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.checked, self.worst = torch.zeros(2, len(CONDITIONS), dtype=torch.float64)
-        self.ledger: ScoreLedger | None = None
         self.state: tuple[int, list[int]] = 0, []
 
     def note(self, condition: str, checked: int, violation: float | Tensor) -> None:
@@ -2448,47 +2418,43 @@ class Audit:
         self.checked[index] += checked
         self.worst[index] = self.worst[index].maximum(torch.as_tensor(violation).cpu())
 
-    def observe(self, scorer: Scorer, ledger: ScoreLedger, batch: Batch, rows: Tensor,
+    def observe(self, scorer: Scorer, ledger: ScoreLedger, windows: Windows, rows: Tensor,
                 nats_BS: Tensor, adapter: LowRank | None) -> None:
         """Looks at scores that are not committed yet: weights move only after a release."""
         weights = adapter.parameters if adapter else scorer.model.parameters()
-        state = ledger.num_releases, [p._version for p in weights]
-        if ledger is not self.ledger:
-            self.ledger, self.number, self.state = ledger, 0, state
-        windows, starts = batch.windows, ledger.stream.document_starts
-        opened = adapter.pairs if adapter and windows.first_scored[-1] in starts else []
+        before, self.state = self.state, (ledger.num_releases, [p._version for p in weights])
+        starts = ledger.stream.document_starts
+        opened = adapter.pairs if adapter and windows.first_scored[0] in starts else []
         stale = any(bool(b.any()) for _, b in opened)
-        moved = state[1] != self.state[1] and state[0] == self.state[0]
-        self.note("c3_score_first", 1, float(moved and (stale or not opened)))
+        if ledger.num_commits:
+            moved = before[1] != self.state[1] and before[0] == self.state[0]
+            self.note("c3_score_first", 1, float(moved and (stale or not opened)))
         if ledger.by_document:  # no document starts inside a context, nor with another's adapter
             inside = np.searchsorted(starts, windows.stops)
             inside -= np.searchsorted(starts, windows.starts, "right")
             self.note("documents_isolated", len(inside), float(stale or inside.max() > 0))
-        if self.number % AUDIT_EVERY == 0:
-            self.sample(scorer, batch, rows, nats_BS, adapter)
-        self.state, self.number = state, self.number + 1
+        if ledger.num_commits % AUDIT_EVERY == 0:
+            self.sample(scorer, windows, rows, nats_BS, adapter)
 
     @torch.no_grad()
-    def sample(self, scorer: Scorer, batch: Batch, rows: Tensor, nats_BS: Tensor,
+    def sample(self, scorer: Scorer, windows: Windows, rows: Tensor, nats_BS: Tensor,
                adapter: LowRank | None) -> None:
         """Scores up to a drawn target again, with it, all that follows and other rows replaced."""
-        vocabulary = torch.arange(scorer.model.config.vocab_size).to(rows)
-        counts = batch.windows.counts()
+        model, skip, counts = scorer.model, windows.skip, windows.stops - windows.first_scored
+        vocabulary = torch.arange(model.config.vocab_size).to(rows)
         drawn = int(torch.randint(int(counts.max()), (), generator=self.generator))
-        cut = int(batch.windows.first_scored[-1] - batch.windows.starts[-1]) + drawn
         altered = torch.randint(len(vocabulary), rows.shape, generator=self.generator).to(rows)
-        altered[::2, :cut + 1] = rows[::2, :cut + 1]
+        altered[::2, :skip + drawn + 1] = rows[::2, :skip + drawn + 1]
         with torch.set_grad_enabled(nats_BS.requires_grad):  # the graph that scored
-            x_BSD = scorer.states(altered, batch, adapter).detach()
-        again_BS = scorer.model.nats(x_BSD, batch.span(rows[:, 1:]), adapter)
+            x_BSD = scorer.states(altered, skip, adapter).detach()
+        again_BS = model.nats(x_BSD, rows[:, 1 + skip:], adapter)
         shift = (again_BS - nats_BS)[:len(counts):2, :drawn + 1].abs()
         self.note("c1_causal", shift.numel(), shift.max())
-        mass_B = torch.zeros(batch.rows, dtype=torch.float64, device=rows.device)
+        mass_B = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         for ids in vocabulary.split(64):
             x_BKD = x_BSD[:, drawn:drawn + 1].expand(-1, len(ids), -1)
-            nats_BK = scorer.model.nats(x_BKD, ids.expand(batch.rows, -1), adapter)
-            mass_B += (-nats_BK.double()).exp().sum(1)
-        self.note("c2_normalised", batch.rows, (mass_B - 1).abs().max())
+            mass_B += (-model.nats(x_BKD, ids.expand(len(rows), -1), adapter).double()).exp().sum(1)
+        self.note("c2_normalised", len(rows), (mass_B - 1).abs().max())
 
     def report(self, world: World) -> dict[str, dict[str, object]]:
         """Of every condition that any rank checked: whether it held, how often, the worst case."""
@@ -2509,20 +2475,18 @@ class Score(NamedTuple):
 
 def evaluate(scorer: Scorer, windows: Windows, by_document: bool = False) -> Score:
     """The score of a fixed model on all windows."""
-    begin = time.perf_counter()
-    ledger = ScoreLedger(scorer.stream, scorer.world)
-    ledger.by_document = by_document
-    scorer.score(windows.share(scorer.world), ledger)
-    return finish_score(scorer, ledger, begin)
+    ledger = ScoreLedger(scorer.stream, scorer.world, by_document)
+    scorer.score(windows, ledger)
+    return finish_score(scorer, ledger)
 
 
-def finish_score(scorer: Scorer, ledger: ScoreLedger, begin: float) -> Score:
-    """The score of a complete ledger whose evaluation began at `begin`."""
+def finish_score(scorer: Scorer, ledger: ScoreLedger) -> Score:
+    """The score of a complete ledger."""
     nats, stream = ledger.total_nats(), ledger.stream
     if scorer.audit and scorer.world.is_main:  # an incomplete or repeated score has raised
         scorer.audit.note("c4_single_pass", stream.num_targets, 0.0)
-    return Score(nats / stream.num_targets, bits_per_byte(nats, stream.num_bytes),
-                 time.perf_counter() - begin)
+    return Score(nats / stream.num_targets, nats / math.log(2) / stream.num_bytes,
+                 time.perf_counter() - ledger.begin)
 
 
 def log_score(log: RunLog, key: str, label: str, score: Score) -> None:
@@ -2577,21 +2541,21 @@ class ChunkLearner:
 def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     """The score of a model that learns, along a cosine, from every chunk but the last."""
     config, num_targets = scorer.model.config, scorer.stream.num_targets
-    begin, size = time.perf_counter(), config.ttt_chunk_tokens
     ledger, learner = ScoreLedger(scorer.stream, scorer.world), ChunkLearner(scorer)
+    size = config.ttt_chunk_tokens
     last_chunk = (num_targets - 1) // size
     for chunk in range(last_chunk + 1):
         first, last = chunk * size, min((chunk + 1) * size, num_targets)
-        of_chunk = windows.select(windows.first_scored // size == chunk)
-        scorer.score(of_chunk.share(scorer.world), ledger)  # 1. predict with the present weights
+        # 1. Predict with the present weights.
+        scorer.score(windows.select(windows.first_scored // size == chunk), ledger)
         ledger.agree(first, last)  # 2. final: a second score raises
         if chunk < last_chunk:
             lr = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
             learner.adapt(ledger.released(first, last), lr)  # 3. learn from final tokens only
-    return finish_score(scorer, ledger, begin)
+    return finish_score(scorer, ledger)
 
 
-Factors = dict[Site, tuple[Tensor, Tensor]]  # (B, inputs, R) and (B, R, outputs); R is the rank
+Factors = dict[str, tuple[Tensor, Tensor]]  # by site: (B, inputs, R), (B, R, outputs); R is rank
 
 
 def low_rank(factors: Factors, scale: float, site: Site, x: Tensor, y: Tensor) -> Tensor:
@@ -2600,11 +2564,6 @@ def low_rank(factors: Factors, scale: float, site: Site, x: Tensor, y: Tensor) -
         return y
     a, b = (t.to(x.dtype) for t in factors[site])
     return y + scale * (x @ a @ b)
-
-
-def adapted_block(*inputs: object, factors: Factors, scale: float) -> Tensor:
-    """`run_block` as a function of the factors, so that one graph serves all visits."""
-    return run_block(*inputs, functools.partial(low_rank, factors, scale))  # type: ignore
 
 
 class LowRank:
@@ -2618,12 +2577,11 @@ class LowRank:
                                requires_grad=True)
 
         self.config, self.scale = c, c.ttt_lora_alpha / c.ttt_lora_rank
-        self.compiled = maybe_compile(adapted_block, c)
+        self.compiled = maybe_compile(run_block, c)
         self.factors: dict[int, Factors] = {
             visit: {site: (zeros(shapes[site].shape[-1], c.ttt_lora_rank),
                            zeros(c.ttt_lora_rank, shapes[site].shape[-2]))
-                    for site in SITES
-                    if site in c.ttt_lora_sites.split(",") and (site == "head") == (visit < 0)}
+                    for site in c.ttt_lora_sites.split(",") if (site == "head") == (visit < 0)}
             for visit in range(-1, len(plan.visits))}
         self.pairs = [pair for factors in self.factors.values() for pair in factors.values()]
         self.parameters = [factor for pair in self.pairs for factor in pair]
@@ -2635,20 +2593,27 @@ class LowRank:
         """The adapted output of one layer."""
         return low_rank(self.factors[visit], self.scale, site, x, y)
 
-    def run_block(self, *inputs: typing.Any) -> Tensor:
+    def run_block(self, x: Tensor, x0: Tensor, *others: typing.Any) -> Tensor:
         """One block, adapted as in the visit that its last input is bound to."""
-        factors = self.factors[inputs[-1].args[0]]
-        return self.compiled(*inputs[:-1], factors=factors, scale=self.scale)
+        if x is x0 and torch.is_grad_enabled():  # like later visits, or it had its own graph
+            x = x.detach().requires_grad_()
+        for tensor in (x, x0):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)  # one graph for all widths
+        # The factors become inputs, so that one graph serves all visits.
+        tap = functools.partial(low_rank, self.factors[others[-1].args[0]], self.scale)
+        return self.compiled(x, x0, *others[:-1], tap)
 
     @torch.no_grad()
-    def reset(self, keep_a: bool = False) -> None:
-        """Makes all outputs zero; with `keep_a` the input factors stay as documents left them."""
-        generator = torch.Generator().manual_seed(self.config.seed)
+    def reset(self) -> None:
+        """Makes all outputs zero; input factors that learned may stay as documents left them."""
+        generator = torch.Generator(self.parameters[0].device).manual_seed(self.config.seed)
+        redraw = not (self.config.ttt_warm_start_a and self.adam.state)
         self.adam.state.clear()
         for a, b in self.pairs:
             b.zero_()
-            if not keep_a:
-                a.copy_((torch.rand(a.shape[1:], generator=generator) * 2 - 1) / a.shape[1] ** 0.5)
+            if redraw:
+                bound = a.shape[1] ** -0.5
+                a[:] = torch.empty_like(a[0]).uniform_(-bound, bound, generator=generator)
 
     def learn(self, loss: Tensor) -> None:
         """One step of every row on its own share of the loss."""
@@ -2663,69 +2628,55 @@ CHUNK_SCALES = ((512, 0.5), (4096, 1.0), (16_384, 4.0), (math.inf, 8.0))
 RECORD_RANKS = 8
 
 
-class DocumentGroup(NamedTuple):
-    """Documents that adapt side by side."""
-
-    starts: np.ndarray  # first target of each
-    stops: np.ndarray
-    chunk: int  # targets between two steps
-
-    def widths(self, config: Config) -> list[int]:
-        """Width of the pass for every chunk, with as much context as fits: one of three shapes."""
-        choices = config.eval_seq_len // np.array([4, 2, 1])
-        longest = int((self.stops - self.starts).max())
-        ends = np.arange(self.chunk, longest + self.chunk, self.chunk)
-        return choices[np.searchsorted(choices, np.minimum(ends, choices[-1]))].tolist()
-
-    def passes(self, config: Config) -> Iterator[Batch]:
-        """The forward passes in order."""
-        for number, width in enumerate(self.widths(config)):
-            first, last = number * self.chunk, (number + 1) * self.chunk
-            scored = (np.minimum(self.starts + n, self.stops) for n in (first, last))
-            windows = Windows(self.starts + max(0, last - config.eval_seq_len), *scored)
-            yield Batch(windows, config.ttt_batch_size, width, self.chunk)
+DocumentPasses = list[tuple[Windows, int]]  # and width, for documents that adapt side by side
 
 
-def group_documents(starts: np.ndarray, stops: np.ndarray, config: Config) -> list[DocumentGroup]:
-    """All documents, by length, in groups that fill a batch and share a chunk length."""
+def document_passes(starts: np.ndarray, stops: np.ndarray, config: Config) -> list[DocumentPasses]:
+    """Passes in order, chunk by chunk, of documents in groups, by falling length.
+
+    A pass sees all before its end that fits; widths are sixteenths of the longest.
+    """
+    rows, longest, groups = config.ttt_batch_size, config.eval_seq_len, []
     limits, scales = (np.array(column) for column in zip(*CHUNK_SCALES, strict=True))
-    sizes = np.clip(config.ttt_chunk_size * scales, 1, config.eval_seq_len // 2).astype(int)
-    chunks, groups = sizes[np.searchsorted(limits, stops - starts)], []
-    order = np.argsort(stops - starts, kind="stable")
-    for chunk in np.unique(chunks):
-        same = order[chunks[order] == chunk]
-        for first in range(0, len(same), config.ttt_batch_size):
-            rows = same[first:first + config.ttt_batch_size]
-            groups.append(DocumentGroup(starts[rows], stops[rows], int(chunk)))
+    chunks = np.clip(config.ttt_chunk_size * scales, 1, longest // 2).astype(int)
+    order, unit = np.argsort(starts - stops, kind="stable"), -(-longest // 16)
+    for group in np.split(order, range(rows, len(order), rows)):
+        start, stop = starts[group], stops[group]
+        length, passes = stop[0] - start[0], []
+        chunk = chunks[np.searchsorted(limits, length)]
+        for first in range(0, length, chunk):
+            last = first + chunk
+            windows = Windows(start + max(0, last - longest), np.minimum(start + first, stop),
+                              np.minimum(start + last, stop))
+            passes.append((windows, min(-(-last // unit) * unit, longest)))
+        groups.append(passes)
     return groups
 
 
-def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Indices by rank: the costliest first, each to the rank with the least so far."""
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        min(shares, key=lambda share: sum(costs[i] for i in share)).append(index)
-    return shares
+def share_out(costs: Sequence[float], ranks: int) -> np.ndarray:
+    """The rank of every piece of work: each goes to the rank with the least so far."""
+    totals, owners = np.zeros(ranks), np.zeros(len(costs), dtype=int)
+    for piece, cost in enumerate(costs):
+        owners[piece] = totals.argmin()
+        totals[owners[piece]] += cost
+    return owners
 
 
-def evaluate_documents(scorer: Scorer, adapters: LowRank) -> Score:
+def evaluate_documents(scorer: Scorer) -> Score:
     """The score when each document, chunk by chunk, is learned from by adapters of its own."""
-    begin, stream, config = time.perf_counter(), scorer.stream, adapters.config
-    ledger = ScoreLedger(stream, scorer.world)
-    ledger.by_document = True
-    adapters.reset()
-    groups = group_documents(stream.document_starts, stream.document_stops, config)
-    costs = [sum(group.widths(config)) for group in groups]  # no clock: the same on every rank
-    for index in share_out(costs, scorer.world.size)[scorer.world.rank]:
-        adapters.reset(config.ttt_warm_start_a)
-        passes = list(groups[index].passes(config))
-        for batch in passes:
-            windows = batch.windows
-            nats_BS = scorer.predict(batch, ledger, adapters)  # 1. predict with what is known
-            ledger.commit(windows.first_scored, windows.counts(), nats_BS.detach())  # 2. final
-            if batch is not passes[-1]:
+    stream, world, adapters = scorer.stream, scorer.world, LowRank(scorer.model, scorer.plan)
+    ledger, config = ScoreLedger(stream, world, by_document=True), adapters.config
+    groups = document_passes(stream.document_starts, stream.document_stops, config)
+    costs = [sum(width for _, width in passes) for passes in groups]  # on all ranks the same
+    for index in np.flatnonzero(share_out(costs, world.size) == world.rank):
+        adapters.reset()
+        for windows, width in groups[index]:
+            shape = config.ttt_batch_size, width
+            nats_BS = scorer.predict(windows, shape, ledger, adapters)  # 1. with what is known
+            ledger.commit(windows, nats_BS)  # 2. final
+            if windows is not groups[index][-1][0]:
                 adapters.learn(ledger.released_nats(windows, nats_BS))  # 3. from final scores
-    return finish_score(scorer, ledger, begin)
+    return finish_score(scorer, ledger)
 
 
 def official_lengths(count: int = 50_000) -> np.ndarray:
@@ -2736,20 +2687,20 @@ def official_lengths(count: int = 50_000) -> np.ndarray:
     return lengths
 
 
-def project_documents(scorer: Scorer, adapters: LowRank) -> float:
+def project_documents(scorer: Scorer) -> float:
     """Warms up every shape on random tokens; seconds of the official text on eight ranks."""
-    config, stops, seconds = adapters.config, np.cumsum(official_lengths()), {}
-    groups = group_documents(np.append(0, stops[:-1]), stops, config)
-    shapes = {batch.width: batch for group in groups[:1] + groups[-1:]
-              for batch in group.passes(config)}
-    for width, batch in 2 * list(shapes.items()):  # the first round compiles
-        rows = torch.randint(config.vocab_size, (batch.rows, width + 1))
+    stops, seconds, adapters = np.cumsum(official_lengths()), {}, LowRank(scorer.model, scorer.plan)
+    config = adapters.config
+    groups = document_passes(np.append(0, stops[:-1]), stops, config)
+    skips = {width: windows.skip for passes in groups for windows, width in passes}
+    for width, skip in 2 * list(skips.items()):  # the first round compiles
+        rows = torch.randint(config.vocab_size, (config.ttt_batch_size, width + 1))
         begin = time.perf_counter()
-        adapters.learn(scorer.nats(rows.to(scorer.world.device), batch, adapters).sum())
+        adapters.learn(scorer.nats(rows.to(scorer.world.device), skip, adapters).sum())
         scorer.world.synchronize()
         seconds[width] = time.perf_counter() - begin
-    costs = [sum(seconds[width] for width in group.widths(config)) for group in groups]
-    return max(sum(costs[i] for i in share) for share in share_out(costs, RECORD_RANKS))
+    costs = [sum(seconds[width] for _, width in passes) for passes in groups]
+    return float(np.bincount(share_out(costs, RECORD_RANKS), costs).max())
 
 
 # ==================================================================================================
@@ -2871,7 +2822,7 @@ def train_to_artifact(setup: Setup) -> Path:
     log.line(f"train_shards: {shards} | train_tokens: {tokens} | model_params:{total}")
 
     def score(plan: DepthPlan) -> Score:
-        windows = plain_windows(val.num_targets, config.eval_seq_len)
+        windows = sliding_windows(val.num_targets, config.eval_seq_len, config.eval_seq_len)
         return evaluate(Scorer(trainer.model, plan, val, world), windows)
 
     def validate(step: int, plan: DepthPlan, is_last: bool) -> None:
@@ -2907,7 +2858,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     scorer = Scorer(model, plan, val, world, Audit(config.seed) if config.audit else None)
     seq_len, stride = config.eval_seq_len, config.eval_stride
     sliding = sliding_windows(targets, seq_len, stride)
-    headline, score = "quantised", evaluate(scorer, plain_windows(targets, seq_len))
+    headline, score = "quantised", evaluate(scorer, sliding_windows(targets, seq_len, seq_len))
     log_score(log, headline, "quantized", score)
     if config.sliding_window_enabled:
         headline, score = "sliding", evaluate(scorer, sliding)
@@ -2919,9 +2870,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     if config.ttt_enabled:
         headline = f"ttt_{config.ttt_mode}"
         if config.ttt_mode == "documents":
-            adapters = LowRank(model, plan)
-            full = project_documents(scorer, adapters)
-            score = evaluate_documents(scorer, adapters)
+            full, score = project_documents(scorer), evaluate_documents(scorer)
         else:
             log.line(f"ttt:start chunks={-(-targets // config.ttt_chunk_tokens)} "
                      f"ttt_lr={config.ttt_lr} ttt_epochs={config.ttt_epochs}")

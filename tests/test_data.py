@@ -272,12 +272,6 @@ def test_validation_without_text_is_refused() -> None:
         golf.ValStream(np.full(65, 3, dtype=np.uint16), table, 64)
 
 
-def test_bits_per_byte_of_the_published_run() -> None:
-    # spec/pr1493.md sections 0 and 8: seed 42 after test-time training.
-    assert golf.bits_per_byte(2.79180 * 40_540_160, 151_078_222) == pytest.approx(1.08079, abs=1e-5)
-    assert golf.bits_per_byte(math.log(2) * 8, 1) == pytest.approx(8)
-
-
 @pytest.mark.parametrize("raw_bytes", [None, 12_345])
 def test_result_says_which_data_it_scored(make_config: MakeConfig, data_dir: Path, tmp_path: Path,
                                           raw_bytes: int | None) -> None:

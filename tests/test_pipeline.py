@@ -160,7 +160,7 @@ def test_loop_that_never_began_is_not_forced_on(make_env: MakeEnv, tmp_path: Pat
     path, stream = tmp_path / "runs" / "toy" / "artifact.bin", golf.ValStream.load(config)
     model, plan = golf.load_artifact(path, config, world, golf.sdpa_attend)
     assert plan.name == "unlooped"
-    windows = golf.plain_windows(stream.num_targets, 64)
+    windows = golf.sliding_windows(stream.num_targets, 64, 64)
     scores = [golf.evaluate(golf.Scorer(model, each, stream, world), windows).bits
               for each in golf.depth_plans(config)]
     assert scores[0] == bpb["quantised"] != scores[1]
@@ -409,7 +409,7 @@ def test_model_is_scored_on_the_bytes_of_its_text(make_env: MakeEnv, data_dir: P
     stream, model = golf.ValStream.load(config), random_model(config)
     plan = golf.depth_plans(config)[-1]
     scorer = golf.Scorer(model, plan, stream, golf.World())
-    score = golf.evaluate(scorer, golf.plain_windows(stream.num_targets, 64))
+    score = golf.evaluate(scorer, golf.sliding_windows(stream.num_targets, 64, 64))
     rows = torch.from_numpy(np.stack([tokens[i:i + 65] for i in range(0, len(tokens) - 1, 64)])
                             .astype(np.int64))
     with torch.no_grad():

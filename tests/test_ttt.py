@@ -23,8 +23,8 @@ def ledgers(monkeypatch: pytest.MonkeyPatch) -> list[golf.ScoreLedger]:
     class Kept(golf.ScoreLedger):
         """A ledger that stays within reach of the test."""
 
-        def __init__(self, stream: golf.ValStream, world: golf.World) -> None:
-            super().__init__(stream, world)
+        def __init__(self, *inputs: object) -> None:
+            super().__init__(*inputs)  # type: ignore[arg-type]
             opened.append(self)
 
     monkeypatch.setattr(golf, "ScoreLedger", Kept)
@@ -162,7 +162,8 @@ def test_order_is_score_agree_release_learn(config: golf.Config,
         wanted += [("score", first, last), ("agree", first, last)]
         if chunk < 4:
             wanted += [("release", first, last), ("learn",)]
-    assert journal.notes == [*wanted, ("agree", 0, stream.num_targets)]
+    everything = 0, stream.num_targets
+    assert journal.notes == [*wanted, ("agree", *everything), ("release", *everything)]
 
 
 def test_each_chunk_is_learnt_whole_at_its_published_rate(config: golf.Config,
