@@ -610,8 +610,8 @@ def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     magic, version, count = np.resize(header, 3).tolist()  # of zeros where there is nothing
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or not start <= actual == start + 2 * count:
-        raise DataError(f"{path}: {actual} bytes, magic {magic} version {version}; expected {start} "
-                        f"and 2 for each of {count} tokens, {SHARD_MAGIC} and {SHARD_VERSION}")
+        raise DataError(f"{path}: magic {magic} version {version}, {actual} bytes; must be "
+                        f"{SHARD_MAGIC}, {SHARD_VERSION}, {start} and 2 for each of {count} tokens")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(count,))
     if vocab_size is not None:
         check_ids(tokens, vocab_size, str(path))
@@ -2268,11 +2268,6 @@ class Windows(NamedTuple):
         """Some of the windows."""
         return Windows(*(a[chosen] for a in self))
 
-    def share(self, world: World) -> Windows:
-        """This rank's contiguous share."""
-        ranks = np.array([world.rank, world.rank + 1])
-        return self.select(slice(*len(self.starts) * ranks // world.size))
-
     def targets(self) -> np.ndarray:
         """Positions of all scored targets, window by window."""
         spans = zip(self.first_scored, self.stops, strict=True)
@@ -2291,8 +2286,7 @@ class ScoreLedger:
     def __init__(self, stream: ValStream, world: World, by_document: bool = False) -> None:
         self.stream, self.world, self.by_document = stream, world, by_document
         self.begin, self.num_commits, self.num_releases = time.perf_counter(), 0, 0
-        # Per target: scores by this rank; scores by any rank, as agreed.
-        self.scored, self.final = np.zeros((2, stream.num_targets), dtype=np.uint8)
+        self.scored = np.zeros(stream.num_targets, dtype=np.uint8)  # how often, by this rank
         self.nats = torch.zeros(stream.num_targets, device=world.device)
 
     def commit(self, windows: Windows, nats_BS: Tensor) -> None:
@@ -2306,18 +2300,14 @@ class ScoreLedger:
         self.nats[place] = windows.scores(nats_BS.detach())
         self.num_commits += 1
 
-    def agree(self, first: int, last: int) -> None:
-        """Makes all ranks' scores of some targets final. Raises: LegalityError if two have one."""
-        counts = torch.from_numpy(self.scored[first:last].copy())
-        if bool((self.world.combine(counts, dist.ReduceOp.SUM) > 1).any()):
-            raise LegalityError(f"a target between {first} and {last} was scored by two ranks")
-        self.final[first:last] = counts.numpy()
-
     def released(self, first: int, last: int) -> np.ndarray:
-        """Inputs and targets `first` to `last`. Raises: LegalityError unless all are final."""
-        missing = (self.final[first:last] == 0).sum()
-        if missing:
-            raise LegalityError(f"{missing} targets between {first} and {last} are not scored")
+        """Inputs and targets `first` to `last`. Raises: LegalityError unless scored once each."""
+        counts = torch.from_numpy(self.scored[first:last].copy())
+        self.world.combine(counts, dist.ReduceOp.SUM)
+        missing, double = (counts == 0).sum(), (counts > 1).sum()
+        if missing or double:
+            raise LegalityError(f"{missing} targets between {first} and {last} are not scored, "
+                                f"{double} by two ranks")
         self.num_releases += 1
         return self.stream.tokens[first:last + 1]
 
@@ -2330,8 +2320,7 @@ class ScoreLedger:
 
     def total_nats(self) -> float:
         """Sum over all targets and ranks, in float64. Raises: LegalityError if one is missing."""
-        self.agree(0, self.final.size)
-        self.released(0, self.final.size)
+        self.released(0, self.scored.size)
         return float(self.world.sum_(self.nats.double().sum()))
 
 
@@ -2366,7 +2355,8 @@ class Scorer:
     @torch.no_grad()
     def score(self, windows: Windows, ledger: ScoreLedger) -> None:
         """Scores this rank's share; windows that skip equally many positions share batches."""
-        windows, config = windows.share(self.world), self.model.config
+        shares = np.array_split(np.arange(len(windows.starts)), self.world.size)
+        windows, config = windows.select(shares[self.world.rank]), self.model.config
         skipped, rows = windows.first_scored - windows.starts, config.eval_rows
         for skip in np.unique(skipped):
             group = windows.select(skipped == skip)
@@ -2376,10 +2366,7 @@ class Scorer:
 
     def predict(self, windows: Windows, shape: tuple[int, int], ledger: ScoreLedger,
                 adapter: LowRank | None = None) -> Tensor:
-        """Nats of all positions from the first scored ones on, by the weights as they are now.
-
-        The windows form a batch, padded to `shape`, rows and width.
-        """
+        """Nats from the first scored positions on, of a batch padded to `shape`, rows and width."""
         device = self.world.device
         starts = torch.from_numpy(np.resize(windows.starts, (shape[0], 1)))
         index = starts.to(device, non_blocking=True) + torch.arange(shape[1] + 1, device=device)
@@ -2426,9 +2413,8 @@ class Audit:
         starts = ledger.stream.document_starts
         opened = adapter.pairs if adapter and windows.first_scored[0] in starts else []
         stale = any(bool(b.any()) for _, b in opened)
-        if ledger.num_commits:
-            moved = before[1] != self.state[1] and before[0] == self.state[0]
-            self.note("c3_score_first", 1, float(moved and (stale or not opened)))
+        moved = ledger.num_commits and before[1] != self.state[1] and before[0] == self.state[0]
+        self.note("c3_score_first", 1, float(moved and (stale or not opened)))
         if ledger.by_document:  # no document starts inside a context, nor with another's adapter
             inside = np.searchsorted(starts, windows.stops)
             inside -= np.searchsorted(starts, windows.starts, "right")
@@ -2548,10 +2534,10 @@ def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
         first, last = chunk * size, min((chunk + 1) * size, num_targets)
         # 1. Predict with the present weights.
         scorer.score(windows.select(windows.first_scored // size == chunk), ledger)
-        ledger.agree(first, last)  # 2. final: a second score raises
+        tokens = ledger.released(first, last)  # 2. final: a second score raises
         if chunk < last_chunk:
             lr = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
-            learner.adapt(ledger.released(first, last), lr)  # 3. learn from final tokens only
+            learner.adapt(tokens, lr)  # 3. learn from final tokens only
     return finish_score(scorer, ledger)
 
 
@@ -2622,9 +2608,6 @@ class LowRank:
         self.adam.zero_grad()
 
 
-# Longest document, in targets, and its chunk in units of TTT_CHUNK_SIZE: short documents gain from
-# early steps, and the longest must not hold up a rank.
-CHUNK_SCALES = ((512, 0.5), (4096, 1.0), (16_384, 4.0), (math.inf, 8.0))
 RECORD_RANKS = 8
 
 
@@ -2634,16 +2617,16 @@ DocumentPasses = list[tuple[Windows, int]]  # and width, for documents that adap
 def document_passes(starts: np.ndarray, stops: np.ndarray, config: Config) -> list[DocumentPasses]:
     """Passes in order, chunk by chunk, of documents in groups, by falling length.
 
-    A pass sees all before its end that fits; widths are sixteenths of the longest.
+    Short documents gain from early steps, and the longest must not hold up a rank, so chunks grow
+    with length. A pass sees all before its end that fits, in sixteenths of the longest width.
     """
     rows, longest, groups = config.ttt_batch_size, config.eval_seq_len, []
-    limits, scales = (np.array(column) for column in zip(*CHUNK_SCALES, strict=True))
-    chunks = np.clip(config.ttt_chunk_size * scales, 1, longest // 2).astype(int)
     order, unit = np.argsort(starts - stops, kind="stable"), -(-longest // 16)
     for group in np.split(order, range(rows, len(order), rows)):
         start, stop = starts[group], stops[group]
         length, passes = stop[0] - start[0], []
-        chunk = chunks[np.searchsorted(limits, length)]
+        chunk = config.ttt_chunk_size * min(max(length / 2048, 0.5), 8)
+        chunk = min(max(int(chunk), 1), longest // 2)
         for first in range(0, length, chunk):
             last = first + chunk
             windows = Windows(start + max(0, last - longest), np.minimum(start + first, stop),

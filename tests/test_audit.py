@@ -117,7 +117,6 @@ def learn_and_score(scorer: golf.Scorer, windows: golf.Windows, released: bool) 
         learner.adapt(ledger.released(first, last) if released
                       else scorer.stream.tokens[first:last + 1], 0.01)
         scorer.score(windows.select(windows.first_scored // 256 == first // 256), ledger)
-        ledger.agree(first, last)
     return golf.finish_score(scorer, ledger)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import shutil
 import struct
 import threading
@@ -66,7 +65,7 @@ def test_missing_and_headless_shards_are_named(tmp_path: Path) -> None:
     with pytest.raises(golf.DataError, match=r"none\.bin"):
         golf.read_shard(tmp_path / "none.bin")
     (tmp_path / "short.bin").write_bytes(b"\0" * 1023)
-    with pytest.raises(golf.DataError, match=r"short\.bin: 1023 bytes"):
+    with pytest.raises(golf.DataError, match=r"short\.bin: .*1023 bytes"):
         golf.read_shard(tmp_path / "short.bin")
 
 

@@ -97,11 +97,18 @@ def test_window_example() -> None:
 
 @pytest.mark.parametrize("count", [1, 5, 64, 633])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_ranks_share_all_windows_in_order(count: int, size: int) -> None:
-    windows = golf.sliding_windows(count * 4, 4, 4)
-    shares = [windows.share(golf.World(rank, size)) for rank in range(size)]
-    assert np.concatenate([share.starts for share in shares]).tolist() == windows.starts.tolist()
-    lengths = [len(share.starts) for share in shares]
+def test_ranks_share_all_windows_in_order(config: golf.Config, count: int, size: int,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    windows, scorer = golf.sliding_windows(count * 4, 4, 4), make_scorer(config, random_stream(1))
+    monkeypatch.setattr(scorer, "predict", lambda *_: None)
+    starts, lengths = list[int](), []
+    for rank in range(size):
+        scorer.world, ledger = golf.World(rank, size), golf.ScoreLedger(scorer.stream, golf.World())
+        before = len(starts)
+        monkeypatch.setattr(ledger, "commit", lambda part, _: starts.extend(part.starts))
+        scorer.score(windows, ledger)
+        lengths.append(len(starts) - before)
+    assert starts == windows.starts.tolist()
     assert max(lengths) - min(lengths) <= 1
 
 
@@ -123,7 +130,7 @@ def ledger() -> golf.ScoreLedger:
 def test_ledger_adds_up_what_it_was_given(ledger: golf.ScoreLedger) -> None:
     nats = torch.tensor([[1.0, 2.0, 4.0, 100.0], [8.0, 16.0, 100.0, 100.0], [100.0] * 4])
     starts = np.array([0, 10])
-    ledger.commit(golf.Windows(starts, starts, starts + [3, 2]), nats)
+    ledger.commit(golf.Windows(starts, starts, np.array([3, 12])), nats)
     commit(ledger, (3, 10), (12, 256))
     assert ledger.total_nats() == 31 + 7 + 244
     assert ledger.nats[:4].tolist() == [1, 2, 4, 1]
@@ -145,7 +152,6 @@ def test_second_score_in_one_batch_is_refused(ledger: golf.ScoreLedger) -> None:
 
 def test_score_after_release_is_refused(ledger: golf.ScoreLedger) -> None:
     commit(ledger, (0, 64))
-    ledger.agree(0, 64)
     ledger.released(0, 64)
     with pytest.raises(golf.LegalityError, match="scored before"):
         commit(ledger, (63, 64))
@@ -153,18 +159,16 @@ def test_score_after_release_is_refused(ledger: golf.ScoreLedger) -> None:
 
 def test_release_hands_out_exactly_the_scored_tokens(ledger: golf.ScoreLedger) -> None:
     commit(ledger, (0, 100))
-    ledger.agree(0, 64)
     assert ledger.released(0, 64).tolist() == ledger.stream.tokens[:65].tolist()
     assert ledger.released(10, 20).tolist() == ledger.stream.tokens[10:21].tolist()
-    with pytest.raises(golf.LegalityError, match="not scored"):
-        ledger.released(0, 65)  # scored, but not agreed on
+    with pytest.raises(golf.LegalityError, match="1 targets between 0 and 101 are not scored"):
+        ledger.released(0, 101)
 
 
 def test_early_release_is_refused(ledger: golf.ScoreLedger) -> None:
     with pytest.raises(golf.LegalityError, match="not scored"):
         ledger.released(0, 1)
     commit(ledger, (0, 63))
-    ledger.agree(0, 64)
     with pytest.raises(golf.LegalityError, match="1 targets"):
         ledger.released(0, 64)
 
