@@ -1053,7 +1053,8 @@ class GPT(nn.Module):
         """Normalised output of the last block, (B, T, D) in the compute type."""
         weights, rotary = self.block_weights(), Rotary(self.cos, self.sin)
         skips = torch.stack((self.skip_weights, self.skip_gates.sigmoid()), 1).unbind()
-        x = x0 = rms_norm(F.embedding(ids_BT, self.embed).to(self.dtype))
+        x0 = rms_norm(F.embedding(ids_BT, self.embed).to(self.dtype))
+        x = x0.view_as(x0)  # two tensors, or the first block would be compiled on its own
         outputs: list[Tensor] = []
         for number, visit in enumerate(plan.visits):
             if visit.skip_row >= 0:
@@ -2581,7 +2582,7 @@ class LowRank:
 
     def run_block(self, x: Tensor, x0: Tensor, *others: typing.Any) -> Tensor:
         """One block, adapted as in the visit that its last input is bound to."""
-        if x is x0 and torch.is_grad_enabled():  # like later visits, or it had its own graph
+        if not x.requires_grad:  # the first block must look like the others, or it is compiled anew
             x = x.detach().requires_grad_()
         for tensor in (x, x0):
             torch._dynamo.maybe_mark_dynamic(tensor, 1)  # one graph for all widths
