@@ -12,6 +12,7 @@ import torch
 from documents import make_scorer, nats_of, plan_named, random_model, stream_of, text
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from toy import MakeConfig, MakeEnv
 
 import train_gpt as golf
@@ -141,6 +142,27 @@ def test_projection_counts_the_official_text_at_measured_steps(
     steps = sum(len(passes) for passes in groups)
     projected = golf.project_documents(scorer)
     assert steps / 8 <= projected <= 1.05 * steps / 8
+
+
+def test_one_graph_per_block_form_serves_all_passes(make_config: MakeConfig,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """With serial and parallel blocks: two to score, two to learn, whatever the widths."""
+    compiler = CompileCounter()
+    monkeypatch.setattr(golf, "maybe_compile", lambda function, _: torch.compile(
+        function, fullgraph=True, dynamic=False, backend=compiler))
+    scorer = make_scorer(make_config(XSA_LAST_N=5, TTT_BATCH_SIZE=4, TTT_CHUNK_SIZE=16),
+                         stream_of(text(400)))
+    torch._dynamo.reset()
+    golf.evaluate(scorer, golf.sliding_windows(399, 64, 16))
+    golf.evaluate(scorer, golf.document_windows(scorer.stream, 64, 64), by_document=True)
+    assert compiler.frame_count == 2
+    golf.project_documents(scorer)
+    assert compiler.frame_count == 4
+    golf.evaluate_documents(scorer)
+    assert compiler.frame_count == 4
+    scorer.model.requires_grad_(True)
+    golf.evaluate_adapting(scorer, golf.sliding_windows(399, 64, 16))
+    assert compiler.frame_count == 6
 
 
 def test_warm_up_sees_no_validation_token(config: golf.Config) -> None:
