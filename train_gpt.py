@@ -2319,6 +2319,25 @@ class ScoreLedger:
         self.num_releases += 1
         return windows.scores(nats_BS).sum()
 
+    def save(self, path: Path) -> None:
+        """Writes this rank's scores and the time that they took."""
+        buffer, nats = io.BytesIO(), self.nats.cpu().numpy()[self.scored > 0]
+        np.savez(buffer, scored=np.packbits(self.scored), nats=nats,
+                 seconds=time.perf_counter() - self.begin)
+        write_atomically(path, buffer.getvalue())
+
+    def resume(self, path: Path) -> float:
+        """Takes over the scores in a file and adds their time; the seconds, 0 without a file."""
+        if not path.is_file():
+            return 0.0
+        with np.load(path) as saved:
+            self.scored[:] = np.unpackbits(saved["scored"], count=self.scored.size)
+            place = torch.from_numpy(np.flatnonzero(self.scored)).to(self.nats.device)
+            self.nats[place] = torch.from_numpy(saved["nats"]).to(place.device)
+            seconds = float(saved["seconds"])
+        self.begin -= seconds
+        return seconds
+
     def total_nats(self) -> float:
         """Sum over all targets and ranks, in float64. Raises: LegalityError if one is missing."""
         self.released(0, self.scored.size)
@@ -2352,6 +2371,7 @@ class Scorer:
         self.model, self.plan, self.stream, self.world = model, plan, stream, world
         self.block_runner, self.audit = maybe_compile(run_block, model.config), audit
         self.tokens = torch.from_numpy(stream.tokens).to(world.device)
+        self.earlier_seconds = 0.0  # of an evaluation that was interrupted and went on
 
     @torch.no_grad()
     def score(self, windows: Windows, ledger: ScoreLedger) -> None:
@@ -2646,13 +2666,25 @@ def share_out(costs: Sequence[float], ranks: int) -> np.ndarray:
     return owners
 
 
-def evaluate_documents(scorer: Scorer) -> Score:
-    """The score when each document, chunk by chunk, is learned from by adapters of its own."""
+SAVE_SECONDS = 60.0
+
+
+def evaluate_documents(scorer: Scorer, folder: Path | None = None) -> Score:
+    """The score when each document, chunk by chunk, is learned from by adapters of its own.
+
+    What a `folder` holds of an interrupted evaluation by as many ranks is not done again.
+    """
     stream, world, adapters = scorer.stream, scorer.world, LowRank(scorer.model, scorer.plan)
     ledger, config = ScoreLedger(stream, world, by_document=True), adapters.config
+    path = folder / f"ledger_{world.rank}_of_{world.size}.npz" if folder else None
+    if path and not config.ttt_warm_start_a:  # else groups are not independent
+        scorer.earlier_seconds = ledger.resume(path)
     groups = document_passes(stream.document_starts, stream.document_stops, config)
     costs = [sum(width for _, width in passes) for passes in groups]  # on all ranks the same
+    saved = time.perf_counter()
     for index in np.flatnonzero(share_out(costs, world.size) == world.rank):
+        if ledger.scored[groups[index][0][0].targets()].all():
+            continue
         adapters.reset()
         for windows, width in groups[index]:
             shape = config.ttt_batch_size, width
@@ -2660,6 +2692,9 @@ def evaluate_documents(scorer: Scorer) -> Score:
             ledger.commit(windows, nats_BS)  # 2. final
             if windows is not groups[index][-1][0]:
                 adapters.learn(ledger.released_nats(windows, nats_BS))  # 3. from final scores
+        if path and time.perf_counter() > saved + SAVE_SECONDS:
+            ledger.save(path)
+            saved = time.perf_counter()
     return finish_score(scorer, ledger)
 
 
@@ -2855,7 +2890,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     if config.ttt_enabled:
         headline = f"ttt_{config.ttt_mode}"
         if config.ttt_mode == "documents":
-            full, score = project_documents(scorer), evaluate_documents(scorer)
+            full, score = project_documents(scorer), evaluate_documents(scorer, log.folder)
         else:
             log.line(f"ttt:start chunks={-(-targets // config.ttt_chunk_tokens)} "
                      f"ttt_lr={config.ttt_lr} ttt_epochs={config.ttt_epochs}")
@@ -2863,7 +2898,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         log_score(log, headline, "quantized_ttt", score)
     if headline != "ttt_documents":
         full = score.seconds * OFFICIAL_VAL_TARGETS / RECORD_RANKS * world.size / targets
-    strict = time.perf_counter() - begin
+    strict = time.perf_counter() - begin + scorer.earlier_seconds
     log.put("clocks", eval_seconds_strict=round(strict, 2),
             eval_seconds_lenient=round(score.seconds, 2),
             eval_budget_seconds=config.max_eval_seconds,

@@ -172,6 +172,43 @@ def test_learning_helps_on_documents_that_repeat(make_config: MakeConfig) -> Non
     assert adapt(config, tokens).mean() < plain.mean() - 0.2
 
 
+def test_interrupted_evaluation_goes_on_to_the_same_scores(
+        adapted: golf.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(golf, "SAVE_SECONDS", 0.0)
+    tokens, ledgers, resets = text(700), list[golf.ScoreLedger](), [0, 0]
+    finish, reset = golf.finish_score, golf.LowRank.reset
+
+    def keep(scorer: golf.Scorer, ledger: golf.ScoreLedger) -> golf.Score:
+        ledgers.append(ledger)
+        return finish(scorer, ledger)
+
+    def stop_in_the_third_group(adapters: golf.LowRank) -> None:
+        resets[0] += 1
+        if resets[0] == 3:
+            raise KeyboardInterrupt
+        reset(adapters)
+
+    def count(adapters: golf.LowRank) -> None:
+        resets[1] += 1
+        reset(adapters)
+
+    monkeypatch.setattr(golf, "finish_score", keep)
+    golf.evaluate_documents(make_scorer(adapted, stream_of(tokens)))
+    monkeypatch.setattr(golf.LowRank, "reset", stop_in_the_third_group)
+    with pytest.raises(KeyboardInterrupt):
+        golf.evaluate_documents(make_scorer(adapted, stream_of(tokens)), tmp_path)
+    monkeypatch.setattr(golf.LowRank, "reset", count)
+    scorer = make_scorer(adapted, stream_of(tokens))
+    score = golf.evaluate_documents(scorer, tmp_path)
+    assert torch.equal(ledgers[0].nats, ledgers[1].nats)
+    assert 0 < scorer.earlier_seconds < score.seconds
+    groups = len(golf.document_passes(scorer.stream.document_starts, scorer.stream.document_stops,
+                                      adapted))
+    assert resets[1] == groups - 2
+    assert scorer.audit
+    assert all(facts["passed"] for facts in scorer.audit.report(golf.World()).values())
+
+
 # ---- World sizes ----
 
 
