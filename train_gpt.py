@@ -37,8 +37,8 @@ import time
 import typing
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -697,31 +697,25 @@ def batch_shape(config: Config, world_size: int) -> BatchShape:
     return BatchShape(per_rank // sequences, sequences)
 
 
-class BatchStream:
-    """This rank's micro-batches, read two steps ahead by a thread into page-locked memory."""
+def batch_stream(loader: TrainLoader, shape: BatchShape, world: World, step: int = 0
+                 ) -> Generator[list[Tensor], None, None]:
+    """This rank's micro-batches (sequences, seq_len + 1) of each step, read two ahead by a thread.
 
-    def __init__(self, loader: TrainLoader, shape: BatchShape, world: World, step: int = 0) -> None:
-        self.loader, self.shape, self.world, self.step = loader, shape, world, step
-        self.pool, self.pending = ThreadPoolExecutor(1), deque[Future[list[Tensor]]]()
+    Raises: what reading them raised.
+    """
+    per_rank = shape.micro_steps * shape.sequences
 
-    def read(self, step: int) -> list[Tensor]:
-        """The micro-batches of one step, int32 (sequences, seq_len + 1), on the host."""
-        per_rank = self.shape.micro_steps * self.shape.sequences
-        first = (step * self.world.size + self.world.rank) * per_rank
-        batches = torch.from_numpy(self.loader.read(first, per_rank)).split(self.shape.sequences)
-        return [b.pin_memory() for b in batches] if self.world.is_cuda else list(batches)
+    def read(step: int) -> list[Tensor]:
+        first = (step * world.size + world.rank) * per_rank
+        batches = torch.from_numpy(loader.read(first, per_rank)).split(shape.sequences)
+        return [b.pin_memory() for b in batches] if world.is_cuda else list(batches)
 
-    def next(self) -> list[Tensor]:
-        """The micro-batches of the next step, on the device. Raises: what reading them raised."""
-        while len(self.pending) < 3:
-            self.pending.append(self.pool.submit(self.read, self.step))
-            self.step += 1
-        batches = self.pending.popleft().result()
-        return [rows.to(self.world.device, non_blocking=True) for rows in batches]
-
-    def close(self) -> None:
-        """Stops the thread."""
-        self.pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque(pool.submit(read, step + ahead) for ahead in range(2))
+        while True:
+            pending.append(pool.submit(read, step + 2))
+            step += 1
+            yield [rows.to(world.device, non_blocking=True) for rows in pending.popleft().result()]
 
 
 class TokenBytes(NamedTuple):
@@ -757,15 +751,14 @@ def token_bytes(tokenizer: SentencePieceProcessor) -> TokenBytes:
         raise DataError("tokenizer: U+2581 is no piece of its own; bytes would be wrong")
     ids = list(range(tokenizer.vocab_size()))
     pieces = tokenizer.id_to_piece(ids)
-    texts = [piece.removeprefix(SPACE_MARK) for piece in pieces]
-    for piece, text in zip(pieces, texts, strict=True):
-        if SPACE_MARK in text:
+    for piece in pieces:
+        if SPACE_MARK in piece[1:]:
             raise DataError(f"tokenizer: piece {piece!r} holds U+2581 inside")
-    counts = np.where(tokenizer.is_byte(ids), 1, [len(text.encode()) for text in texts])
-    boundary = np.any([tokenizer.is_control(ids), tokenizer.is_unknown(ids),
-                       tokenizer.is_unused(ids)], axis=0)
-    leading_space = [text != piece for piece, text in zip(pieces, texts, strict=True)]
-    return TokenBytes((counts * ~boundary).astype(np.int16), leading_space & ~boundary, boundary)
+    sizes = [len(piece.removeprefix(SPACE_MARK).encode()) for piece in pieces]
+    tests = tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused
+    boundary = np.any([test(ids) for test in tests], axis=0)
+    base = np.where(boundary, 0, np.where(tokenizer.is_byte(ids), 1, sizes)).astype(np.int16)
+    return TokenBytes(base, np.char.startswith(pieces, SPACE_MARK) & ~boundary, boundary)
 
 
 def bytes_of_targets(previous: np.ndarray, target: np.ndarray, table: TokenBytes) -> np.ndarray:
@@ -1438,7 +1431,7 @@ class Trainer:
         log.put("train", startup_seconds=round(time.time() - log.started, 1))
         log.line(f"gptq:reserving {reserve:.1f}s of {config.max_wallclock_seconds:g}s")
         average = WeightAverage(self.model, config.ema_decay)
-        stream = BatchStream(self.loader, self.shape, self.world)
+        stream = batch_stream(self.loader, self.shape, self.world)
         self.world.barrier()
         self.clock = clock = TrainingClock(config, self.world, reserve)
         step, stopped, plan, loop_step = 0, False, depth_plans(config)[0], 0
@@ -1456,7 +1449,7 @@ class Trainer:
                         log.event("plan", step=step + 1, plan=plan.name, progress=progress)
                         log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
                                  f"{plan.describe()}")
-                    self.take_step(step, plan, progress, stream.next())
+                    self.take_step(step, plan, progress, next(stream))
                     average.update()
                     step += 1
         finally:
@@ -2321,21 +2314,17 @@ class ScoreLedger:
 
     def save(self, path: Path) -> None:
         """Writes this rank's scores and the time that they took."""
-        buffer, nats = io.BytesIO(), self.nats.cpu().numpy()[self.scored > 0]
-        np.savez(buffer, scored=np.packbits(self.scored), nats=nats,
-                 seconds=time.perf_counter() - self.begin)
+        buffer, place = io.BytesIO(), np.flatnonzero(self.scored)
+        seconds = time.perf_counter() - self.begin
+        np.savez(buffer, place=place, nats=self.nats.cpu().numpy()[place], seconds=seconds)
         write_atomically(path, buffer.getvalue())
 
     def resume(self, path: Path) -> float:
-        """Takes over the scores in a file and adds their time; the seconds, 0 without a file."""
-        if not path.is_file():
-            return 0.0
+        """Takes over the scores in a file, and their time, which it returns."""
         with np.load(path) as saved:
-            self.scored[:] = np.unpackbits(saved["scored"], count=self.scored.size)
-            place = torch.from_numpy(np.flatnonzero(self.scored)).to(self.nats.device)
-            self.nats[place] = torch.from_numpy(saved["nats"]).to(place.device)
-            seconds = float(saved["seconds"])
-        self.begin -= seconds
+            place, seconds = saved["place"], float(saved["seconds"])
+            self.nats[torch.from_numpy(place)] = torch.from_numpy(saved["nats"]).to(self.nats)
+        self.scored[place], self.begin = 1, self.begin - seconds
         return seconds
 
     def total_nats(self) -> float:
@@ -2677,7 +2666,7 @@ def evaluate_documents(scorer: Scorer, folder: Path | None = None) -> Score:
     stream, world, adapters = scorer.stream, scorer.world, LowRank(scorer.model, scorer.plan)
     ledger, config = ScoreLedger(stream, world, by_document=True), adapters.config
     path = folder / f"ledger_{world.rank}_of_{world.size}.npz" if folder else None
-    if path and not config.ttt_warm_start_a:  # else groups are not independent
+    if path and path.is_file() and not config.ttt_warm_start_a:  # else groups are not independent
         scorer.earlier_seconds = ledger.resume(path)
     groups = document_passes(stream.document_starts, stream.document_stops, config)
     costs = [sum(width for _, width in passes) for passes in groups]  # on all ranks the same

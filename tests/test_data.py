@@ -180,9 +180,9 @@ def step_rows(config: golf.Config, rank: int, size: int, steps: int,
     """What one rank sees, one tensor a step."""
     loader = golf.TrainLoader(shards_of(3000, 2000), replace(config, vocab_size=65_535))
     shape, world = golf.batch_shape(config, size), golf.World(rank, size)
-    stream = golf.BatchStream(loader, shape, world, first_step)
+    stream = golf.batch_stream(loader, shape, world, first_step)
     try:
-        return [torch.cat(stream.next()) for _ in range(steps)]
+        return [torch.cat(next(stream)) for _ in range(steps)]
     finally:
         stream.close()
 
@@ -201,8 +201,8 @@ def test_stream_resumes_from_a_step(config: golf.Config) -> None:
 
 def test_stream_gives_micro_batches_of_the_configured_size(config: golf.Config) -> None:
     loader = golf.TrainLoader(shards_of(3000), replace(config, vocab_size=65_535))
-    stream = golf.BatchStream(loader, golf.batch_shape(config, 1), golf.World())
-    batches = stream.next()
+    stream = golf.batch_stream(loader, golf.batch_shape(config, 1), golf.World())
+    batches = next(stream)
     stream.close()
     assert [tuple(rows.shape) for rows in batches] == [(6, 65), (6, 65)]
     assert all(rows.dtype == torch.int32 for rows in batches)
@@ -212,10 +212,10 @@ def test_stream_hands_a_reading_error_to_the_trainer(config: golf.Config) -> Non
     tokens = np.full(2000, 5, dtype=np.uint16)
     tokens[700:] = 400
     loader = golf.TrainLoader([tokens], config)
-    stream = golf.BatchStream(loader, golf.batch_shape(config, 1), golf.World())
+    stream = golf.batch_stream(loader, golf.batch_shape(config, 1), golf.World())
     with pytest.raises(golf.DataError, match="token id 400"):
         for _ in range(3):
-            stream.next()
+            next(stream)
     stream.close()
 
 

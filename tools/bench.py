@@ -367,8 +367,8 @@ class Bench:
     def time_training(self, trainer: golf.Trainer) -> None:
         """Micro-steps per plan, loader, optimizer step and average."""
         config, timer, tokens = self.config, self.timer, micro_tokens(self.config)
-        stream = golf.BatchStream(trainer.loader, trainer.shape, self.world)
-        batches = stream.next()
+        stream = golf.batch_stream(trainer.loader, trainer.shape, self.world)
+        batches = next(stream)
         stream.close()
         if self.world.is_cuda:
             torch.cuda.reset_peak_memory_stats()
