@@ -2542,8 +2542,8 @@ def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     last_chunk = (num_targets - 1) // size
     for chunk in range(last_chunk + 1):
         first, last = chunk * size, min((chunk + 1) * size, num_targets)
-        # 1. Predict with the present weights.
-        scorer.score(windows.select(windows.first_scored // size == chunk), ledger)
+        of_chunk = windows.select(windows.first_scored // size == chunk)
+        scorer.score(of_chunk, ledger)  # 1. predict with the present weights
         tokens = ledger.released(first, last)  # 2. final: a second score raises
         if chunk < last_chunk:
             lr = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
@@ -2618,14 +2618,12 @@ class LowRank:
         self.adam.zero_grad()
 
 
-RECORD_RANKS = 8
+RECORD_RANKS, SAVE_SECONDS = 8, 60.0
 
 
-DocumentPasses = list[tuple[Windows, int]]  # and width, for documents that adapt side by side
-
-
-def document_passes(starts: np.ndarray, stops: np.ndarray, config: Config) -> list[DocumentPasses]:
-    """Passes in order, chunk by chunk, of documents in groups, by falling length.
+def document_passes(starts: np.ndarray, stops: np.ndarray, config: Config
+                    ) -> list[list[tuple[Windows, int]]]:
+    """For groups of documents by falling length, their passes chunk by chunk, each with its width.
 
     Short documents gain from early steps, and the longest must not hold up a rank, so chunks grow
     with length. A pass sees all before its end that fits, in sixteenths of the longest width.
@@ -2653,9 +2651,6 @@ def share_out(costs: Sequence[float], ranks: int) -> np.ndarray:
         owners[piece] = totals.argmin()
         totals[owners[piece]] += cost
     return owners
-
-
-SAVE_SECONDS = 60.0
 
 
 def evaluate_documents(scorer: Scorer, folder: Path | None = None) -> Score:
