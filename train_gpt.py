@@ -618,13 +618,6 @@ def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
     return tokens
 
 
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Writes token ids in the competition's format."""
-    header = np.zeros(SHARD_HEADER_INTS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens.size
-    write_atomically(path, header.tobytes() + tokens.astype("<u2").tobytes())
-
-
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
     """Raises DataError if a token id is not below `vocab_size`."""
     largest = int(tokens.max(initial=0))

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from toy import MakeConfig
 
 import train_gpt as golf
+from tools.prepare_data import write_shard
 
 SEQ_LEN = 16
 
@@ -41,7 +42,7 @@ def write_raw(path: Path, header: tuple[int, ...], payload: bytes) -> Path:
 @given(st.lists(st.integers(0, 65_535), max_size=300))
 def test_shard_round_trip(tmp_path_factory: pytest.TempPathFactory, tokens: list[int]) -> None:
     path = tmp_path_factory.mktemp("shard") / "x.bin"
-    golf.write_shard(path, np.array(tokens, dtype=np.uint16))
+    write_shard(path, np.array(tokens, dtype=np.uint16))
     assert path.read_bytes() == (struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253)
                                  + struct.pack(f"<{len(tokens)}H", *tokens))
     found = golf.read_shard(path)
@@ -71,7 +72,7 @@ def test_missing_and_headless_shards_are_named(tmp_path: Path) -> None:
 
 def test_token_id_at_the_vocabulary_size_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
-    golf.write_shard(path, np.array([1, 383, 384], dtype=np.uint16))
+    write_shard(path, np.array([1, 383, 384], dtype=np.uint16))
     assert golf.read_shard(path, 385).size == 3
     with pytest.raises(golf.DataError, match=r"x\.bin: token id 384 .*384"):
         golf.read_shard(path, 384)

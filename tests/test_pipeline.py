@@ -25,6 +25,7 @@ from toy import (
 )
 
 import train_gpt as golf
+from tools.prepare_data import write_shard
 
 NUMBERS = ("bpb", "nats", "headline", "val_bpb", "val_loss", "status")
 
@@ -220,17 +221,17 @@ def no_val_shards(data: Path) -> None:
 
 
 def bad_val_token(data: Path) -> None:
-    golf.write_shard(data / "fineweb_val_000000.bin", np.full(900, 384, dtype=np.uint16))
+    write_shard(data / "fineweb_val_000000.bin", np.full(900, 384, dtype=np.uint16))
 
 
 def short_val(data: Path) -> None:
     (data / "fineweb_val_000001.bin").unlink()
-    golf.write_shard(data / "fineweb_val_000000.bin", np.full(64, 5, dtype=np.uint16))
+    write_shard(data / "fineweb_val_000000.bin", np.full(64, 5, dtype=np.uint16))
 
 
 def short_train(data: Path) -> None:
     for path in data.glob("*train*"):
-        golf.write_shard(path, np.full(64, 5, dtype=np.uint16))
+        write_shard(path, np.full(64, 5, dtype=np.uint16))
 
 
 @pytest.mark.parametrize(("damage", "said"), [
@@ -389,7 +390,7 @@ def test_documents_may_straddle_shards(make_env: MakeEnv, data_dir: Path, tmp_pa
     val = [np.array(golf.read_shard(path)) for path in golf.find_shards(data, "val")]
     for path, part in zip(golf.find_shards(data, "val"), np.split(np.concatenate(val), [33]),
                           strict=True):
-        golf.write_shard(path, part)
+        write_shard(path, part)
     streams = [golf.ValStream.load(golf.Config.from_env(make_env(**extra)))
                for extra in ({}, {"DATA_PATH": data})]
     assert streams[0].tokens.tolist() == streams[1].tokens.tolist()
@@ -404,7 +405,7 @@ def test_model_is_scored_on_the_bytes_of_its_text(make_env: MakeEnv, data_dir: P
     tokens = tokens[:(len(tokens) - 1) // 64 * 64 + 1]
     data = copy_data(data_dir, tmp_path / "data")
     no_val_shards(data)
-    golf.write_shard(data / "fineweb_val_000000.bin", tokens)
+    write_shard(data / "fineweb_val_000000.bin", tokens)
     config = golf.Config.from_env(make_env(DATA_PATH=data))
     stream, model = golf.ValStream.load(config), random_model(config)
     plan = golf.depth_plans(config)[-1]

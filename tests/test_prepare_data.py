@@ -26,8 +26,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tools import prepare_data
-from tools.prepare_data import DEMO_NAME, DEMO_TOKENIZER
-from train_gpt import BOS_ID, DataError, load_tokenizer, read_shard, token_bytes, write_shard
+from tools.prepare_data import DEMO_NAME, DEMO_TOKENIZER, write_shard
+from train_gpt import BOS_ID, DataError, load_tokenizer, read_shard, token_bytes
 
 TOOL = Path(prepare_data.__file__)
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"

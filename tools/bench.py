@@ -42,6 +42,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt as golf
+from tools.prepare_data import write_shard
 
 # Dense bf16 operations a second, from the data sheets.
 PEAK_RATES = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -255,7 +256,7 @@ def with_tokens(config: golf.Config, folder: Path) -> tuple[golf.Config, str]:
         rng = np.random.default_rng(0)
         for split in ("train", "val"):
             tokens = rng.integers(0, config.vocab_size, RANDOM_TOKENS, dtype=np.uint16)
-            golf.write_shard(folder / f"random_{split}_000000.bin", tokens)
+            write_shard(folder / f"random_{split}_000000.bin", tokens)
         return replace(config, data_path=str(folder)), "random tokens"
 
 
