@@ -35,8 +35,8 @@ import typing
 import warnings
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -609,30 +609,19 @@ SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a leading 
 
 def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
     """The uint16 ids of a shard, mapped, below `vocab_size` if given. Raises: DataError."""
+    start = 4 * SHARD_HEADER_INTS
     try:
-        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
-        actual = path.stat().st_size
+        header, actual = np.fromfile(path, dtype="<i4", count=3), path.stat().st_size
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if header.size < SHARD_HEADER_INTS:
-        raise DataError(f"{path}: {actual} bytes, shorter than a header ({4 * SHARD_HEADER_INTS})")
-    magic, version, count = header[:3].tolist()
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise DataError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} "
-                        f"and {SHARD_VERSION}")
-    if count < 0 or actual != 4 * SHARD_HEADER_INTS + 2 * count:
-        raise DataError(f"{path}: {actual} bytes, but the header announces {count} tokens")
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS, shape=(count,))
+    magic, version, count = np.resize(header, 3).tolist()  # of zeros where there is nothing
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or not start <= actual == start + 2 * count:
+        raise DataError(f"{path}: magic {magic} version {version}, {actual} bytes; must be "
+                        f"{SHARD_MAGIC}, {SHARD_VERSION}, {start} and 2 for each of {count} tokens")
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(count,))
     if vocab_size is not None:
         check_ids(tokens, vocab_size, str(path))
     return tokens
-
-
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Writes token ids in the competition's format."""
-    header = np.zeros(SHARD_HEADER_INTS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens.size
-    write_atomically(path, header.tobytes() + tokens.astype("<u2").tobytes())
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
@@ -660,32 +649,28 @@ class TrainLoader:
         self.shards, self.config, self.seq_len = shards, config, config.train_seq_len
         self.offsets = np.cumsum([0] + [s.size for s in shards])
         self.num_tokens = int(self.offsets[-1])
-        self.enter_epoch(0, 0)
+        self.enter_epoch(0)
         if not self.starts.size:
             raise DataError(
                 f"{config.dataset_dir}: {self.num_tokens} training tokens in {len(shards)} shards, "
                 f"none as long as TRAIN_SEQ_LEN ({self.seq_len}) + 1")
 
-    def enter_epoch(self, epoch: int, first_number: int) -> None:
+    def enter_epoch(self, epoch: int) -> None:
         """Draws the windows of one pass: start positions in the concatenation of all shards."""
-        rng = np.random.Generator(np.random.PCG64([self.config.seed, epoch]))
-        starts = []
+        rng, starts = np.random.Generator(np.random.PCG64([self.config.seed, epoch])), []
         for shard, offset in zip(self.shards, self.offsets[:-1], strict=True):
-            last = shard.size - self.seq_len  # where a window would lack its final token
-            phase = rng.integers(max(1, min(self.seq_len, last)))
-            starts.append(offset + np.arange(phase, last, self.seq_len))
-        self.starts = rng.permutation(np.concatenate(starts))
-        self.epoch, self.first_number = epoch, first_number
+            count, spare = divmod(max(0, shard.size - 1), self.seq_len)
+            starts.append(offset + rng.integers(spare + 1) + self.seq_len * np.arange(count))
+        self.epoch, self.starts = epoch, rng.permutation(np.concatenate(starts))
 
     def read(self, first: int, count: int) -> np.ndarray:
         """Windows `first` to `first + count`, int32 (count, seq_len + 1). Raises: DataError."""
         windows = np.empty((count, self.seq_len + 1), dtype=np.int32)
         for row, number in zip(windows, range(first, first + count), strict=True):
-            if number < self.first_number:
-                self.enter_epoch(0, 0)
-            while number >= self.first_number + self.starts.size:
-                self.enter_epoch(self.epoch + 1, self.first_number + self.starts.size)
-            start = self.starts[number - self.first_number]
+            epoch, index = divmod(number, self.starts.size)
+            if epoch != self.epoch:
+                self.enter_epoch(epoch)
+            start = self.starts[index]
             shard = int(np.searchsorted(self.offsets, start, side="right")) - 1
             row[:] = self.shards[shard][start - self.offsets[shard]:][:self.seq_len + 1]
         check_ids(windows, self.config.vocab_size, f"{self.config.dataset_dir}: training shards")
@@ -711,31 +696,25 @@ def batch_shape(config: Config, world_size: int) -> BatchShape:
     return BatchShape(per_rank // sequences, sequences)
 
 
-class BatchStream:
-    """This rank's micro-batches, read two steps ahead by a thread into page-locked memory."""
+def batch_stream(loader: TrainLoader, shape: BatchShape, world: World, step: int = 0
+                 ) -> Generator[list[Tensor], None, None]:
+    """This rank's micro-batches (sequences, seq_len + 1) of each step, read two ahead by a thread.
 
-    def __init__(self, loader: TrainLoader, shape: BatchShape, world: World, step: int = 0) -> None:
-        self.loader, self.shape, self.world, self.step = loader, shape, world, step
-        self.pool, self.pending = ThreadPoolExecutor(1), deque[Future[list[Tensor]]]()
+    Raises: what reading them raised.
+    """
+    per_rank = shape.micro_steps * shape.sequences
 
-    def read(self, step: int) -> list[Tensor]:
-        """The micro-batches of one step, int32 (sequences, seq_len + 1), on the host."""
-        per_rank = self.shape.micro_steps * self.shape.sequences
-        first = (step * self.world.size + self.world.rank) * per_rank
-        batches = torch.from_numpy(self.loader.read(first, per_rank)).split(self.shape.sequences)
-        return [b.pin_memory() for b in batches] if self.world.is_cuda else list(batches)
+    def read(step: int) -> list[Tensor]:
+        first = (step * world.size + world.rank) * per_rank
+        batches = torch.from_numpy(loader.read(first, per_rank)).split(shape.sequences)
+        return [b.pin_memory() for b in batches] if world.is_cuda else list(batches)
 
-    def next(self) -> list[Tensor]:
-        """The micro-batches of the next step, on the device. Raises: what reading them raised."""
-        while len(self.pending) < 3:
-            self.pending.append(self.pool.submit(self.read, self.step))
-            self.step += 1
-        batches = self.pending.popleft().result()
-        return [rows.to(self.world.device, non_blocking=True) for rows in batches]
-
-    def close(self) -> None:
-        """Stops the thread."""
-        self.pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque(pool.submit(read, step + ahead) for ahead in range(2))
+        while True:
+            pending.append(pool.submit(read, step + 2))
+            step += 1
+            yield [rows.to(world.device, non_blocking=True) for rows in pending.popleft().result()]
 
 
 class TokenBytes(NamedTuple):
@@ -767,21 +746,18 @@ def token_bytes(tokenizer: SentencePieceProcessor) -> TokenBytes:
     if a piece holds it anywhere but in front.
     Example: pieces (U+2581)"caf", "<0xC3>", "<0xA9>" -> 3 and a leading space, 1, 1
     """
-    size = tokenizer.vocab_size()
-    table = TokenBytes(np.zeros(size, np.int16), np.zeros(size, bool), np.ones(size, bool))
     if tokenizer.is_unknown(tokenizer.piece_to_id(SPACE_MARK)):
-        raise DataError(f"tokenizer of {size} pieces: U+2581 is none of them; bytes would be wrong")
-    for token in range(size):
-        if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
-            continue
-        piece = tokenizer.id_to_piece(token)
-        text = piece.removeprefix(SPACE_MARK)
-        if SPACE_MARK in text:
-            raise DataError(f"tokenizer piece {token} ({piece!r}) holds U+2581 inside")
-        table.boundary[token] = False
-        table.leading_space[token] = text != piece
-        table.base[token] = 1 if tokenizer.is_byte(token) else len(text.encode())
-    return table
+        raise DataError("tokenizer: U+2581 is no piece of its own; bytes would be wrong")
+    ids = list(range(tokenizer.vocab_size()))
+    pieces = tokenizer.id_to_piece(ids)
+    for piece in pieces:
+        if SPACE_MARK in piece[1:]:
+            raise DataError(f"tokenizer: piece {piece!r} holds U+2581 inside")
+    sizes = [len(piece.removeprefix(SPACE_MARK).encode()) for piece in pieces]
+    tests = tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused
+    boundary = np.any([test(ids) for test in tests], axis=0)
+    base = np.where(boundary, 0, np.where(tokenizer.is_byte(ids), 1, sizes)).astype(np.int16)
+    return TokenBytes(base, np.char.startswith(pieces, SPACE_MARK) & ~boundary, boundary)
 
 
 def bytes_of_targets(previous: np.ndarray, target: np.ndarray, table: TokenBytes) -> np.ndarray:
@@ -815,11 +791,6 @@ class ValStream:
         shards = find_shards(config.dataset_dir, "val")
         tokens = np.concatenate([read_shard(path, config.vocab_size) for path in shards])
         return cls(tokens, table, config.eval_seq_len, config.val_tail)
-
-
-def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Total nats as bits per byte of text."""
-    return nats / (math.log(2) * num_bytes)
 
 
 # ==================================================================================================
@@ -1490,7 +1461,7 @@ class Trainer:
         log.put("train", startup_seconds=round(time.time() - log.started, 1))
         log.line(f"gptq:reserving {reserve:.1f}s of {config.max_wallclock_seconds:g}s")
         average = WeightAverage(self.model, config.ema_decay)
-        stream = BatchStream(self.loader, self.shape, self.world)
+        stream = batch_stream(self.loader, self.shape, self.world)
         self.world.barrier()
         self.clock = clock = TrainingClock(config, self.world, reserve)
         step, stopped, plan, loop_step = 0, False, depth_plans(config)[0], 0
@@ -1508,7 +1479,7 @@ class Trainer:
                         log.event("plan", step=step + 1, plan=plan.name, progress=progress)
                         log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
                                  f"{plan.describe()}")
-                    self.take_step(step, plan, progress, stream.next())
+                    self.take_step(step, plan, progress, next(stream))
                     average.update()
                     step += 1
         finally:
@@ -2217,68 +2188,6 @@ def unpack_program(path: Path) -> str:
 # ==================================================================================================
 
 
-class ScoreLedger:
-    """Every target's score, taken exactly once; nothing is released before it is scored."""
-
-    def __init__(self, stream: ValStream, world: World) -> None:
-        self.stream, self.world = stream, world
-        self.by_document, self.num_releases = False, 0
-        self.scored = np.zeros(stream.num_targets, dtype=np.uint8)  # by this rank
-        self.final = np.zeros(stream.num_targets, dtype=np.uint8)  # by any rank, as agreed
-        self.nats = torch.zeros(stream.num_targets, device=world.device)
-
-    def commit(self, starts: np.ndarray, counts: np.ndarray, nats_BS: Tensor) -> None:
-        """Takes scores of counts[b] targets from starts[b] on. Raises: LegalityError if one had."""
-        spans = zip(starts, counts, strict=True)
-        positions = np.concatenate([np.arange(start, start + n) for start, n in spans])
-        again = (self.scored[positions] | self.final[positions]).any()
-        if again or np.unique(positions).size != positions.size:
-            first, last = positions.min(), positions.max()
-            raise LegalityError(f"a target between {first} and {last} was scored before")
-        self.scored[positions] = 1
-        place = torch.from_numpy(positions).to(nats_BS.device)
-        self.nats[place] = scored_nats(counts, nats_BS).float()
-
-    def agree(self, first: int, last: int) -> None:
-        """Makes all ranks' scores of some targets final. Raises: LegalityError if two have one."""
-        flags = torch.from_numpy(self.scored[first:last].copy())
-        if bool((self.world.combine(flags, dist.ReduceOp.SUM) > 1).any()):
-            raise LegalityError(f"a target between {first} and {last} was scored by two ranks")
-        self.final[first:last] = flags.numpy()
-
-    def released(self, first: int, last: int) -> np.ndarray:
-        """Inputs and targets `first` to `last`. Raises: LegalityError unless all are final."""
-        self.require_final(first, last)
-        self.num_releases += 1
-        return self.stream.tokens[first:last + 1]
-
-    def released_nats(self, windows: Windows, nats_BS: Tensor) -> Tensor:
-        """Total nats of windows, to learn from. Raises: LegalityError unless committed before."""
-        spans = zip(windows.first_scored, windows.stops, strict=True)
-        if not all(self.scored[first:stop].all() for first, stop in spans):
-            raise LegalityError("a target was to be learned from before its score was committed")
-        self.num_releases += 1
-        return scored_nats(windows.counts(), nats_BS).sum()
-
-    def require_final(self, first: int, last: int) -> None:
-        """Raises LegalityError unless every target from `first` to `last` has a final score."""
-        missing = (self.final[first:last] == 0).sum()
-        if missing:
-            raise LegalityError(f"{missing} targets between {first} and {last} are not scored")
-
-    def total_nats(self) -> float:
-        """Sum over all targets and ranks, in float64. Raises: LegalityError if one is missing."""
-        self.agree(0, self.final.size)
-        self.require_final(0, self.final.size)
-        return float(self.world.sum_(self.nats.double().sum()))
-
-
-def scored_nats(counts: np.ndarray, nats_BS: Tensor) -> Tensor:
-    """The first counts[b] entries of every row b, one after the other."""
-    kept_BS = np.arange(nats_BS.shape[1]) < np.asarray(counts)[:, None]
-    return nats_BS.flatten()[torch.from_numpy(np.flatnonzero(kept_BS)).to(nats_BS.device)]
-
-
 class Windows(NamedTuple):
     """Stretches of the stream to run through the model, and which targets each of them scores."""
 
@@ -2286,23 +2195,84 @@ class Windows(NamedTuple):
     first_scored: np.ndarray  # first target that counts
     stops: np.ndarray  # one past the last target
 
+    @property
+    def skip(self) -> int:
+        """Positions before the first scored one, of every window if they form a batch."""
+        return int(self.first_scored[0] - self.starts[0])
+
     def select(self, chosen: slice | np.ndarray) -> Windows:
         """Some of the windows."""
         return Windows(*(a[chosen] for a in self))
 
-    def counts(self) -> np.ndarray:
-        """Targets that each window scores."""
-        return self.stops - self.first_scored
+    def targets(self) -> np.ndarray:
+        """Positions of all scored targets, window by window."""
+        spans = zip(self.first_scored, self.stops, strict=True)
+        return np.concatenate([np.arange(*span) for span in spans])
 
-    def share(self, world: World) -> Windows:
-        """This rank's contiguous share."""
-        ranks = np.array([world.rank, world.rank + 1])
-        return self.select(slice(*len(self.starts) * ranks // world.size))
+    def scores(self, nats_BS: Tensor) -> Tensor:
+        """The nats of `targets`, from those of the positions from the first scored ones on."""
+        counts = (self.stops - self.first_scored)[:, None]
+        kept = np.flatnonzero(np.arange(nats_BS.shape[1]) < counts)
+        return nats_BS.flatten()[torch.from_numpy(kept).to(nats_BS.device, non_blocking=True)]
 
 
-def plain_windows(num_targets: int, seq_len: int) -> Windows:
-    """Windows side by side; each scores all its targets."""
-    return sliding_windows(num_targets, seq_len, seq_len)
+class ScoreLedger:
+    """Every target's score, taken exactly once; nothing is released before it is scored."""
+
+    def __init__(self, stream: ValStream, world: World, by_document: bool = False) -> None:
+        self.stream, self.world, self.by_document = stream, world, by_document
+        self.begin, self.num_commits, self.num_releases = time.perf_counter(), 0, 0
+        self.scored = np.zeros(stream.num_targets, dtype=np.uint8)  # how often, by this rank
+        self.nats = torch.zeros(stream.num_targets, device=world.device)
+
+    def commit(self, windows: Windows, nats_BS: Tensor) -> None:
+        """Takes the scores of some windows. Raises: LegalityError if a target had one."""
+        targets = windows.targets()
+        np.add.at(self.scored, targets, 1)
+        if (self.scored[targets] > 1).any():
+            raise LegalityError(f"a target between {targets.min()} and {targets.max()} was scored "
+                                "before")
+        place = torch.from_numpy(targets).to(self.nats.device, non_blocking=True)
+        self.nats[place] = windows.scores(nats_BS.detach())
+        self.num_commits += 1
+
+    def released(self, first: int, last: int) -> np.ndarray:
+        """Inputs and targets `first` to `last`. Raises: LegalityError unless scored once each."""
+        counts = torch.from_numpy(self.scored[first:last].copy())
+        self.world.combine(counts, dist.ReduceOp.SUM)
+        missing, double = (counts == 0).sum(), (counts > 1).sum()
+        if missing or double:
+            raise LegalityError(f"{missing} targets between {first} and {last} are not scored, "
+                                f"{double} by two ranks")
+        self.num_releases += 1
+        return self.stream.tokens[first:last + 1]
+
+    def released_nats(self, windows: Windows, nats_BS: Tensor) -> Tensor:
+        """Total nats of windows, to learn from. Raises: LegalityError unless committed before."""
+        if not self.scored[windows.targets()].all():
+            raise LegalityError("a target was to be learned from before its score was committed")
+        self.num_releases += 1
+        return windows.scores(nats_BS).sum()
+
+    def save(self, path: Path) -> None:
+        """Writes this rank's scores and the time that they took."""
+        buffer, place = io.BytesIO(), np.flatnonzero(self.scored)
+        seconds = time.perf_counter() - self.begin
+        np.savez(buffer, place=place, nats=self.nats.cpu().numpy()[place], seconds=seconds)
+        write_atomically(path, buffer.getvalue())
+
+    def resume(self, path: Path) -> float:
+        """Takes over the scores in a file, and their time, which it returns."""
+        with np.load(path) as saved:
+            place, seconds = saved["place"], float(saved["seconds"])
+            self.nats[torch.from_numpy(place)] = torch.from_numpy(saved["nats"]).to(self.nats)
+        self.scored[place], self.begin = 1, self.begin - seconds
+        return seconds
+
+    def total_nats(self) -> float:
+        """Sum over all targets and ranks, in float64. Raises: LegalityError if one is missing."""
+        self.released(0, self.scored.size)
+        return float(self.world.sum_(self.nats.double().sum()))
 
 
 def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
@@ -2318,23 +2288,10 @@ def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
 
 def document_windows(stream: ValStream, seq_len: int, stride: int) -> Windows:
     """The sliding windows of every document; its last target is the next one's first token."""
-    parts = [[start + a for a in sliding_windows(stop - start, seq_len, stride)]
-             for start, stop in zip(stream.document_starts, stream.document_stops, strict=True)]
-    return Windows(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-
-
-class Batch(NamedTuple):
-    """One forward pass: windows that skip equally many positions, padded to a shape of few."""
-
-    windows: Windows
-    rows: int
-    width: int
-    scored: int  # positions that go through the head, after the skipped ones
-
-    def span(self, sequence_BT: Tensor) -> Tensor:
-        """The scored positions of a sequence."""
-        skip = int(self.windows.first_scored[-1] - self.windows.starts[-1])
-        return sequence_BT[:, skip:skip + self.scored]
+    spans = zip(stream.document_starts, stream.document_stops, strict=True)
+    parts = [start + np.array(sliding_windows(stop - start, seq_len, stride))
+             for start, stop in spans]
+    return Windows(*np.concatenate(parts, axis=1))
 
 
 class Scorer:
@@ -2345,37 +2302,40 @@ class Scorer:
         self.model, self.plan, self.stream, self.world = model, plan, stream, world
         self.audit = audit
         self.tokens = torch.from_numpy(stream.tokens).to(world.device)
+        self.earlier_seconds = 0.0  # of an evaluation that was interrupted and went on
 
     @torch.no_grad()
     def score(self, windows: Windows, ledger: ScoreLedger) -> None:
-        """Scores windows in order; those that skip equally many positions share batches."""
-        skipped, config = windows.first_scored - windows.starts, self.model.config
-        rows, width = config.eval_rows, config.eval_seq_len
+        """Scores this rank's share; windows that skip equally many positions share batches."""
+        shares = np.array_split(np.arange(len(windows.starts)), self.world.size)
+        windows, config = windows.select(shares[self.world.rank]), self.model.config
+        skipped, rows = windows.first_scored - windows.starts, config.eval_rows
         for skip in np.unique(skipped):
             group = windows.select(skipped == skip)
             for first in range(0, len(group.starts), rows):
                 part = group.select(slice(first, first + rows))
-                nats_BS = self.predict(Batch(part, rows, width, width - int(skip)), ledger)
-                ledger.commit(part.first_scored, part.counts(), nats_BS)
+                ledger.commit(part, self.predict(part, (rows, config.eval_seq_len), ledger))
 
-    def predict(self, batch: Batch, ledger: ScoreLedger, adapter: LowRank | None = None) -> Tensor:
-        """Nats (rows, scored) of the batch's targets under the weights as they are now."""
-        starts = np.resize(batch.windows.starts, (batch.rows, 1))  # repeats pad the batch
-        index = np.minimum(starts + np.arange(batch.width + 1), self.stream.num_targets)
-        rows = self.tokens[torch.from_numpy(index).to(self.world.device)]
-        nats_BS = self.nats(rows, batch, adapter)
+    def predict(self, windows: Windows, shape: tuple[int, int], ledger: ScoreLedger,
+                adapter: LowRank | None = None) -> Tensor:
+        """Nats from the first scored positions on, of a batch padded to `shape`, rows and width."""
+        device = self.world.device
+        starts = torch.from_numpy(np.resize(windows.starts, (shape[0], 1)))
+        index = starts.to(device, non_blocking=True) + torch.arange(shape[1] + 1, device=device)
+        rows = self.tokens[index.clamp_(max=self.stream.num_targets)]
+        nats_BS = self.nats(rows, windows.skip, adapter)
         if self.audit:
-            self.audit.observe(self, ledger, batch, rows, nats_BS, adapter)
+            self.audit.observe(self, ledger, windows, rows, nats_BS, adapter)
         return nats_BS
 
-    def nats(self, rows: Tensor, batch: Batch, adapter: LowRank | None) -> Tensor:
-        """Nats (rows, scored) of the targets in token rows (rows, width + 1)."""
-        return self.model.nats(self.states(rows, batch, adapter), batch.span(rows[:, 1:]), adapter)
+    def nats(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
+        """Nats (rows, width - skip) of the targets in token rows (rows, width + 1)."""
+        return self.model.nats(self.states(rows, skip, adapter), rows[:, 1 + skip:], adapter)
 
-    def states(self, rows: Tensor, batch: Batch, adapter: LowRank | None) -> Tensor:
-        """Hidden states at the scored positions."""
+    def states(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
+        """Hidden states at all positions but the first."""
         runner = adapter.run_block if adapter else None
-        return batch.span(self.model.hidden(rows[:, :-1], self.plan, adapter, runner))
+        return self.model.hidden(rows[:, :-1], self.plan, adapter, runner)[:, skip:]
 
 
 AUDIT_EVERY = 100  # batches, from the first on: what keeps the overhead at a few percent
@@ -2389,7 +2349,6 @@ class Audit:
     def __init__(self, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.checked, self.worst = torch.zeros(2, len(CONDITIONS), dtype=torch.float64)
-        self.ledger: ScoreLedger | None = None
         self.state: tuple[int, list[int]] = 0, []
 
     def note(self, condition: str, checked: int, violation: float | Tensor) -> None:
@@ -2398,47 +2357,42 @@ class Audit:
         self.checked[index] += checked
         self.worst[index] = self.worst[index].maximum(torch.as_tensor(violation).cpu())
 
-    def observe(self, scorer: Scorer, ledger: ScoreLedger, batch: Batch, rows: Tensor,
+    def observe(self, scorer: Scorer, ledger: ScoreLedger, windows: Windows, rows: Tensor,
                 nats_BS: Tensor, adapter: LowRank | None) -> None:
         """Looks at scores that are not committed yet: weights move only after a release."""
         weights = adapter.parameters if adapter else scorer.model.parameters()
-        state = ledger.num_releases, [p._version for p in weights]
-        if ledger is not self.ledger:
-            self.ledger, self.number, self.state = ledger, 0, state
-        windows, starts = batch.windows, ledger.stream.document_starts
-        opened = adapter.pairs if adapter and windows.first_scored[-1] in starts else []
+        before, self.state = self.state, (ledger.num_releases, [p._version for p in weights])
+        starts = ledger.stream.document_starts
+        opened = adapter.pairs if adapter and windows.first_scored[0] in starts else []
         stale = any(bool(b.any()) for _, b in opened)
-        moved = state[1] != self.state[1] and state[0] == self.state[0]
+        moved = ledger.num_commits and before[1] != self.state[1] and before[0] == self.state[0]
         self.note("c3_score_first", 1, float(moved and (stale or not opened)))
         if ledger.by_document:  # no document starts inside a context, nor with another's adapter
             inside = np.searchsorted(starts, windows.stops)
             inside -= np.searchsorted(starts, windows.starts, "right")
             self.note("documents_isolated", len(inside), float(stale or inside.max() > 0))
-        if self.number % AUDIT_EVERY == 0:
-            self.sample(scorer, batch, rows, nats_BS, adapter)
-        self.state, self.number = state, self.number + 1
+        if ledger.num_commits % AUDIT_EVERY == 0:
+            self.sample(scorer, windows, rows, nats_BS, adapter)
 
     @torch.no_grad()
-    def sample(self, scorer: Scorer, batch: Batch, rows: Tensor, nats_BS: Tensor,
+    def sample(self, scorer: Scorer, windows: Windows, rows: Tensor, nats_BS: Tensor,
                adapter: LowRank | None) -> None:
         """Scores up to a drawn target again, with it, all that follows and other rows replaced."""
-        vocabulary = torch.arange(scorer.model.config.vocab_size).to(rows)
-        counts = batch.windows.counts()
+        model, skip, counts = scorer.model, windows.skip, windows.stops - windows.first_scored
+        vocabulary = torch.arange(model.config.vocab_size).to(rows)
         drawn = int(torch.randint(int(counts.max()), (), generator=self.generator))
-        cut = int(batch.windows.first_scored[-1] - batch.windows.starts[-1]) + drawn
         altered = torch.randint(len(vocabulary), rows.shape, generator=self.generator).to(rows)
-        altered[::2, :cut + 1] = rows[::2, :cut + 1]
+        altered[::2, :skip + drawn + 1] = rows[::2, :skip + drawn + 1]
         with torch.set_grad_enabled(nats_BS.requires_grad):  # the graph that scored
-            x_BSD = scorer.states(altered, batch, adapter).detach()
-        again_BS = scorer.model.nats(x_BSD, batch.span(rows[:, 1:]), adapter)
+            x_BSD = scorer.states(altered, skip, adapter).detach()
+        again_BS = model.nats(x_BSD, rows[:, 1 + skip:], adapter)
         shift = (again_BS - nats_BS)[:len(counts):2, :drawn + 1].abs()
         self.note("c1_causal", shift.numel(), shift.max())
-        mass_B = torch.zeros(batch.rows, dtype=torch.float64, device=rows.device)
+        mass_B = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         for ids in vocabulary.split(64):
             x_BKD = x_BSD[:, drawn:drawn + 1].expand(-1, len(ids), -1)
-            nats_BK = scorer.model.nats(x_BKD, ids.expand(batch.rows, -1), adapter)
-            mass_B += (-nats_BK.double()).exp().sum(1)
-        self.note("c2_normalised", batch.rows, (mass_B - 1).abs().max())
+            mass_B += (-model.nats(x_BKD, ids.expand(len(rows), -1), adapter).double()).exp().sum(1)
+        self.note("c2_normalised", len(rows), (mass_B - 1).abs().max())
 
     def report(self, world: World) -> dict[str, dict[str, object]]:
         """Of every condition that any rank checked: whether it held, how often, the worst case."""
@@ -2459,20 +2413,18 @@ class Score(NamedTuple):
 
 def evaluate(scorer: Scorer, windows: Windows, by_document: bool = False) -> Score:
     """The score of a fixed model on all windows."""
-    begin = time.perf_counter()
-    ledger = ScoreLedger(scorer.stream, scorer.world)
-    ledger.by_document = by_document
-    scorer.score(windows.share(scorer.world), ledger)
-    return finish_score(scorer, ledger, begin)
+    ledger = ScoreLedger(scorer.stream, scorer.world, by_document)
+    scorer.score(windows, ledger)
+    return finish_score(scorer, ledger)
 
 
-def finish_score(scorer: Scorer, ledger: ScoreLedger, begin: float) -> Score:
-    """The score of a complete ledger whose evaluation began at `begin`."""
+def finish_score(scorer: Scorer, ledger: ScoreLedger) -> Score:
+    """The score of a complete ledger."""
     nats, stream = ledger.total_nats(), ledger.stream
     if scorer.audit and scorer.world.is_main:  # an incomplete or repeated score has raised
         scorer.audit.note("c4_single_pass", stream.num_targets, 0.0)
-    return Score(nats / stream.num_targets, bits_per_byte(nats, stream.num_bytes),
-                 time.perf_counter() - begin)
+    return Score(nats / stream.num_targets, nats / math.log(2) / stream.num_bytes,
+                 time.perf_counter() - ledger.begin)
 
 
 def log_score(log: RunLog, key: str, label: str, score: Score) -> None:
@@ -2526,21 +2478,21 @@ class ChunkLearner:
 def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     """The score of a model that learns, along a cosine, from every chunk but the last."""
     config, num_targets = scorer.model.config, scorer.stream.num_targets
-    begin, size = time.perf_counter(), config.ttt_chunk_tokens
     ledger, learner = ScoreLedger(scorer.stream, scorer.world), ChunkLearner(scorer)
+    size = config.ttt_chunk_tokens
     last_chunk = (num_targets - 1) // size
     for chunk in range(last_chunk + 1):
         first, last = chunk * size, min((chunk + 1) * size, num_targets)
         of_chunk = windows.select(windows.first_scored // size == chunk)
-        scorer.score(of_chunk.share(scorer.world), ledger)  # 1. predict with the present weights
-        ledger.agree(first, last)  # 2. final: a second score raises
+        scorer.score(of_chunk, ledger)  # 1. predict with the present weights
+        tokens = ledger.released(first, last)  # 2. final: a second score raises
         if chunk < last_chunk:
             lr = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
-            learner.adapt(ledger.released(first, last), lr)  # 3. learn from final tokens only
-    return finish_score(scorer, ledger, begin)
+            learner.adapt(tokens, lr)  # 3. learn from final tokens only
+    return finish_score(scorer, ledger)
 
 
-Factors = dict[Site, tuple[Tensor, Tensor]]  # (B, inputs, R) and (B, R, outputs); R is the rank
+Factors = dict[str, tuple[Tensor, Tensor]]  # by site: (B, inputs, R), (B, R, outputs); R is rank
 
 
 def low_rank(factors: Factors, scale: float, site: Site, x: Tensor, y: Tensor) -> Tensor:
@@ -2549,11 +2501,6 @@ def low_rank(factors: Factors, scale: float, site: Site, x: Tensor, y: Tensor) -
         return y
     a, b = (t.to(x.dtype) for t in factors[site])
     return y + scale * (x @ a @ b)
-
-
-def adapted_block(*inputs: object, factors: Factors, scale: float) -> Tensor:
-    """`run_block` as a function of the factors, so that one graph serves all visits."""
-    return run_block(*inputs, functools.partial(low_rank, factors, scale))  # type: ignore
 
 
 class LowRank:
@@ -2567,12 +2514,11 @@ class LowRank:
                                requires_grad=True)
 
         self.config, self.scale = c, c.ttt_lora_alpha / c.ttt_lora_rank
-        self.compiled = maybe_compile(adapted_block, c)
+        self.compiled = maybe_compile(run_block, c)
         self.factors: dict[int, Factors] = {
             visit: {site: (zeros(shapes[site].shape[-1], c.ttt_lora_rank),
                            zeros(c.ttt_lora_rank, shapes[site].shape[-2]))
-                    for site in SITES
-                    if site in c.ttt_lora_sites.split(",") and (site == "head") == (visit < 0)}
+                    for site in c.ttt_lora_sites.split(",") if (site == "head") == (visit < 0)}
             for visit in range(-1, len(plan.visits))}
         self.pairs = [pair for factors in self.factors.values() for pair in factors.values()]
         self.parameters = [factor for pair in self.pairs for factor in pair]
@@ -2584,20 +2530,27 @@ class LowRank:
         """The adapted output of one layer."""
         return low_rank(self.factors[visit], self.scale, site, x, y)
 
-    def run_block(self, *inputs: typing.Any) -> Tensor:
+    def run_block(self, stream: Stream, *others: typing.Any) -> Tensor:
         """One block, adapted as in the visit that its last input is bound to."""
-        factors = self.factors[inputs[-1].args[0]]
-        return self.compiled(*inputs[:-1], factors=factors, scale=self.scale)
+        if not stream.x.requires_grad:  # as later blocks see it, or the first is compiled anew
+            stream = stream._replace(x=stream.x.detach().requires_grad_())
+        for tensor in (stream.x, stream.x0, *stream.skip[:1]):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)  # one graph for all widths
+        # The factors become inputs, so that one graph serves all visits.
+        tap = functools.partial(low_rank, self.factors[others[-1].args[0]], self.scale)
+        return self.compiled(stream, *others[:-1], tap)
 
     @torch.no_grad()
-    def reset(self, keep_a: bool = False) -> None:
-        """Makes all outputs zero; with `keep_a` the input factors stay as documents left them."""
-        generator = torch.Generator().manual_seed(self.config.seed)
+    def reset(self) -> None:
+        """Makes all outputs zero; input factors that learned may stay as documents left them."""
+        generator = torch.Generator(self.parameters[0].device).manual_seed(self.config.seed)
+        redraw = not (self.config.ttt_warm_start_a and self.adam.state)
         self.adam.state.clear()
         for a, b in self.pairs:
             b.zero_()
-            if not keep_a:
-                a.copy_((torch.rand(a.shape[1:], generator=generator) * 2 - 1) / a.shape[1] ** 0.5)
+            if redraw:
+                bound = a.shape[1] ** -0.5
+                a[:] = torch.empty_like(a[0]).uniform_(-bound, bound, generator=generator)
 
     def learn(self, loss: Tensor) -> None:
         """One step of every row on its own share of the loss."""
@@ -2606,75 +2559,68 @@ class LowRank:
         self.adam.zero_grad()
 
 
-# Longest document, in targets, and its chunk in units of TTT_CHUNK_SIZE: short documents gain from
-# early steps, and the longest must not hold up a rank.
-CHUNK_SCALES = ((512, 0.5), (4096, 1.0), (16_384, 4.0), (math.inf, 8.0))
-RECORD_RANKS = 8
+RECORD_RANKS, SAVE_SECONDS = 8, 60.0
 
 
-class DocumentGroup(NamedTuple):
-    """Documents that adapt side by side."""
+def document_passes(starts: np.ndarray, stops: np.ndarray, config: Config
+                    ) -> list[list[tuple[Windows, int]]]:
+    """For groups of documents by falling length, their passes chunk by chunk, each with its width.
 
-    starts: np.ndarray  # first target of each
-    stops: np.ndarray
-    chunk: int  # targets between two steps
-
-    def widths(self, config: Config) -> list[int]:
-        """Width of the pass for every chunk, with as much context as fits: one of three shapes."""
-        choices = config.eval_seq_len // np.array([4, 2, 1])
-        longest = int((self.stops - self.starts).max())
-        ends = np.arange(self.chunk, longest + self.chunk, self.chunk)
-        return choices[np.searchsorted(choices, np.minimum(ends, choices[-1]))].tolist()
-
-    def passes(self, config: Config) -> Iterator[Batch]:
-        """The forward passes in order."""
-        for number, width in enumerate(self.widths(config)):
-            first, last = number * self.chunk, (number + 1) * self.chunk
-            scored = (np.minimum(self.starts + n, self.stops) for n in (first, last))
-            windows = Windows(self.starts + max(0, last - config.eval_seq_len), *scored)
-            yield Batch(windows, config.ttt_batch_size, width, self.chunk)
-
-
-def group_documents(starts: np.ndarray, stops: np.ndarray, config: Config) -> list[DocumentGroup]:
-    """All documents, by length, in groups that fill a batch and share a chunk length."""
-    limits, scales = (np.array(column) for column in zip(*CHUNK_SCALES, strict=True))
-    sizes = np.clip(config.ttt_chunk_size * scales, 1, config.eval_seq_len // 2).astype(int)
-    chunks, groups = sizes[np.searchsorted(limits, stops - starts)], []
-    order = np.argsort(stops - starts, kind="stable")
-    for chunk in np.unique(chunks):
-        same = order[chunks[order] == chunk]
-        for first in range(0, len(same), config.ttt_batch_size):
-            rows = same[first:first + config.ttt_batch_size]
-            groups.append(DocumentGroup(starts[rows], stops[rows], int(chunk)))
+    Short documents gain from early steps, and the longest must not hold up a rank, so chunks grow
+    with length. A pass sees all before its end that fits, in sixteenths of the longest width.
+    """
+    rows, longest, groups = config.ttt_batch_size, config.eval_seq_len, []
+    order, unit = np.argsort(starts - stops, kind="stable"), -(-longest // 16)
+    for group in np.split(order, range(rows, len(order), rows)):
+        start, stop = starts[group], stops[group]
+        length, passes = stop[0] - start[0], []
+        chunk = config.ttt_chunk_size * min(max(length / 2048, 0.5), 8)
+        chunk = min(max(int(chunk), 1), longest // 2)
+        for first in range(0, length, chunk):
+            last = first + chunk
+            windows = Windows(start + max(0, last - longest), np.minimum(start + first, stop),
+                              np.minimum(start + last, stop))
+            passes.append((windows, min(-(-last // unit) * unit, longest)))
+        groups.append(passes)
     return groups
 
 
-def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Indices by rank: the costliest first, each to the rank with the least so far."""
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        min(shares, key=lambda share: sum(costs[i] for i in share)).append(index)
-    return shares
+def share_out(costs: Sequence[float], ranks: int) -> np.ndarray:
+    """The rank of every piece of work: each goes to the rank with the least so far."""
+    totals, owners = np.zeros(ranks), np.zeros(len(costs), dtype=int)
+    for piece, cost in enumerate(costs):
+        owners[piece] = totals.argmin()
+        totals[owners[piece]] += cost
+    return owners
 
 
-def evaluate_documents(scorer: Scorer, adapters: LowRank) -> Score:
-    """The score when each document, chunk by chunk, is learned from by adapters of its own."""
-    begin, stream, config = time.perf_counter(), scorer.stream, adapters.config
-    ledger = ScoreLedger(stream, scorer.world)
-    ledger.by_document = True
-    adapters.reset()
-    groups = group_documents(stream.document_starts, stream.document_stops, config)
-    costs = [sum(group.widths(config)) for group in groups]  # no clock: the same on every rank
-    for index in share_out(costs, scorer.world.size)[scorer.world.rank]:
-        adapters.reset(config.ttt_warm_start_a)
-        passes = list(groups[index].passes(config))
-        for batch in passes:
-            windows = batch.windows
-            nats_BS = scorer.predict(batch, ledger, adapters)  # 1. predict with what is known
-            ledger.commit(windows.first_scored, windows.counts(), nats_BS.detach())  # 2. final
-            if batch is not passes[-1]:
+def evaluate_documents(scorer: Scorer, folder: Path | None = None) -> Score:
+    """The score when each document, chunk by chunk, is learned from by adapters of its own.
+
+    What a `folder` holds of an interrupted evaluation by as many ranks is not done again.
+    """
+    stream, world, adapters = scorer.stream, scorer.world, LowRank(scorer.model, scorer.plan)
+    ledger, config = ScoreLedger(stream, world, by_document=True), adapters.config
+    path = folder / f"ledger_{world.rank}_of_{world.size}.npz" if folder else None
+    if path and path.is_file() and not config.ttt_warm_start_a:  # else groups are not independent
+        scorer.earlier_seconds = ledger.resume(path)
+    groups = document_passes(stream.document_starts, stream.document_stops, config)
+    costs = [sum(width for _, width in passes) for passes in groups]  # on all ranks the same
+    saved = time.perf_counter()
+    for index in np.flatnonzero(share_out(costs, world.size) == world.rank):
+        if ledger.scored[groups[index][0][0].targets()].all():
+            continue
+        adapters.reset()
+        for windows, width in groups[index]:
+            shape = config.ttt_batch_size, width
+            nats_BS = scorer.predict(windows, shape, ledger, adapters)  # 1. with what is known
+            ledger.commit(windows, nats_BS)  # 2. final
+            if windows is not groups[index][-1][0]:
                 adapters.learn(ledger.released_nats(windows, nats_BS))  # 3. from final scores
-    return finish_score(scorer, ledger, begin)
+        if path and time.perf_counter() > saved + SAVE_SECONDS:
+            ledger.save(path)
+            saved = time.perf_counter()
+    return finish_score(scorer, ledger)
 
 
 def official_lengths(count: int = 50_000) -> np.ndarray:
@@ -2685,20 +2631,21 @@ def official_lengths(count: int = 50_000) -> np.ndarray:
     return lengths
 
 
-def project_documents(scorer: Scorer, adapters: LowRank) -> float:
-    """Warms up every shape on random tokens; seconds of the official text on eight ranks."""
-    config, stops, seconds = adapters.config, np.cumsum(official_lengths()), {}
-    groups = group_documents(np.append(0, stops[:-1]), stops, config)
-    shapes = {batch.width: batch for group in groups[:1] + groups[-1:]
-              for batch in group.passes(config)}
-    for width, batch in 2 * list(shapes.items()):  # the first round compiles
-        rows = torch.randint(config.vocab_size, (batch.rows, width + 1))
-        begin = time.perf_counter()
-        adapters.learn(scorer.nats(rows.to(scorer.world.device), batch, adapters).sum())
+def project_documents(scorer: Scorer) -> float:
+    """Compiles on random tokens; seconds of the official text on eight ranks, at measured steps."""
+    stops, seconds, adapters = np.cumsum(official_lengths()), {}, LowRank(scorer.model, scorer.plan)
+    config = adapters.config
+    groups = document_passes(np.append(0, stops[:-1]), stops, config)
+    widths = sorted({width for passes in groups for _, width in passes})[::5]  # four of sixteen
+    for width in widths * (1 + config.compile):
+        rows = torch.randint(config.vocab_size, (config.ttt_batch_size, width + 1))
+        begin, skip = time.perf_counter(), max(0, width - config.ttt_chunk_size)
+        adapters.learn(scorer.nats(rows.to(scorer.world.device), skip, adapters).sum())
         scorer.world.synchronize()
         seconds[width] = time.perf_counter() - begin
-    costs = [sum(seconds[width] for width in group.widths(config)) for group in groups]
-    return max(sum(costs[i] for i in share) for share in share_out(costs, RECORD_RANKS))
+    costs = [np.interp([width for _, width in passes], widths, list(seconds.values())).sum()
+             for passes in groups]
+    return float(np.bincount(share_out(costs, RECORD_RANKS), costs).max())
 
 
 # ==================================================================================================
@@ -2820,7 +2767,7 @@ def train_to_artifact(setup: Setup) -> Path:
     log.line(f"train_shards: {shards} | train_tokens: {tokens} | model_params:{total}")
 
     def score(plan: DepthPlan) -> Score:
-        windows = plain_windows(val.num_targets, config.eval_seq_len)
+        windows = sliding_windows(val.num_targets, config.eval_seq_len, config.eval_seq_len)
         return evaluate(Scorer(trainer.model, plan, val, world), windows)
 
     def validate(step: int, plan: DepthPlan, is_last: bool) -> None:
@@ -2856,7 +2803,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     scorer = Scorer(model, plan, val, world, Audit(config.seed) if config.audit else None)
     seq_len, stride = config.eval_seq_len, config.eval_stride
     sliding = sliding_windows(targets, seq_len, stride)
-    headline, score = "quantised", evaluate(scorer, plain_windows(targets, seq_len))
+    headline, score = "quantised", evaluate(scorer, sliding_windows(targets, seq_len, seq_len))
     log_score(log, headline, "quantized", score)
     if config.sliding_window_enabled:
         headline, score = "sliding", evaluate(scorer, sliding)
@@ -2868,9 +2815,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     if config.ttt_enabled:
         headline = f"ttt_{config.ttt_mode}"
         if config.ttt_mode == "documents":
-            adapters = LowRank(model, plan)
-            full = project_documents(scorer, adapters)
-            score = evaluate_documents(scorer, adapters)
+            full, score = project_documents(scorer), evaluate_documents(scorer, log.folder)
         else:
             log.line(f"ttt:start chunks={-(-targets // config.ttt_chunk_tokens)} "
                      f"ttt_lr={config.ttt_lr} ttt_epochs={config.ttt_epochs}")
@@ -2878,7 +2823,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         log_score(log, headline, "quantized_ttt", score)
     if headline != "ttt_documents":
         full = score.seconds * OFFICIAL_VAL_TARGETS / RECORD_RANKS * world.size / targets
-    strict = time.perf_counter() - begin
+    strict = time.perf_counter() - begin + scorer.earlier_seconds
     log.put("clocks", eval_seconds_strict=round(strict, 2),
             eval_seconds_lenient=round(score.seconds, 2),
             eval_budget_seconds=config.max_eval_seconds,

@@ -50,11 +50,10 @@ def measure_all(config: golf.Config, world: golf.World) -> dict[str, object]:
     sliding = golf.sliding_windows(num_targets, 64, config.eval_stride)
     documents = golf.document_windows(scorer.stream, 64, config.eval_stride)
     found: dict[str, object] = {
-        "plain": golf.evaluate(scorer, golf.plain_windows(num_targets, 64)).bits,
+        "plain": golf.evaluate(scorer, golf.sliding_windows(num_targets, 64, 64)).bits,
         "sliding": golf.evaluate(scorer, sliding).bits,
         "documents": golf.evaluate(scorer, documents, by_document=True).bits}
-    adapters = golf.LowRank(scorer.model, scorer.plan)
-    found["ttt_documents"] = golf.evaluate_documents(scorer, adapters).bits
+    found["ttt_documents"] = golf.evaluate_documents(scorer).bits
     scorer.model.requires_grad_(True)
     found["ttt_sgd"] = golf.evaluate_adapting(scorer, sliding).bits
     return {**found, "audit": scorer.audit.report(world)} if scorer.audit else found

@@ -62,7 +62,7 @@ def measure_scores(config: golf.Config, world: golf.World) -> Measured:
     stream = golf.ValStream.load(config)
     scorer = golf.Scorer(random_model(config), plan_named(config, "looped"), stream, world)
     sliding = golf.sliding_windows(stream.num_targets, config.eval_seq_len, config.eval_stride)
-    plain = golf.plain_windows(stream.num_targets, config.eval_seq_len)
+    plain = golf.sliding_windows(stream.num_targets, config.eval_seq_len, config.eval_seq_len)
     scores = {"plain": golf.evaluate(scorer, plain).bits,
               "sliding": golf.evaluate(scorer, sliding).bits,
               "adapting": golf.evaluate_adapting(scorer, sliding).bits}
@@ -72,9 +72,10 @@ def measure_scores(config: golf.Config, world: golf.World) -> Measured:
 def measure_double_scoring(config: golf.Config, world: golf.World) -> str:
     """What the ledger says when two ranks score one target."""
     ledger = golf.ScoreLedger(golf.ValStream.load(config), world)
-    ledger.commit(np.array([5 * world.rank]), np.array([6]), torch.ones(1, 6))
+    start = np.array([5 * world.rank])
+    ledger.commit(golf.Windows(start, start, start + 6), torch.ones(1, 6))
     try:
-        ledger.agree(0, 64)
+        ledger.released(5, 6)
     except golf.LegalityError as error:
         return str(error)
     return ""

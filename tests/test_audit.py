@@ -31,11 +31,12 @@ def run(config: golf.Config, kind: str) -> golf.Scorer:
     if kind == "sgd":
         golf.evaluate_adapting(scorer, sliding)
     elif kind == "ttt_documents":
-        golf.evaluate_documents(scorer, golf.LowRank(scorer.model, scorer.plan))
+        golf.evaluate_documents(scorer)
     elif kind == "documents":
         golf.evaluate(scorer, golf.document_windows(scorer.stream, 64, 16), by_document=True)
     else:
-        golf.evaluate(scorer, golf.plain_windows(num_targets, 64) if kind == "plain" else sliding)
+        plain = golf.sliding_windows(num_targets, 64, 64)
+        golf.evaluate(scorer, plain if kind == "plain" else sliding)
     return scorer
 
 
@@ -76,7 +77,7 @@ def test_audit_moves_no_score(adapted: golf.Config, kind: str) -> None:
         scorer = make_scorer(adapted, stream_of(text(600)))
         scorer.audit = scorer.audit if audited else None
         if kind == "ttt_documents":
-            score = golf.evaluate_documents(scorer, golf.LowRank(scorer.model, scorer.plan))
+            score = golf.evaluate_documents(scorer)
         else:
             score = golf.evaluate(scorer, golf.document_windows(scorer.stream, 64, 16),
                                   kind == "documents")
@@ -91,11 +92,11 @@ def test_update_before_score_in_documents_is_caught(adapted: golf.Config,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     predict = golf.Scorer.predict
 
-    def learn_first(scorer: golf.Scorer, batch: golf.Batch, ledger: golf.ScoreLedger,
-                    adapter: golf.LowRank | None = None) -> torch.Tensor:
-        if adapter and batch.windows.first_scored[-1] not in scorer.stream.document_starts:
-            adapter.learn(predict(scorer, batch, ledger, adapter).sum())
-        return predict(scorer, batch, ledger, adapter)
+    def learn_first(scorer: golf.Scorer, windows: golf.Windows, shape: tuple[int, int],
+                    ledger: golf.ScoreLedger, adapter: golf.LowRank | None = None) -> torch.Tensor:
+        if adapter and windows.first_scored[0] not in scorer.stream.document_starts:
+            adapter.learn(predict(scorer, windows, shape, ledger, adapter).sum())
+        return predict(scorer, windows, shape, ledger, adapter)
 
     monkeypatch.setattr(golf.Scorer, "predict", learn_first)
     assert "c3_score_first" in failed(adapted, "ttt_documents")
@@ -116,8 +117,7 @@ def learn_and_score(scorer: golf.Scorer, windows: golf.Windows, released: bool) 
         learner.adapt(ledger.released(first, last) if released
                       else scorer.stream.tokens[first:last + 1], 0.01)
         scorer.score(windows.select(windows.first_scored // 256 == first // 256), ledger)
-        ledger.agree(first, last)
-    return golf.finish_score(scorer, ledger, 0.0)
+    return golf.finish_score(scorer, ledger)
 
 
 @pytest.mark.parametrize("released", [False, True])
@@ -138,11 +138,11 @@ def test_gate_that_reads_the_target_is_caught(adapted: golf.Config, kind: str,
     """Where the target is even, another expert (here: half the states) speaks."""
     honest = golf.Scorer.nats
 
-    def gated(scorer: golf.Scorer, rows: torch.Tensor, batch: golf.Batch,
+    def gated(scorer: golf.Scorer, rows: torch.Tensor, skip: int,
               adapter: golf.LowRank | None) -> torch.Tensor:
-        targets = batch.span(rows[:, 1:])
-        other = scorer.model.nats(0.5 * scorer.states(rows, batch, adapter), targets, adapter)
-        return torch.where(targets % 2 == 0, other, honest(scorer, rows, batch, adapter))
+        targets = rows[:, 1 + skip:]
+        other = scorer.model.nats(0.5 * scorer.states(rows, skip, adapter), targets, adapter)
+        return torch.where(targets % 2 == 0, other, honest(scorer, rows, skip, adapter))
 
     monkeypatch.setattr(golf.Scorer, "nats", gated)
     assert "c1_causal" in failed(adapted, kind)
@@ -170,10 +170,10 @@ def test_dropped_tail_is_caught(adapted: golf.Config, kind: str,
                                 monkeypatch: pytest.MonkeyPatch) -> None:
     commit = golf.ScoreLedger.commit
 
-    def forget_last(ledger: golf.ScoreLedger, starts: np.ndarray, counts: np.ndarray,
-                    nats: torch.Tensor) -> None:
-        cut = np.where(starts + counts == ledger.stream.num_targets, counts - 1, counts)
-        commit(ledger, starts, np.maximum(cut, 0), nats)
+    def forget_last(ledger: golf.ScoreLedger, windows: golf.Windows, nats: torch.Tensor) -> None:
+        last = ledger.stream.num_targets - 1
+        stops = np.maximum(windows.first_scored, np.minimum(windows.stops, last))
+        commit(ledger, windows._replace(stops=stops), nats)
 
     monkeypatch.setattr(golf.ScoreLedger, "commit", forget_last)
     with pytest.raises(golf.LegalityError, match=r"1 targets between|before its score"):
@@ -232,9 +232,9 @@ def test_adapters_that_outlive_their_document_are_caught(
         adapted: golf.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     reset = golf.LowRank.reset
 
-    def once(adapters: golf.LowRank, keep_a: bool = False) -> None:
+    def once(adapters: golf.LowRank) -> None:
         if not any(bool(a.any()) for a, _ in adapters.pairs):
-            reset(adapters, keep_a)
+            reset(adapters)
 
     monkeypatch.setattr(golf.LowRank, "reset", once)
     assert "documents_isolated" in failed(adapted, "ttt_documents")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,9 @@ from tools import bench
 # Of the keys that results have, those that a machine without start-up figures and GPU gives.
 KEYS = {"gpu", "versions", "tokens_per_micro_step", "micro_tok_s_unlooped", "micro_tok_s_looped",
         "step_overhead_ms", "quantise_seconds", "encode_seconds", "decode_seconds",
-        "load_to_first_score_seconds", "sliding_tok_s", "rows"}
+        "load_to_first_score_seconds", "sliding_tok_s", "ttt_documents_tok_s",
+        "ttt_documents_startup_seconds", "ttt_documents_recompiles", "audit_overhead_percent",
+        "projected_full_eval_seconds_8gpu", "rows"}
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,44 @@ def test_an_earlier_result_stays(tmp_path: Path, make_env: Callable[[], dict[str
 ])
 def test_kernels_are_grouped_by_their_work(kernel: str, group: str) -> None:
     assert bench.group_of(kernel) == group
+
+
+def test_seconds_of_a_pass_are_recovered() -> None:
+    passes, widths = np.array([10.0, 5.0, 7.0]), np.array([1000.0, 2000.0, 300.0])
+    found = bench.fit_seconds(passes, widths, 0.1 * passes + 0.002 * widths)
+    assert found == pytest.approx((0.1, 0.002))
+    assert bench.fit_seconds(passes, widths, 0.002 * widths - 0.01 * passes)[0] == 0
+
+
+def test_samples_are_whole_batches_of_the_official_lengths() -> None:
+    config = golf.Config()
+    samples = bench.document_samples(config)
+    for name, batches in (("short", 16), ("middle", 8), ("longest", 1)):
+        assert len(bench.pass_costs(config, samples[name])) == batches
+        assert len(samples[name]) == batches * config.ttt_batch_size
+    stream = bench.synthetic_stream(config, samples["short"])
+    lengths = stream.document_stops - stream.document_starts
+    assert lengths.tolist() == samples["short"].tolist()
+    assert samples["short"].max() <= 512 < samples["middle"].min() < 2048
+    longest, whole = (golf.document_passes(np.array([0]), np.array([n]), config)[0][-1]
+                      for n in (20_000, 97_000))
+    assert longest[1] == whole[1] == 2048
+    assert longest[0].skip == whole[0].skip
+
+
+def test_documents_can_be_timed_alone(make_env: Callable[[], dict[str, str]], tmp_path: Path,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(golf, "official_lengths", lambda: np.arange(64, 3000, 7))
+    for name, value in make_env().items():
+        monkeypatch.setenv(name, value)
+    assert bench.main(["--quick", "--only", "documents"]) == 0
+    (path,) = (tmp_path / "logs").glob("bench_*.json")
+    result = json.loads(path.read_text())
+    assert result["ttt_documents_tok_s"] > 0
+    assert result["projected_full_eval_seconds_8gpu"] >= result["ttt_documents_startup_seconds"]
+    assert result["ttt_documents_recompiles"] == 0
+    assert any(row["name"].startswith("documents longest") for row in result["rows"])
+    assert not any(row["name"] == "copy" for row in result["rows"])
 
 
 def test_unknown_part_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

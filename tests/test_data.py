@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import shutil
 import struct
 import threading
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 from toy import MakeConfig
 
 import train_gpt as golf
+from tools.prepare_data import write_shard
 
 SEQ_LEN = 16
 
@@ -42,7 +42,7 @@ def write_raw(path: Path, header: tuple[int, ...], payload: bytes) -> Path:
 @given(st.lists(st.integers(0, 65_535), max_size=300))
 def test_shard_round_trip(tmp_path_factory: pytest.TempPathFactory, tokens: list[int]) -> None:
     path = tmp_path_factory.mktemp("shard") / "x.bin"
-    golf.write_shard(path, np.array(tokens, dtype=np.uint16))
+    write_shard(path, np.array(tokens, dtype=np.uint16))
     assert path.read_bytes() == (struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253)
                                  + struct.pack(f"<{len(tokens)}H", *tokens))
     found = golf.read_shard(path)
@@ -66,13 +66,13 @@ def test_missing_and_headless_shards_are_named(tmp_path: Path) -> None:
     with pytest.raises(golf.DataError, match=r"none\.bin"):
         golf.read_shard(tmp_path / "none.bin")
     (tmp_path / "short.bin").write_bytes(b"\0" * 1023)
-    with pytest.raises(golf.DataError, match=r"short\.bin: 1023 bytes"):
+    with pytest.raises(golf.DataError, match=r"short\.bin: .*1023 bytes"):
         golf.read_shard(tmp_path / "short.bin")
 
 
 def test_token_id_at_the_vocabulary_size_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
-    golf.write_shard(path, np.array([1, 383, 384], dtype=np.uint16))
+    write_shard(path, np.array([1, 383, 384], dtype=np.uint16))
     assert golf.read_shard(path, 385).size == 3
     with pytest.raises(golf.DataError, match=r"x\.bin: token id 384 .*384"):
         golf.read_shard(path, 384)
@@ -181,9 +181,9 @@ def step_rows(config: golf.Config, rank: int, size: int, steps: int,
     """What one rank sees, one tensor a step."""
     loader = golf.TrainLoader(shards_of(3000, 2000), replace(config, vocab_size=65_535))
     shape, world = golf.batch_shape(config, size), golf.World(rank, size)
-    stream = golf.BatchStream(loader, shape, world, first_step)
+    stream = golf.batch_stream(loader, shape, world, first_step)
     try:
-        return [torch.cat(stream.next()) for _ in range(steps)]
+        return [torch.cat(next(stream)) for _ in range(steps)]
     finally:
         stream.close()
 
@@ -202,8 +202,8 @@ def test_stream_resumes_from_a_step(config: golf.Config) -> None:
 
 def test_stream_gives_micro_batches_of_the_configured_size(config: golf.Config) -> None:
     loader = golf.TrainLoader(shards_of(3000), replace(config, vocab_size=65_535))
-    stream = golf.BatchStream(loader, golf.batch_shape(config, 1), golf.World())
-    batches = stream.next()
+    stream = golf.batch_stream(loader, golf.batch_shape(config, 1), golf.World())
+    batches = next(stream)
     stream.close()
     assert [tuple(rows.shape) for rows in batches] == [(6, 65), (6, 65)]
     assert all(rows.dtype == torch.int32 for rows in batches)
@@ -213,10 +213,10 @@ def test_stream_hands_a_reading_error_to_the_trainer(config: golf.Config) -> Non
     tokens = np.full(2000, 5, dtype=np.uint16)
     tokens[700:] = 400
     loader = golf.TrainLoader([tokens], config)
-    stream = golf.BatchStream(loader, golf.batch_shape(config, 1), golf.World())
+    stream = golf.batch_stream(loader, golf.batch_shape(config, 1), golf.World())
     with pytest.raises(golf.DataError, match="token id 400"):
         for _ in range(3):
-            stream.next()
+            next(stream)
     stream.close()
 
 
@@ -270,12 +270,6 @@ def test_validation_without_text_is_refused() -> None:
     table = golf.TokenBytes(np.zeros(4, np.int16), np.zeros(4, bool), np.ones(4, bool))
     with pytest.raises(golf.DataError, match="no text"):
         golf.ValStream(np.full(65, 3, dtype=np.uint16), table, 64)
-
-
-def test_bits_per_byte_of_the_published_run() -> None:
-    # spec/pr1493.md sections 0 and 8: seed 42 after test-time training.
-    assert golf.bits_per_byte(2.79180 * 40_540_160, 151_078_222) == pytest.approx(1.08079, abs=1e-5)
-    assert golf.bits_per_byte(math.log(2) * 8, 1) == pytest.approx(8)
 
 
 @pytest.mark.parametrize("raw_bytes", [None, 12_345])

@@ -19,6 +19,7 @@ import torch
 
 import train_gpt
 from tools import doctor
+from tools.prepare_data import write_shard
 
 VOCAB = 300
 
@@ -37,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards = folder / "shards"
     shards.mkdir()
     for name in ("train_000000", "train_000001", "val_000000"):
-        train_gpt.write_shard(shards / f"fineweb_{name}.bin", np.array(ids, dtype=np.uint16))
+        write_shard(shards / f"fineweb_{name}.bin", np.array(ids, dtype=np.uint16))
     return folder
 
 
@@ -169,7 +170,7 @@ def test_truncated_shard_is_found_by_its_header(env: dict[str, str]) -> None:
 
 def test_token_id_past_the_vocabulary_is_found(env: dict[str, str]) -> None:
     shard = Path(env["DATA_PATH"]) / "fineweb_train_000000.bin"
-    train_gpt.write_shard(shard, np.full(600, 5000, dtype=np.uint16))
+    write_shard(shard, np.full(600, 5000, dtype=np.uint16))
     assert "5000" in findings(env)["train shards"].detail
 
 

@@ -12,6 +12,7 @@ import torch
 from documents import make_scorer, nats_of, plan_named, random_model, stream_of, text
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from toy import MakeConfig, MakeEnv
 
 import train_gpt as golf
@@ -91,32 +92,34 @@ def test_passes_score_every_target_once_in_few_shapes(config: golf.Config, rows:
                      ttt_mode="documents")
     lengths = golf.official_lengths(400)
     stops = np.cumsum(lengths)
-    counts, shapes = np.zeros(int(stops[-1]), int), set()
-    for group in golf.group_documents(stops - lengths, stops, config):
-        for batch in group.passes(config):
-            shapes.add(batch.width)
-            for start, first, stop in zip(*batch.windows, strict=True):
+    counts, widths = np.zeros(int(stops[-1]), int), set()
+    for passes in golf.document_passes(stops - lengths, stops, config):
+        assert len(passes[0][0].starts) <= rows
+        for windows, width in passes:
+            widths.add(width)
+            assert windows.skip == windows.first_scored.max() - windows.starts[0]
+            for start, first, stop in zip(*windows, strict=True):
                 counts[first:stop] += 1
-                assert stop == first or stop - start <= batch.width
-                assert batch.width in (64, 128, 256)
-                assert stop - first <= batch.scored
+                assert stop == first or stop - start <= width
+                assert stop == first or first - start == windows.skip
     assert (counts == 1).all()
-    assert shapes == {64, 128, 256}
+    assert widths <= set(range(16, 257, 16))
 
 
 def test_longer_documents_take_longer_chunks(config: golf.Config) -> None:
-    config = replace(config, eval_seq_len=2048, ttt_chunk_size=48, ttt_batch_size=2,
+    config = replace(config, eval_seq_len=2048, ttt_chunk_size=48, ttt_batch_size=1,
                      ttt_mode="documents")
     stops = np.cumsum([100, 1000, 8000, 97_000])
-    groups = golf.group_documents(np.append(0, stops[:-1]), stops, config)
-    assert [group.chunk for group in groups] == [24, 48, 192, 384]
+    groups = golf.document_passes(np.append(0, stops[:-1]), stops, config)
+    chunks = [int(passes[0][0].stops[0] - passes[0][0].starts[0]) for passes in groups]
+    assert chunks == [384, 187, 24, 24]
 
 
 @given(costs=st.lists(st.integers(1, 1000), min_size=1, max_size=60), ranks=st.integers(1, 8))
 def test_work_is_shared_whole_and_evenly(costs: list[int], ranks: int) -> None:
-    shares = golf.share_out(costs, ranks)
-    assert sorted(index for share in shares for index in share) == list(range(len(costs)))
-    most = max(sum(costs[i] for i in share) for share in shares)
+    owners = golf.share_out(costs, ranks)
+    assert len(owners) == len(costs)
+    most = np.bincount(owners, costs, ranks).max()
     assert most <= sum(costs) / ranks + max(costs)
 
 
@@ -134,18 +137,38 @@ def test_projection_counts_the_official_text_at_measured_steps(
     clock = iter(range(1000))
     monkeypatch.setattr(golf.time, "perf_counter", lambda: float(next(clock)))
     scorer = make_scorer(config, stream_of(text(200)))
-    adapters = golf.LowRank(scorer.model, plan_named(config, "looped"))
     stops = np.cumsum(golf.official_lengths())
-    groups = golf.group_documents(np.append(0, stops[:-1]), stops, config)
-    steps = sum(len(group.widths(config)) for group in groups)
-    projected = golf.project_documents(scorer, adapters)
+    groups = golf.document_passes(np.append(0, stops[:-1]), stops, config)
+    steps = sum(len(passes) for passes in groups)
+    projected = golf.project_documents(scorer)
     assert steps / 8 <= projected <= 1.05 * steps / 8
+
+
+def test_one_graph_per_block_form_serves_all_passes(make_config: MakeConfig,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """With serial and parallel blocks: two to score, two to learn, whatever the widths."""
+    compiler = CompileCounter()
+    monkeypatch.setattr(golf, "maybe_compile", lambda function, _: torch.compile(
+        function, fullgraph=True, dynamic=False, backend=compiler))
+    scorer = make_scorer(make_config(XSA_LAST_N=5, TTT_BATCH_SIZE=4, TTT_CHUNK_SIZE=16),
+                         stream_of(text(400)))
+    torch._dynamo.reset()
+    golf.evaluate(scorer, golf.sliding_windows(399, 64, 16))
+    golf.evaluate(scorer, golf.document_windows(scorer.stream, 64, 64), by_document=True)
+    assert compiler.frame_count == 2
+    golf.project_documents(scorer)
+    assert compiler.frame_count == 4
+    golf.evaluate_documents(scorer)
+    assert compiler.frame_count == 4
+    scorer.model.requires_grad_(True)
+    golf.evaluate_adapting(scorer, golf.sliding_windows(399, 64, 16))
+    assert compiler.frame_count == 6
 
 
 def test_warm_up_sees_no_validation_token(config: golf.Config) -> None:
     scorer = make_scorer(config, stream_of(text(200)))
     scorer.tokens = None  # type: ignore[assignment]
-    golf.project_documents(scorer, golf.LowRank(scorer.model, scorer.plan))
+    golf.project_documents(scorer)
 
 
 def test_random_model_differs_from_chance(config: golf.Config) -> None:

@@ -34,7 +34,7 @@ def make_scorer(config: golf.Config, stream: golf.ValStream, plan: str = "looped
 
 def windows_of(stream: golf.ValStream, kind: str) -> golf.Windows:
     if kind == "plain":
-        return golf.plain_windows(stream.num_targets, 64)
+        return golf.sliding_windows(stream.num_targets, 64, 64)
     return golf.sliding_windows(stream.num_targets, 64, 16)
 
 
@@ -70,7 +70,7 @@ def test_published_chunks() -> None:
 
 
 def test_published_plain_windows() -> None:
-    windows = golf.plain_windows(OFFICIAL, 2048)
+    windows = golf.sliding_windows(OFFICIAL, 2048, 2048)
     assert len(windows.starts) == 19_795
     assert windows.stops[-1] == OFFICIAL
 
@@ -80,7 +80,7 @@ def test_windows_score_every_target_once_with_enough_context(num_targets: int, s
                                                              data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, seq_len))
     for windows, context in ((golf.sliding_windows(num_targets, seq_len, stride), seq_len - stride),
-                             (golf.plain_windows(num_targets, seq_len), 0)):
+                             (golf.sliding_windows(num_targets, seq_len, seq_len), 0)):
         counts = np.zeros(num_targets, int)
         for start, first, stop in zip(*windows, strict=True):
             assert 0 <= start <= first < stop <= start + seq_len
@@ -97,11 +97,18 @@ def test_window_example() -> None:
 
 @pytest.mark.parametrize("count", [1, 5, 64, 633])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_ranks_share_all_windows_in_order(count: int, size: int) -> None:
-    windows = golf.plain_windows(count * 4, 4)
-    shares = [windows.share(golf.World(rank, size)) for rank in range(size)]
-    assert np.concatenate([share.starts for share in shares]).tolist() == windows.starts.tolist()
-    lengths = [len(share.starts) for share in shares]
+def test_ranks_share_all_windows_in_order(config: golf.Config, count: int, size: int,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    windows, scorer = golf.sliding_windows(count * 4, 4, 4), make_scorer(config, random_stream(1))
+    monkeypatch.setattr(scorer, "predict", lambda *_: None)
+    starts, lengths = list[int](), []
+    for rank in range(size):
+        scorer.world, ledger = golf.World(rank, size), golf.ScoreLedger(scorer.stream, golf.World())
+        before = len(starts)
+        monkeypatch.setattr(ledger, "commit", lambda part, _: starts.extend(part.starts))
+        scorer.score(windows, ledger)
+        lengths.append(len(starts) - before)
+    assert starts == windows.starts.tolist()
     assert max(lengths) - min(lengths) <= 1
 
 
@@ -112,7 +119,7 @@ def commit(ledger: golf.ScoreLedger, *spans: tuple[int, int]) -> None:
     """One nat for every target of every span."""
     starts, stops = (np.array(values) for values in zip(*spans, strict=True))
     longest = int((stops - starts).max())
-    ledger.commit(starts, stops - starts, torch.ones(len(spans) + 1, longest))
+    ledger.commit(golf.Windows(starts, starts, stops), torch.ones(len(spans) + 1, longest))
 
 
 @pytest.fixture
@@ -122,7 +129,8 @@ def ledger() -> golf.ScoreLedger:
 
 def test_ledger_adds_up_what_it_was_given(ledger: golf.ScoreLedger) -> None:
     nats = torch.tensor([[1.0, 2.0, 4.0, 100.0], [8.0, 16.0, 100.0, 100.0], [100.0] * 4])
-    ledger.commit(np.array([0, 10]), np.array([3, 2]), nats)
+    starts = np.array([0, 10])
+    ledger.commit(golf.Windows(starts, starts, np.array([3, 12])), nats)
     commit(ledger, (3, 10), (12, 256))
     assert ledger.total_nats() == 31 + 7 + 244
     assert ledger.nats[:4].tolist() == [1, 2, 4, 1]
@@ -134,7 +142,7 @@ def test_second_score_is_refused(ledger: golf.ScoreLedger, again: tuple[int, int
     commit(ledger, (0, 10))
     with pytest.raises(golf.LegalityError, match="scored before"):
         commit(ledger, again)
-    assert ledger.scored[10:].sum() == 0
+    assert ledger.nats[10:].sum() == 0
 
 
 def test_second_score_in_one_batch_is_refused(ledger: golf.ScoreLedger) -> None:
@@ -144,7 +152,6 @@ def test_second_score_in_one_batch_is_refused(ledger: golf.ScoreLedger) -> None:
 
 def test_score_after_release_is_refused(ledger: golf.ScoreLedger) -> None:
     commit(ledger, (0, 64))
-    ledger.agree(0, 64)
     ledger.released(0, 64)
     with pytest.raises(golf.LegalityError, match="scored before"):
         commit(ledger, (63, 64))
@@ -152,18 +159,16 @@ def test_score_after_release_is_refused(ledger: golf.ScoreLedger) -> None:
 
 def test_release_hands_out_exactly_the_scored_tokens(ledger: golf.ScoreLedger) -> None:
     commit(ledger, (0, 100))
-    ledger.agree(0, 64)
     assert ledger.released(0, 64).tolist() == ledger.stream.tokens[:65].tolist()
     assert ledger.released(10, 20).tolist() == ledger.stream.tokens[10:21].tolist()
-    with pytest.raises(golf.LegalityError, match="not scored"):
-        ledger.released(0, 65)  # scored, but not agreed on
+    with pytest.raises(golf.LegalityError, match="1 targets between 0 and 101 are not scored"):
+        ledger.released(0, 101)
 
 
 def test_early_release_is_refused(ledger: golf.ScoreLedger) -> None:
     with pytest.raises(golf.LegalityError, match="not scored"):
         ledger.released(0, 1)
     commit(ledger, (0, 63))
-    ledger.agree(0, 64)
     with pytest.raises(golf.LegalityError, match="1 targets"):
         ledger.released(0, 64)
 
@@ -178,7 +183,8 @@ def test_incomplete_ledger_has_no_total(ledger: golf.ScoreLedger, missing: int) 
 
 def test_total_is_exact_for_many_targets() -> None:
     ledger = golf.ScoreLedger(random_stream(4000), golf.World())
-    ledger.commit(np.array([0]), np.array([256_000]), torch.full((1, 256_000), 0.1))
+    whole = golf.sliding_windows(256_000, 256_000, 1)
+    ledger.commit(whole, torch.full((1, 256_000), 0.1))
     assert ledger.total_nats() == pytest.approx(float(np.float32(0.1)) * 256_000, rel=1e-12)
 
 
@@ -208,6 +214,16 @@ def test_score_is_total_nats_over_bytes(config: golf.Config, val_stream: golf.Va
     assert score.nats == pytest.approx(total / val_stream.num_targets)
     assert score.bits == pytest.approx(total / math.log(2) / val_stream.num_bytes)
     assert score.seconds > 0
+
+
+def test_score_of_the_published_run(config: golf.Config, ledger: golf.ScoreLedger,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """spec/pr1493.md sections 0 and 8: seed 42 after test-time training."""
+    ledger.stream.num_targets, ledger.stream.num_bytes = OFFICIAL, 151_078_222
+    monkeypatch.setattr(ledger, "total_nats", lambda: 2.79180 * OFFICIAL)
+    score = golf.finish_score(make_scorer(config, random_stream(1)), ledger)
+    assert score.nats == pytest.approx(2.79180)
+    assert score.bits == pytest.approx(1.08079, abs=1e-5)
 
 
 def test_longer_context_is_what_sliding_adds(config: golf.Config) -> None:

@@ -31,11 +31,19 @@ def adapted(make_config: MakeConfig) -> golf.Config:
 
 def adapt(config: golf.Config, tokens: np.ndarray) -> torch.Tensor:
     """Nats of every target of an adapting evaluation, with a clean audit."""
-    scorer = make_scorer(config, stream_of(tokens))
-    golf.evaluate_documents(scorer, golf.LowRank(scorer.model, scorer.plan))
-    assert scorer.audit and scorer.audit.ledger
+    scorer, ledgers = make_scorer(config, stream_of(tokens)), list[golf.ScoreLedger]()
+    finish = golf.finish_score
+
+    def keep(scorer: golf.Scorer, ledger: golf.ScoreLedger) -> golf.Score:
+        ledgers.append(ledger)
+        return finish(scorer, ledger)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(golf, "finish_score", keep)
+        golf.evaluate_documents(scorer)
+    assert scorer.audit
     assert all(facts["passed"] for facts in scorer.audit.report(golf.World()).values())
-    return scorer.audit.ledger.nats
+    return ledgers[0].nats
 
 
 def perturb(adapters: golf.LowRank) -> None:
@@ -67,11 +75,10 @@ def test_without_a_rate_it_is_the_plain_model(make_config: MakeConfig) -> None:
     scorer = make_scorer(config, stream_of(text(500)))
     ledger = golf.ScoreLedger(scorer.stream, scorer.world)
     stream = scorer.stream
-    for group in golf.group_documents(stream.document_starts, stream.document_stops, config):
-        for batch in group.passes(config):
-            windows = batch.windows
+    for passes in golf.document_passes(stream.document_starts, stream.document_stops, config):
+        for windows, width in passes:
             with torch.no_grad():
-                ledger.commit(windows.first_scored, windows.counts(), scorer.predict(batch, ledger))
+                ledger.commit(windows, scorer.predict(windows, (4, width), ledger))
     assert torch.equal(found, ledger.nats)
 
 
@@ -96,7 +103,7 @@ def test_unknown_site_is_refused(make_config: MakeConfig) -> None:
 
 def test_model_itself_stays_as_it_is(adapted: golf.Config) -> None:
     scorer, before = make_scorer(adapted, stream_of(text(300))), random_model(adapted)
-    golf.evaluate_documents(scorer, golf.LowRank(scorer.model, scorer.plan))
+    golf.evaluate_documents(scorer)
     for found, wanted in zip(scorer.model.parameters(), before.parameters(), strict=True):
         assert torch.equal(found, wanted)
 
@@ -163,6 +170,43 @@ def test_learning_helps_on_documents_that_repeat(make_config: MakeConfig) -> Non
     scorer = make_scorer(config, stream_of(tokens))
     plain = nats_of(scorer, golf.document_windows(scorer.stream, 64, 16))
     assert adapt(config, tokens).mean() < plain.mean() - 0.2
+
+
+def test_interrupted_evaluation_goes_on_to_the_same_scores(
+        adapted: golf.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(golf, "SAVE_SECONDS", 0.0)
+    tokens, ledgers, resets = text(700), list[golf.ScoreLedger](), [0, 0]
+    finish, reset = golf.finish_score, golf.LowRank.reset
+
+    def keep(scorer: golf.Scorer, ledger: golf.ScoreLedger) -> golf.Score:
+        ledgers.append(ledger)
+        return finish(scorer, ledger)
+
+    def stop_in_the_third_group(adapters: golf.LowRank) -> None:
+        resets[0] += 1
+        if resets[0] == 3:
+            raise KeyboardInterrupt
+        reset(adapters)
+
+    def count(adapters: golf.LowRank) -> None:
+        resets[1] += 1
+        reset(adapters)
+
+    monkeypatch.setattr(golf, "finish_score", keep)
+    golf.evaluate_documents(make_scorer(adapted, stream_of(tokens)))
+    monkeypatch.setattr(golf.LowRank, "reset", stop_in_the_third_group)
+    with pytest.raises(KeyboardInterrupt):
+        golf.evaluate_documents(make_scorer(adapted, stream_of(tokens)), tmp_path)
+    monkeypatch.setattr(golf.LowRank, "reset", count)
+    scorer = make_scorer(adapted, stream_of(tokens))
+    score = golf.evaluate_documents(scorer, tmp_path)
+    assert torch.equal(ledgers[0].nats, ledgers[1].nats)
+    assert 0 < scorer.earlier_seconds < score.seconds
+    groups = len(golf.document_passes(scorer.stream.document_starts, scorer.stream.document_stops,
+                                      adapted))
+    assert resets[1] == groups - 2
+    assert scorer.audit
+    assert all(facts["passed"] for facts in scorer.audit.report(golf.World()).values())
 
 
 # ---- World sizes ----

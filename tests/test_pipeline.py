@@ -25,6 +25,7 @@ from toy import (
 )
 
 import train_gpt as golf
+from tools.prepare_data import write_shard
 
 NUMBERS = ("bpb", "nats", "headline", "val_bpb", "val_loss", "status")
 
@@ -160,7 +161,7 @@ def test_loop_that_never_began_is_not_forced_on(make_env: MakeEnv, tmp_path: Pat
     path, stream = tmp_path / "runs" / "toy" / "artifact.bin", golf.ValStream.load(config)
     model, plan = golf.load_artifact(path, config, world, golf.sdpa_attend)
     assert plan.name == "unlooped"
-    windows = golf.plain_windows(stream.num_targets, 64)
+    windows = golf.sliding_windows(stream.num_targets, 64, 64)
     scores = [golf.evaluate(golf.Scorer(model, each, stream, world), windows).bits
               for each in golf.depth_plans(config)]
     assert scores[0] == bpb["quantised"] != scores[1]
@@ -220,21 +221,21 @@ def no_val_shards(data: Path) -> None:
 
 
 def bad_val_token(data: Path) -> None:
-    golf.write_shard(data / "fineweb_val_000000.bin", np.full(900, 384, dtype=np.uint16))
+    write_shard(data / "fineweb_val_000000.bin", np.full(900, 384, dtype=np.uint16))
 
 
 def short_val(data: Path) -> None:
     (data / "fineweb_val_000001.bin").unlink()
-    golf.write_shard(data / "fineweb_val_000000.bin", np.full(64, 5, dtype=np.uint16))
+    write_shard(data / "fineweb_val_000000.bin", np.full(64, 5, dtype=np.uint16))
 
 
 def short_train(data: Path) -> None:
     for path in data.glob("*train*"):
-        golf.write_shard(path, np.full(64, 5, dtype=np.uint16))
+        write_shard(path, np.full(64, 5, dtype=np.uint16))
 
 
 @pytest.mark.parametrize(("damage", "said"), [
-    (truncate_shard, r"fineweb_train_000001\.bin: \d+ bytes, but .* \d+ tokens"),
+    (truncate_shard, r"fineweb_train_000001\.bin: .*\d+ bytes.* \d+ tokens"),
     (wrong_magic, r"fineweb_val_000000\.bin: magic"), (no_train_shards, r"data: no .*train"),
     (no_val_shards, r"data: no .*val"), (short_val, r"64 tokens.*EVAL_SEQ_LEN \(64\)"),
     (bad_val_token, r"fineweb_val_000000\.bin: token id 384 .*VOCAB_SIZE \(384\)"),
@@ -389,7 +390,7 @@ def test_documents_may_straddle_shards(make_env: MakeEnv, data_dir: Path, tmp_pa
     val = [np.array(golf.read_shard(path)) for path in golf.find_shards(data, "val")]
     for path, part in zip(golf.find_shards(data, "val"), np.split(np.concatenate(val), [33]),
                           strict=True):
-        golf.write_shard(path, part)
+        write_shard(path, part)
     streams = [golf.ValStream.load(golf.Config.from_env(make_env(**extra)))
                for extra in ({}, {"DATA_PATH": data})]
     assert streams[0].tokens.tolist() == streams[1].tokens.tolist()
@@ -404,12 +405,12 @@ def test_model_is_scored_on_the_bytes_of_its_text(make_env: MakeEnv, data_dir: P
     tokens = tokens[:(len(tokens) - 1) // 64 * 64 + 1]
     data = copy_data(data_dir, tmp_path / "data")
     no_val_shards(data)
-    golf.write_shard(data / "fineweb_val_000000.bin", tokens)
+    write_shard(data / "fineweb_val_000000.bin", tokens)
     config = golf.Config.from_env(make_env(DATA_PATH=data))
     stream, model = golf.ValStream.load(config), random_model(config)
     plan = golf.depth_plans(config)[-1]
     scorer = golf.Scorer(model, plan, stream, golf.World())
-    score = golf.evaluate(scorer, golf.plain_windows(stream.num_targets, 64))
+    score = golf.evaluate(scorer, golf.sliding_windows(stream.num_targets, 64, 64))
     rows = torch.from_numpy(np.stack([tokens[i:i + 65] for i in range(0, len(tokens) - 1, 64)])
                             .astype(np.int64))
     with torch.no_grad():

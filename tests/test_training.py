@@ -18,6 +18,7 @@ from torch import Tensor
 from toy import MakeConfig, MakeEnv, SilentLog, blocks_of, plan_named, random_model, tiny_env
 
 import train_gpt as golf
+from tools.prepare_data import write_shard
 
 
 def never(step: int, plan: golf.DepthPlan, is_last: bool) -> None:
@@ -353,7 +354,7 @@ def write_bad_dataset(config: golf.Config, folder: Path) -> Path:
             tokens = np.array(golf.read_shard(path))
             if split == "train":
                 tokens[3000:] = 384
-            golf.write_shard(folder / path.name, tokens)
+            write_shard(folder / path.name, tokens)
     return folder
 
 

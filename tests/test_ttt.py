@@ -23,8 +23,8 @@ def ledgers(monkeypatch: pytest.MonkeyPatch) -> list[golf.ScoreLedger]:
     class Kept(golf.ScoreLedger):
         """A ledger that stays within reach of the test."""
 
-        def __init__(self, stream: golf.ValStream, world: golf.World) -> None:
-            super().__init__(stream, world)
+        def __init__(self, *inputs: object) -> None:
+            super().__init__(*inputs)  # type: ignore[arg-type]
             opened.append(self)
 
     monkeypatch.setattr(golf, "ScoreLedger", Kept)
@@ -113,24 +113,19 @@ def test_learning_helps_on_text_that_repeats(make_config: MakeConfig) -> None:
 
 
 class Journal:
-    """Notes in which order the program scores, agrees, releases and learns."""
+    """Notes in which order the program scores, releases and learns."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.notes: list[tuple[object, ...]] = []
         self.learnt: list[tuple[np.ndarray, float]] = []
         self.steps = 0
-        score, agree = golf.Scorer.score, golf.ScoreLedger.agree
-        released, adapt = golf.ScoreLedger.released, golf.ChunkLearner.adapt
-        descend = golf.ChunkLearner.descend
+        score, released = golf.Scorer.score, golf.ScoreLedger.released
+        adapt, descend = golf.ChunkLearner.adapt, golf.ChunkLearner.descend
 
         def note_score(scorer: golf.Scorer, windows: golf.Windows,
                        ledger: golf.ScoreLedger) -> None:
             self.notes.append(("score", int(windows.first_scored.min()), int(windows.stops.max())))
             score(scorer, windows, ledger)
-
-        def note_agree(ledger: golf.ScoreLedger, first: int, last: int) -> None:
-            self.notes.append(("agree", first, last))
-            agree(ledger, first, last)
 
         def note_release(ledger: golf.ScoreLedger, first: int, last: int) -> np.ndarray:
             self.notes.append(("release", first, last))
@@ -146,23 +141,20 @@ class Journal:
             descend(learner, batch)
 
         monkeypatch.setattr(golf.Scorer, "score", note_score)
-        monkeypatch.setattr(golf.ScoreLedger, "agree", note_agree)
         monkeypatch.setattr(golf.ScoreLedger, "released", note_release)
         monkeypatch.setattr(golf.ChunkLearner, "adapt", note_adapt)
         monkeypatch.setattr(golf.ChunkLearner, "descend", note_step)
 
 
-def test_order_is_score_agree_release_learn(config: golf.Config,
+def test_order_is_score_release_learn(config: golf.Config,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     journal, stream = Journal(monkeypatch), random_stream()
     run(config, stream)
     wanted: list[tuple[object, ...]] = []
     for chunk in range(5):
         first, last = CHUNK * chunk, min(CHUNK * (chunk + 1), stream.num_targets)
-        wanted += [("score", first, last), ("agree", first, last)]
-        if chunk < 4:
-            wanted += [("release", first, last), ("learn",)]
-    assert journal.notes == [*wanted, ("agree", 0, stream.num_targets)]
+        wanted += [("score", first, last), ("release", first, last), ("learn",)][:3 - chunk // 4]
+    assert journal.notes == [*wanted, ("release", 0, stream.num_targets)]
 
 
 def test_each_chunk_is_learnt_whole_at_its_published_rate(config: golf.Config,

@@ -19,6 +19,7 @@ import sentencepiece
 import torch
 
 import train_gpt as golf
+from tools.prepare_data import write_shard
 
 PROGRAM = Path(golf.__file__).resolve()
 ROOT = PROGRAM.parent
@@ -88,10 +89,10 @@ def write_corpus(folder: Path) -> None:
     train, val = (encode_documents(model, toy_documents(seed, count))
                   for seed, count in ((2, 160), (3, 16)))
     cut = len(train) * 2 // 5
-    golf.write_shard(shards / "fineweb_train_000000.bin", train[:cut])
-    golf.write_shard(shards / "fineweb_train_000001.bin", train[cut:])
-    golf.write_shard(shards / "fineweb_val_000000.bin", val[:700])
-    golf.write_shard(shards / "fineweb_val_000001.bin", val[700:1900])
+    write_shard(shards / "fineweb_train_000000.bin", train[:cut])
+    write_shard(shards / "fineweb_train_000001.bin", train[cut:])
+    write_shard(shards / "fineweb_val_000000.bin", val[:700])
+    write_shard(shards / "fineweb_val_000001.bin", val[700:1900])
 
 
 def shared_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:

@@ -4,6 +4,7 @@
     PRESET=pr1493 python tools/bench.py                     everything; one GPU, a few minutes
     PRESET=demo python tools/bench.py --quick               fewer repetitions and, on a CPU, tokens
     PRESET=pr1493 python tools/bench.py --only training --profile logs/profile.txt
+    python tools/bench.py --quick --only documents          test-time training alone, no ceilings
 
 Settings come from the environment, as for train_gpt.py. Tokens are those of the configured dataset
 where it is there, else random (the output says which). Times are medians: of device events on a
@@ -41,11 +42,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt as golf
+from tools.prepare_data import write_shard
 
 # Dense bf16 operations a second, from the data sheets.
 PEAK_RATES = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 25}
-PARTS = ("startup", "training", "quantisation", "evaluation")
+PARTS = ("startup", "training", "quantisation", "evaluation", "documents")
 RANDOM_TOKENS = 4_000_000
 
 
@@ -254,7 +256,7 @@ def with_tokens(config: golf.Config, folder: Path) -> tuple[golf.Config, str]:
         rng = np.random.default_rng(0)
         for split in ("train", "val"):
             tokens = rng.integers(0, config.vocab_size, RANDOM_TOKENS, dtype=np.uint16)
-            golf.write_shard(folder / f"random_{split}_000000.bin", tokens)
+            write_shard(folder / f"random_{split}_000000.bin", tokens)
         return replace(config, data_path=str(folder)), "random tokens"
 
 
@@ -302,7 +304,8 @@ class Row(NamedTuple):
 class Bench:
     """Figures of one machine and configuration, as they come in."""
 
-    def __init__(self, config: golf.Config, world: golf.World, data: str, *, quick: bool) -> None:
+    def __init__(self, config: golf.Config, world: golf.World, data: str, *, quick: bool,
+                 ceilings: bool = True) -> None:
         self.config, self.world, self.data, self.quick = config, world, data, quick
         self.timer = Timer(world.device, *((3, 1) if quick else (10, 3)))
         self.rows: list[Row] = []
@@ -314,12 +317,13 @@ class Bench:
             "preset": config.preset, "differs": config.differs(), "compile": config.compile,
             "config_hash": config.config_hash, "data": data,
             "tokens_per_micro_step": micro_tokens(config)}
-        self.ceilings, missing = measure_ceilings(config, self.timer)
-        self.result["attention_missing"] = missing
+        if ceilings:
+            self.ceilings, self.result["attention_missing"] = measure_ceilings(config, self.timer)
         # Last, because the back-ends of PyTorch are chosen by flags of the process.
         self.backend = golf.choose_attention(config.attention, world.device)
         self.result["attention_backend"] = self.backend.name
-        self.add_ceilings()
+        if ceilings:
+            self.add_ceilings()
 
     @property
     def peak_rate(self) -> float:
@@ -364,8 +368,8 @@ class Bench:
     def time_training(self, trainer: golf.Trainer) -> None:
         """Micro-steps per plan, loader, optimizer step and average."""
         config, timer, tokens = self.config, self.timer, micro_tokens(self.config)
-        stream = golf.BatchStream(trainer.loader, trainer.shape, self.world)
-        batches = stream.next()
+        stream = golf.batch_stream(trainer.loader, trainer.shape, self.world)
+        batches = next(stream)
         stream.close()
         if self.world.is_cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -510,6 +514,63 @@ class Bench:
             self.add_rate("test-time training", size / seconds, "tok/s",
                           size / (size / sliding_ceiling + learning))
 
+    # --------------------------------------------------------------------------------- documents
+
+    def time_documents(self) -> None:
+        """Adapting by document at the official lengths: start-up, rates, projection, audit."""
+        config, world, samples = self.config, self.world, document_samples(self.config)
+        if self.quick and not world.is_cuda:
+            samples = {name: lengths[:1] // 64 + 1 for name, lengths in samples.items()}
+        if world.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        graphs, begin = compiled_graphs(), time.perf_counter()
+        model, plan = self.any_model()
+        some = synthetic_stream(config, samples["middle"][:config.ttt_batch_size])
+        own = golf.project_documents(golf.Scorer(model, plan, some, world))
+        startup = time.perf_counter() - begin
+        started = compiled_graphs()
+        golf.evaluate_documents(golf.Scorer(model, plan, some, world))  # libraries meet all widths
+        passes, widths, seconds = [], [], []
+        for name, lengths in samples.items():
+            scorer = golf.Scorer(model, plan, synthetic_stream(config, lengths), world)
+            seconds.append(golf.evaluate_documents(scorer).seconds)
+            count, width = pass_costs(config, lengths).sum(0)
+            passes.append(count)
+            widths.append(width)
+            self.add_rate(f"documents {name} ({count:.0f} passes)", lengths.sum() / seconds[-1],
+                          "tok/s")
+        per_pass, per_position = fit_seconds(np.array(passes), np.array(widths), np.array(seconds))
+        official = pass_costs(config, golf.official_lengths())
+        owners = golf.share_out(official[:, 1].tolist(), golf.RECORD_RANKS)
+        slowest = float(np.bincount(owners, official @ [per_pass, per_position]).max())
+        rate = golf.official_lengths().sum() / golf.RECORD_RANKS / slowest
+        scorer = golf.Scorer(model, plan, synthetic_stream(config, samples["middle"]), world,
+                             golf.Audit())
+        audited = golf.evaluate_documents(scorer).seconds / seconds[list(samples).index("middle")]
+        self.add_rate("documents official, slowest of 8", rate, "tok/s")
+        self.add("documents pass of the longest width", per_pass
+                 + per_position * config.eval_seq_len)
+        self.add("documents start-up (compiles)", startup)
+        self.result |= {
+            "ttt_documents_tok_s": round(rate), "ttt_documents_startup_seconds": round(startup, 2),
+            "projected_full_eval_seconds_8gpu": round(startup + slowest, 1),
+            "projected_by_the_run_seconds_8gpu": round(startup + own, 1),
+            "ttt_documents_graphs": started - graphs,
+            "ttt_documents_recompiles": compiled_graphs() - started,
+            "audit_overhead_percent": round(100 * (audited - 1), 2)}
+        if world.is_cuda:
+            self.result["ttt_documents_peak_mib"] = torch.cuda.max_memory_allocated() >> 20
+
+    def any_model(self) -> tuple[golf.GPT, golf.DepthPlan]:
+        """The model of EVAL_ONLY, or an untrained one, with the plan that it ends with."""
+        config, device, attend = self.config, self.world.device, self.backend.attend
+        if config.eval_only:
+            return golf.load_artifact(Path(config.eval_only), config, self.world, attend)
+        model = golf.GPT(config, attend, golf.compute_dtype(device)).to(device)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter.data, std=0.02)
+        return model, golf.depth_plans(config)[-1]
+
     # ------------------------------------------------------------------------------------ output
 
     def table(self) -> str:
@@ -540,6 +601,56 @@ class Bench:
         self.result["rows"] = [row._asdict() for row in self.rows]
         golf.write_atomically(path, (json.dumps(self.result, indent=1) + "\n").encode())
         return path
+
+
+# ==================================================================================================
+# Documents of the official lengths
+# ==================================================================================================
+
+
+def document_samples(config: golf.Config) -> dict[str, np.ndarray]:
+    """Lengths of some batches of documents: short and middle ones, and what fills the longest.
+
+    The longest are cut where their passes are as wide, and their chunks as long, as they get.
+    """
+    rows, lengths = config.ttt_batch_size, np.sort(golf.official_lengths())
+    return {"short": lengths[len(lengths) // 4:][:16 * rows],
+            "middle": lengths[len(lengths) * 4 // 5:][:8 * rows],
+            "longest": np.full(rows, 20_000)}
+
+
+def synthetic_stream(config: golf.Config, lengths: np.ndarray) -> golf.ValStream:
+    """Random tokens in documents of these lengths; every target counts one byte."""
+    size, rng = config.vocab_size, np.random.default_rng(0)
+    tokens = rng.integers(golf.BOS_ID + 1, size, int(lengths.sum()) + 1, dtype=np.uint16)
+    tokens[np.cumsum(lengths) - lengths] = golf.BOS_ID
+    table = golf.TokenBytes(np.ones(size, np.int16), np.zeros(size, bool), np.zeros(size, bool))
+    return golf.ValStream(tokens, table, min(config.eval_seq_len, len(tokens) - 1), True)
+
+
+def pass_costs(config: golf.Config, lengths: np.ndarray) -> np.ndarray:
+    """For every batch of documents of these lengths, its passes and the sum of their widths."""
+    stops = np.cumsum(lengths)
+    groups = golf.document_passes(stops - lengths, stops, config)
+    return np.array([(len(passes), sum(width for _, width in passes)) for passes in groups], float)
+
+
+def fit_seconds(passes: np.ndarray, widths: np.ndarray, seconds: np.ndarray
+                ) -> tuple[float, float]:
+    """Seconds of a pass and of each position of its width, by least relative squares, not below 0.
+
+    Example: 10 passes of 100 and 5 of 400 in 3 s and 4.5 s -> 0.1 s and 0.002 s
+    """
+    columns = np.array([passes, widths]).T / seconds[:, None]
+    constant, slope = np.linalg.lstsq(columns, np.ones(len(seconds)), rcond=None)[0]
+    if min(constant, slope) < 0:
+        return 0.0, float(seconds.sum() / widths.sum())
+    return float(constant), float(slope)
+
+
+def compiled_graphs() -> int:
+    """Graphs that the compiler has built in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 # ==================================================================================================
@@ -653,6 +764,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run_parts(bench: Bench, options: argparse.Namespace, folder: Path) -> None:
     """The parts asked for; quantisation needs a trainer, evaluation an artifact."""
+    if "documents" in options.parts:
+        bench.time_documents()
+    if options.parts <= {"documents", "startup"}:
+        return
     trainer = bench.trainer()
     if "training" in options.parts:
         bench.time_training(trainer)
@@ -671,6 +786,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = golf.Config.from_env(os.environ)
     world = golf.World.from_env({})
     torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = 64  # as in a run
     with tempfile.TemporaryDirectory() as name, world.process_group():
         folder = Path(name)
         if options.first_step:
@@ -685,7 +801,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             startup = measure_startup(config, folder / "cache")
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "cache" / "inductor")
             os.environ["TRITON_CACHE_DIR"] = str(folder / "cache" / "triton")
-        bench = Bench(config, world, data, quick=options.quick)
+        bench = Bench(config, world, data, quick=options.quick,
+                      ceilings=options.parts != {"documents"})
         bench.result |= startup
         for what, seconds in startup.items():
             bench.add(what.removesuffix("_seconds").replace("_", " "), seconds)

@@ -58,6 +58,9 @@ import sentencepiece
 
 from train_gpt import (
     BOS_ID,
+    SHARD_HEADER_INTS,
+    SHARD_MAGIC,
+    SHARD_VERSION,
     DataError,
     GolfError,
     TokenBytes,
@@ -67,7 +70,6 @@ from train_gpt import (
     read_shard,
     token_bytes,
     write_atomically,
-    write_shard,
 )
 
 Item = TypeVar("Item")
@@ -554,6 +556,13 @@ def shard_path(folder: Path, split: str, number: int) -> Path:
 def sidecar_files(folder: Path) -> list[Path]:
     """The files that state the raw bytes of every validation token; most datasets have none."""
     return sorted(folder.glob(f"fineweb_{SIDECAR}_*.bin"))
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Writes token ids in the competition's format."""
+    header = np.zeros(SHARD_HEADER_INTS, dtype="<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens.size
+    write_atomically(path, header.tobytes() + tokens.astype("<u2").tobytes())
 
 
 def write_split(folder: Path, split: str, encoded: Iterable[Encoded], shard_tokens: int) -> int:
