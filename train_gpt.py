@@ -30,8 +30,8 @@ import math
 import operator
 import os
 import platform
+import re
 import struct
-import subprocess
 import sys
 import time
 import typing
@@ -83,6 +83,12 @@ class LegalityError(GolfError):
 
 class TrainingError(GolfError):
     """Training produced a value that no later step can recover from."""
+
+
+def require(holds: object, name: str, value: object, bound: object) -> None:
+    """Raises ConfigError with what the setting has to be, unless that holds."""
+    if not holds:
+        raise ConfigError(f"{name.upper()}={value} must be {bound}")
 
 
 def within(default: float, low: float, high: float) -> typing.Any:
@@ -198,21 +204,29 @@ class Config:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, (low, high) = getattr(self, f.name), f.metadata.get("range", (None, None))
-            if low is not None and not low <= value <= high:
-                raise ConfigError(f"{f.name.upper()}={value} must be between {low:g} and {high:g}")
+            value = getattr(self, f.name)
+            for low, high in f.metadata.values():
+                require(low <= value <= high, f.name, value, f"between {low:g} and {high:g}")
         check_consistency(self)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
-        """The settings of PRESET with every variable in `env` applied. Raises: ConfigError."""
-        reject_unknown_variables(env)
+        """The settings of PRESET with every variable in `env` applied.
+
+        Raises: ConfigError, also for a retired setting and for one that can only be misspelt.
+        """
+        known = {name.upper(): kind for name, kind in typing.get_type_hints(cls).items()}
+        for variable in sorted(env.keys() - known):
+            if variable in RETIRED:
+                raise ConfigError(f"{variable} has no effect any more; {RETIRED[variable]}")
+            owned = set(OWNED_WORDS.split()).intersection(variable.split("_"))
+            near = difflib.get_close_matches(variable, known, n=1, cutoff=0.85 * (not owned))
+            if near:
+                raise ConfigError(f"unknown setting {variable}; did you mean {near[0]}?")
         preset = env.get("PRESET", "record")
-        if preset not in PRESETS:
-            raise ConfigError(f"PRESET={preset!r} is not one of {', '.join(PRESETS)}")
-        types = typing.get_type_hints(cls)
-        given = {f.name: parse_setting(f.name, env[f.name.upper()], types[f.name])
-                 for f in fields(cls) if f.name.upper() in env}
+        require(preset in PRESETS, "preset", repr(preset), f"one of {', '.join(PRESETS)}")
+        given = {name.lower(): parse_setting(name, env[name], kind)
+                 for name, kind in known.items() if name in env}
         return cls(**{**PRESETS[preset], "preset": preset, **given})
 
     @property
@@ -238,14 +252,13 @@ class Config:
     @property
     def dataset_dir(self) -> Path:
         """Folder with the shards."""
-        default = f"datasets/fineweb10B_sp{self.vocab_size}"
-        return Path(self.data_path or Path(self.data_dir, default))
+        return Path(self.data_path or f"{self.data_dir}/datasets/fineweb10B_sp{self.vocab_size}")
 
     @property
     def tokenizer_file(self) -> Path:
         """The SentencePiece model."""
-        default = f"tokenizers/fineweb_{self.vocab_size}_bpe.model"
-        return Path(self.tokenizer_path or Path(self.data_dir, default))
+        default = f"{self.data_dir}/tokenizers/fineweb_{self.vocab_size}_bpe.model"
+        return Path(self.tokenizer_path or default)
 
     @property
     def config_hash(self) -> str:
@@ -281,79 +294,57 @@ PRESETS: dict[str, dict] = {
 
 # Published variables without effect here, and what to do instead.
 RETIRED = {
-    "MUON_BETA2": "it never had an effect; Muon reads MUON_MOMENTUM",
-    "ROPE_TRAIN_SEQ_LEN": "it never had an effect; positions follow TRAIN_SEQ_LEN",
-    **dict.fromkeys(("ETLB_ENABLED", "ETLB_LR", "ETLB_STEPS", "ETLB_CLIP"),
-                    "what it named never existed; use TTT_ENABLED and its settings"),
-    **dict.fromkeys(("EMBED_LR", "HEAD_LR", "TIE_EMBEDDINGS", "EMBEDDING_DIM"),
-                    "head and embedding are one, MODEL_DIM wide; use TIED_EMBED_LR"),
-    "SKIP_GATES_ENABLED": "skips are always gated; remove it",
-    "CONTROL_TENSOR_NAME_PATTERNS": "parameters belong to typed groups; remove it",
+    "MUON_BETA2": "use MUON_MOMENTUM", "ROPE_TRAIN_SEQ_LEN": "use TRAIN_SEQ_LEN",
+    "EMBEDDING_DIM": "use MODEL_DIM", **dict.fromkeys(("EMBED_LR", "HEAD_LR"), "use TIED_EMBED_LR"),
+    **dict.fromkeys(("ETLB_ENABLED", "ETLB_LR", "ETLB_STEPS", "ETLB_CLIP"), "use TTT_ENABLED"),
+    **dict.fromkeys(("TIE_EMBEDDINGS", "SKIP_GATES_ENABLED", "CONTROL_TENSOR_NAME_PATTERNS"),
+                    "remove it"),
 }
 
 # A variable with one of these words between underscores can only be meant for this program.
-OWNED_WORDS = {"TTT", "MUON", "GPTQ", "EMA", "SWA", "WARMDOWN", "LOOPS", "LOOPING", "XSA", "ROPE",
-               "WALLCLOCK", "ETLB", "EMBED", "CLIP", "LORA", "KV", "MLP", "ITERATIONS", "VOCAB",
-               "QK", "SOFTCAP", "LR", "SMEAR"}
+OWNED_WORDS = """TTT MUON GPTQ EMA SWA WARMDOWN LOOPS LOOPING XSA ROPE WALLCLOCK ETLB EMBED CLIP
+                 LORA KV MLP ITERATIONS VOCAB QK SOFTCAP LR SMEAR"""
 
 
 def parse_setting(name: str, text: str, kind: typing.Any) -> object:
-    """The value of `text` as the type of field `name`. Raises: ConfigError."""
-    variable = f"{name.upper()}={text!r}"
-    choices = ("0", "1") if kind is bool else typing.get_args(kind)
-    if choices and text not in choices:
-        raise ConfigError(f"{variable} is not one of {', '.join(choices)}")
-    if kind not in (int, float):
-        return text == "1" if kind is bool else text
+    """The value of `text` as a type or as one of the literals. Raises: ConfigError."""
+    choices = ("0", "1") if kind is bool else typing.get_args(kind) or (text,)
+    require(text in choices, name, repr(text), f"one of {', '.join(choices)}")
+    if kind is bool:
+        return text == "1"
     try:
-        number = kind(text)
+        return kind(text) if kind in (int, float) else text
     except ValueError:
-        raise ConfigError(f"{variable} is not a {'whole ' * (kind is int)}number") from None
-    if not math.isfinite(number):
-        raise ConfigError(f"{variable} is not finite")
-    return number
+        raise ConfigError(f"{name}={text!r} must be a {'whole ' * (kind is int)}number") from None
 
 
-def reject_unknown_variables(env: Mapping[str, str]) -> None:
-    """Raises ConfigError for a retired setting and for one that can only be misspelt."""
-    known = {f.name.upper() for f in fields(Config)}
-    for variable in sorted(env.keys() - known):
-        if variable in RETIRED:
-            raise ConfigError(f"{variable} is no longer a setting: {RETIRED[variable]}")
-        owned = bool(OWNED_WORDS & set(variable.split("_")))
-        near = difflib.get_close_matches(variable, known, n=1, cutoff=0.0 if owned else 0.85)
-        if near:
-            raise ConfigError(f"unknown setting {variable}; did you mean {near[0]}?")
-
-
-RELATIONS: dict[str, Callable] = {
-    "a multiple of": lambda a, b: a % b == 0, "at most": operator.le, "at least": operator.ge,
-    "below": operator.lt, "above": operator.gt, "ans for": lambda a, b: a == "ans" or b == "gptq"}
+# Relations between settings in words, and what contradicts them.
+RELATIONS: dict[str, tuple[str, Callable]] = {
+    "%": ("a multiple of", operator.mod), "<=": ("at most", operator.gt),
+    "<": ("below", operator.ge)}
 
 
 def check_consistency(config: Config) -> None:
     """Raises ConfigError for the first two settings that contradict each other."""
-    rules = [
-        ("model_dim", "a multiple of", "num_heads"), ("head_dim", "a multiple of", "2"),
-        ("num_heads", "a multiple of", "num_kv_heads"), ("rope_dims", "at most", "head_dim"),
-        ("rope_dims", "a multiple of", "2"), ("micro_batch_tokens", "at least", "train_seq_len"),
-        ("train_batch_tokens", "a multiple of", "train_seq_len"),
-        ("ttt_chunk_size", "at most", "eval_seq_len"), ("eval_stride", "at most", "eval_seq_len")]
+    rules = ["model_dim % num_heads", "head_dim % 2", "num_heads % num_kv_heads", "rope_dims % 2",
+             "rope_dims <= head_dim", "train_batch_tokens % train_seq_len",
+             "train_seq_len <= micro_batch_tokens", "eval_stride <= eval_seq_len",
+             "ttt_chunk_size <= eval_seq_len"]
     if config.num_loops:
-        rules += [("loop_start", "at most", "loop_end"), ("loop_end", "below", "num_layers")]
+        rules += ["loop_start <= loop_end", "loop_end < num_layers"]
     if config.max_wallclock_seconds:
-        rules.append(("max_wallclock_seconds", "above", "gptq_reserve_seconds"))
+        rules.append("gptq_reserve_seconds < max_wallclock_seconds")
     if config.ttt_enabled and config.ttt_mode == "sgd":
-        rules += [("ttt_enabled", "at most", "sliding_window_enabled"),
-                  ("ttt_chunk_tokens", "a multiple of", "eval_seq_len")]
-    for name, rule, other in [*rules, ("compressor", "ans for", "quantiser")]:
-        value = getattr(config, name)
-        bound = int(other) if other.isdigit() else getattr(config, other)
-        if not RELATIONS[rule](value, bound):
-            raise ConfigError(f"{name.upper()}={value} must be {rule} {other.upper()} ({bound})")
+        rules += ["ttt_enabled <= sliding_window_enabled", "ttt_chunk_tokens % eval_seq_len"]
+    for name, sign, other in map(str.split, rules):
+        (words, broken), value = RELATIONS[sign], getattr(config, name)
+        bound = getattr(config, other, 2)
+        require(not broken(value, bound), name, value, f"{words} {other.upper()} ({bound})")
+    require(config.compressor == "ans" or config.quantiser == "gptq", "compressor",
+            config.compressor, f"ans for QUANTISER={config.quantiser}")
     sites = config.ttt_lora_sites
-    if not set(sites.split(",")) <= set(SITES):
-        raise ConfigError(f"TTT_LORA_SITES={sites} must be some of {','.join(SITES)}")
+    require(set(sites.split(",")) <= set(SITES), "ttt_lora_sites", sites,
+            f"some of {','.join(SITES)}")
 
 
 # ==================================================================================================
@@ -377,21 +368,16 @@ class World:
     def from_env(cls, env: Mapping[str, str]) -> World:
         """The world that torchrun describes, or a world of one. Raises: ConfigError."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        missing = [name for name in names if name not in env]
-        if 0 < len(missing) < len(names):
-            raise ConfigError(f"{', '.join(missing)} not set; start ranks with torchrun")
+        given, gpus = [env[name] for name in names if name in env], torch.cuda.device_count()
         try:
-            rank, size, local_rank = (0, 1, 0) if missing else (int(env[name]) for name in names)
+            rank, size, local_rank = map(int, given or (0, 1, 0))
         except ValueError:
-            raise ConfigError(f"{', '.join(names)} must be whole numbers") from None
-        if not 0 <= rank < size:
-            raise ConfigError(f"RANK={rank} must be below WORLD_SIZE ({size})")
-        if not torch.cuda.is_available():
-            return cls(rank, size)
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(f"LOCAL_RANK={local_rank} must be below the number of visible GPUs "
-                              f"({torch.cuda.device_count()})")
-        return cls(rank, size, f"cuda:{local_rank}")
+            raise ConfigError(f"{', '.join(names)} must be three whole numbers; torchrun sets them "
+                              f"(found: {given})") from None
+        require(0 <= rank < size, "rank", rank, f"below WORLD_SIZE ({size})")
+        require(local_rank < gpus or not gpus, "local_rank", local_rank,
+                f"below the number of visible GPUs ({gpus})")
+        return cls(rank, size, f"cuda:{local_rank}" if gpus else "cpu")
 
     @contextlib.contextmanager
     def process_group(self) -> Iterator[None]:
@@ -423,13 +409,13 @@ class World:
 
     def scatter_mean(self, stack: Tensor) -> Tensor:
         """This rank's equal share, along dim 0, of the mean of `stack` over ranks."""
-        if self.size == 1:
-            return stack
+        share = stack.chunk(self.size)[self.rank]
         if not self.is_cuda:  # gloo has no reduce-scatter
-            return self.sum_(stack).div_(self.size).chunk(self.size)[self.rank]
-        out = torch.empty_like(stack[:stack.shape[0] // self.size])
-        dist.reduce_scatter_tensor(out, stack, op=dist.ReduceOp.AVG)
-        return out
+            self.sum_(stack).div_(self.size)
+        elif self.size > 1:
+            share = torch.empty_like(share)
+            dist.reduce_scatter_tensor(share, stack, op=dist.ReduceOp.AVG)
+        return share
 
     def gather(self, share: Tensor) -> Tensor:
         """The shares of all ranks, concatenated along dim 0 in rank order."""
@@ -454,13 +440,9 @@ class World:
         return tensor
 
     def synchronize(self) -> None:
-        """Waits until this rank's device has finished everything it was given."""
+        """Waits for all ranks and for what their devices were given."""
         if self.is_cuda:
             torch.cuda.synchronize()
-
-    def barrier(self) -> None:
-        """Waits for all ranks and their devices."""
-        self.synchronize()
         if self.size > 1:
             dist.barrier(group=self.control)
 
@@ -473,27 +455,23 @@ class RunLog:
 
     def __init__(self, config: Config, world: World) -> None:
         self.started = time.time()
-        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(self.started))
-        self.run_id = config.run_id or f"{config.preset}-{config.seed}-{stamp}"
-        self.folder = Path(config.run_dir) / self.run_id
-        self.result_path = Path(config.log_dir) / f"{self.run_id}.json"
+        stamp = f"{config.preset}-{config.seed}-{utc_text('%Y%m%dT%H%M%S')}"
+        self.run_id = run_id = config.run_id or stamp
+        self.folder = Path(config.run_dir, run_id)
+        self.result_path = Path(config.log_dir, run_id + ".json")
         self.result: dict = {}  # filled as its keys become known
         self.files: list[typing.TextIO] = []
-        if not world.is_main:
-            return
-        letters = self.run_id.translate(dict.fromkeys(b"-._"))
-        if not (letters.isascii() and letters.isalnum()) or self.run_id.startswith("."):
-            raise ConfigError(f"RUN_ID={self.run_id!r} may hold only letters, digits, . _ and -")
-        try:
-            self.result_path.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(parents=True)
-            self.files = [self.result_path.with_name(self.run_id + suffix).open("x")
-                          for suffix in (".txt", ".jsonl")]
-        except FileExistsError as error:
-            raise ConfigError(f"RUN_ID={self.run_id}: {error.filename} exists; nothing is "
-                              "overwritten") from None
-        except OSError as error:
-            raise ConfigError(f"LOG_DIR or RUN_DIR: {error.filename}: {error.strerror}") from None
+        require(re.fullmatch(r"[\w-][\w.-]*", run_id, re.ASCII), "run_id", repr(run_id),
+                "letters, digits, . _ and - only")
+        if world.is_main:
+            try:
+                self.result_path.parent.mkdir(parents=True, exist_ok=True)
+                self.folder.mkdir(parents=True)
+                self.files = [self.result_path.with_name(run_id + suffix).open("x")
+                              for suffix in (".txt", ".jsonl")]
+            except OSError as error:
+                raise ConfigError(f"RUN_ID={run_id} must be new in a writable LOG_DIR and RUN_DIR: "
+                                  f"{error.filename}: {error.strerror}") from None
 
     def line(self, text: str, *, console: bool = True) -> None:
         """Writes one line for people."""
@@ -505,7 +483,7 @@ class RunLog:
     def event(self, kind: str, **values: object) -> None:
         """Writes one JSON line for programs."""
         if self.files:
-            record = {"event": kind, "t": round(time.time() - self.started, 3), **values}
+            record = {"event": kind, "t": time.time() - self.started, **values}
             print(json.dumps(record), file=self.files[1], flush=True)
 
     def warn(self, message: str) -> None:
@@ -513,26 +491,13 @@ class RunLog:
         self.line(f"warning: {message}")
         self.event("warning", message=message)
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times a block and logs its seconds."""
-        begin = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - begin
-        self.event("phase", name=name, seconds=round(seconds, 3))
-        self.line(f"{name}: {seconds:.1f}s")
-
-    def section(self, title: str) -> dict[str, float]:
-        """A section of the result, empty at first; most values are numbers."""
-        return self.result.setdefault(title, {})
-
     def put(self, title: str, **values: typing.Any) -> None:
         """Adds keys to a section of the result."""
-        self.section(title).update(values)
+        self.result.setdefault(title, {}).update(values)
 
     def finish(self, status: Literal["complete", "partial"], reason: str) -> dict[str, object]:
         """Writes the result file and closes the logs."""
-        self.result |= {"status": status, "exit_reason": reason, "finished": utc_text(time.time())}
+        self.result |= {"status": status, "exit_reason": reason, "finished": utc_text()}
         if self.files:
             self.event("result", status=status, reason=reason)
             write_atomically(self.result_path, (json.dumps(self.result, indent=1) + "\n").encode())
@@ -541,9 +506,9 @@ class RunLog:
         return self.result
 
 
-def utc_text(seconds: float) -> str:
-    """ISO 8601 text of a Unix time."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+def utc_text(form: str = "%Y-%m-%dT%H:%M:%SZ") -> str:
+    """The time now, as ISO 8601 text."""
+    return time.strftime(form, time.gmtime())
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -574,18 +539,18 @@ def packed_program() -> bytes:
 
 def environment_facts(world: World) -> dict[str, object]:
     """Hardware and versions: everything outside the program whose change could move a number."""
-    hardware = {"gpu": "none", "gpus": 0, "cpu_count": os.cpu_count()}
-    versions: dict = {"python": platform.python_version(), "torch": torch.__version__,
-                      "numpy": np.__version__}
-    if world.is_cuda:
-        hardware |= {"gpu": torch.cuda.get_device_name(world.device), "gpus": world.size}
-        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    cuda, device = world.is_cuda, world.device
+    hardware: dict = {"gpu": torch.cuda.get_device_name(device) if cuda else "none",
+                      "gpus": world.size * cuda, "cpu_count": os.cpu_count()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "numpy": np.__version__, "cuda": torch.version.cuda}
+    if cuda:
+        versions["cudnn"] = torch.backends.cudnn.version()
         with contextlib.suppress(ImportError):
             versions["triton"] = __import__("triton").__version__
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            text = subprocess.check_output(query, stderr=subprocess.DEVNULL, text=True, timeout=20)
-            hardware["driver"] = text.split("\n")[0].strip()
+        with contextlib.suppress(OSError):
+            text = Path("/proc/driver/nvidia/version").read_text()
+            hardware["driver"] = text.split("  ")[1]  # follows the module's name
     return {"hardware": hardware, "versions": versions}
 
 
@@ -1378,8 +1343,7 @@ class StepRecord(NamedTuple):
     progress: float
     scale: float
     values: Tensor  # loss and gradient norm
-    marks: tuple[torch.cuda.Event, ...]  # begin, end of micro-steps, end of step; empty on CPU
-    seconds: tuple[float, float]  # micro-steps and step, where there are no marks
+    marks: list  # begin, end of micro-steps, end: events, on CPU seconds
 
 
 class Trainer:
@@ -1422,11 +1386,14 @@ class Trainer:
             config.vocab_size, (self.shape.sequences, config.train_seq_len + 1), dtype=torch.int32,
             generator=torch.Generator().manual_seed(0)).to(self.world.device)
         for plan in depth_plans(config):
-            with self.log.phase(f"warm_up {plan.name}"):
-                for _ in range(config.warmup_steps):
-                    self.forward_backward(plan, [rows])
-                self.optimizer.step(0, 0.0)
-                self.world.synchronize()
+            begin = time.perf_counter()
+            for _ in range(config.warmup_steps):
+                self.forward_backward(plan, [rows])
+            self.optimizer.step(0, 0.0)
+            self.world.synchronize()
+            seconds = time.perf_counter() - begin
+            self.log.event("phase", name=f"warm_up {plan.name}", seconds=seconds)
+            self.log.line(f"warm_up {plan.name}: {seconds:.1f}s")
         before.apply()
         self.optimizer = Optimizer(self.model, config, self.world)
         for _ in range(2):  # the second is warm
@@ -1436,9 +1403,9 @@ class Trainer:
         seconds = time.perf_counter() - begin
         needed = 1.15 * seconds * calibration_share(config, self.world, self.shape) + 0.2
         slowest = self.world.combine(torch.tensor(needed), dist.ReduceOp.MAX).item()
-        if 0 < config.max_wallclock_seconds <= slowest:
-            raise ConfigError(f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g} must be "
-                              f"over the {slowest:.1f}s that GPTQ_CALIBRATION_BATCHES takes here")
+        budget = config.max_wallclock_seconds
+        require(not 0 < budget <= slowest, "max_wallclock_seconds", budget,
+                f"above the {slowest:.1f}s that GPTQ_CALIBRATION_BATCHES takes here")
         return max(config.gptq_reserve_seconds, slowest)
 
     def run(self, validate: Callable[[int, DepthPlan, bool], None]
@@ -1449,84 +1416,78 @@ class Trainer:
         """
         config, log = self.config, self.log
         reserve = self.warm_up()
-        log.put("train", startup_seconds=round(time.time() - log.started, 1))
+        log.put("train", startup_seconds=time.time() - log.started)
         log.line(f"gptq:reserving {reserve:.1f}s of {config.max_wallclock_seconds:g}s")
         average = WeightAverage(self.model, config.ema_decay)
         stream = BatchStream(self.loader, self.shape, self.world)
-        self.world.barrier()
+        self.world.synchronize()
         self.clock = clock = TrainingClock(config, self.world, reserve)
         step, stopped, plan, loop_step = 0, False, depth_plans(config)[0], 0
-        try:
-            while not stopped:
-                self.drain(2)  # the steps that the host runs ahead
-                progress, stopped = clock.next_step(step, len(self.flight))
-                if config.val_loss_every and (stopped or step % config.val_loss_every == 0):
-                    self.drain(0)
-                    with clock.paused():
-                        validate(step, plan, stopped)
-                if not stopped:
-                    if plan_at(config, progress) != plan:
-                        plan, loop_step = plan_at(config, progress), step + 1
-                        log.event("plan", step=step + 1, plan=plan.name, progress=progress)
-                        log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
-                                 f"{plan.describe()}")
-                    self.take_step(step, plan, progress, stream.next())
-                    average.update()
-                    step += 1
-        finally:
-            stream.close()
+        while not stopped:
+            self.drain(2)  # the steps that the host runs ahead
+            progress, stopped = clock.next_step(step, len(self.flight))
+            if config.val_loss_every and (stopped or step % config.val_loss_every == 0):
+                self.drain(0)
+                with clock.paused():
+                    validate(step, plan, stopped)
+            if not stopped:
+                if plan_at(config, progress) != plan:
+                    plan, loop_step = plan_at(config, progress), step + 1
+                    log.event("plan", step=loop_step, plan=plan.name, progress=progress)
+                    log.line(f"layer_loop:enabled step:{loop_step} frac:{progress:.3f} "
+                             f"{plan.describe()}")
+                self.take_step(step, plan, progress, stream.next())
+                average.update()
+                step += 1
+        stream.close()
         self.drain(0)
         average.apply()
         hessians = self.calibrate(plan)
         self.summarise(step, clock.elapsed(), loop_step)
         return plan, hessians
 
+    def mark(self) -> torch.cuda.Event | float:
+        """When the device gets to what it is given from now on; on CPU, the time."""
+        if not self.world.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     def take_step(self, step: int, plan: DepthPlan, progress: float, batches: list[Tensor]) -> None:
         """Gives one optimizer step to the device."""
-        config, cuda = self.config, self.world.is_cuda
-        scale = lr_scale(progress, config.warmdown_frac, config.min_lr)
-        marks = tuple(torch.cuda.Event(enable_timing=True) for _ in range(3)) if cuda else ()
-        begin = time.perf_counter()
-        if cuda:
-            marks[0].record()
+        scale = lr_scale(progress, self.config.warmdown_frac, self.config.min_lr)
+        begin = self.mark()
         with torch._dynamo.config.patch(error_on_recompile=True):  # the error names the guard
             loss = self.forward_backward(plan, batches)
-        if cuda:
-            marks[1].record()
-        middle = time.perf_counter()
+        middle = self.mark()
         values = torch.stack([loss, self.optimizer.step(step, scale)]).to("cpu", non_blocking=True)
-        if cuda:
-            marks[2].record()
-        seconds = (middle - begin, time.perf_counter() - begin)
-        self.flight.append(StepRecord(step + 1, plan, progress, scale, values, marks, seconds))
+        marks = [begin, middle, self.mark()]
+        self.flight.append(StepRecord(step + 1, plan, progress, scale, values, marks))
 
     def drain(self, most_in_flight: int) -> None:
         """Leaves at most that many steps unfinished. Raises: TrainingError if one is not finite."""
+        log, config = self.log, self.config
         while len(self.flight) > most_in_flight:
-            record = self.flight.popleft()
-            micro, whole = record.seconds
-            if record.marks:
-                begin, middle, end = record.marks
+            step, plan, progress, scale, values, (begin, middle, end) = self.flight.popleft()
+            if self.world.is_cuda:
                 end.synchronize()
                 micro, whole = (begin.elapsed_time(mark) / 1e3 for mark in (middle, end))
-            self.last_loss, norm = record.values.tolist()
-            if not record.values.isfinite().all():
-                raise TrainingError(f"step {record.step} on rank {self.world.rank}: train_loss="
+            else:
+                micro, whole = middle - begin, end - begin
+            self.last_loss, norm = values.tolist()
+            if not values.isfinite().all():
+                raise TrainingError(f"step {step} on rank {self.world.rank}: train_loss="
                                     f"{self.last_loss} and gradient norm={norm} must be finite")
-            self.micro_seconds.setdefault(record.plan.name, []).append(micro)
-            if record.step <= 5 or record.step % self.config.train_log_every == 0:
-                self.log_step(record, norm, whole)
-
-    def log_step(self, record: StepRecord, norm: float, seconds: float) -> None:
-        """Writes the numbers of a finished step."""
-        tok_s = self.config.train_batch_tokens / seconds
-        memory = torch.cuda.memory_allocated() >> 20  # 0 on CPU
-        self.log.event("train", step=record.step, train_loss=self.last_loss, gradient_norm=norm,
-                       train_seconds=round(self.clock.elapsed(), 3), lr_scale=record.scale,
-                       tok_s=round(tok_s), plan=record.plan.name, mem_mib=memory,
-                       progress=round(record.progress, 5))
-        self.log.line(f"{record.step}/{self.config.iterations} train_loss: {self.last_loss:.4f} "
-                      f"step_time: {1e3 * seconds:.1f}ms tok/s: {tok_s:.0f}")
+            self.micro_seconds.setdefault(plan.name, []).append(micro)
+            if step <= 5 or step % config.train_log_every == 0:
+                tok_s = config.train_batch_tokens / whole
+                log.event("train", step=step, train_loss=self.last_loss, gradient_norm=norm,
+                          train_seconds=self.clock.elapsed(), lr_scale=scale, tok_s=tok_s,
+                          plan=plan.name, mem_mib=torch.cuda.memory_allocated() >> 20,  # 0 on CPU
+                          progress=progress)
+                log.line(f"{step}/{config.iterations} train_loss: {self.last_loss:.4f} "
+                         f"step_time: {1e3 * whole:.1f}ms tok/s: {tok_s:.0f}")
 
     def calibrate(self, plan: DepthPlan) -> dict[str, Tensor]:
         """Second moments of every linear layer's input over training windows and all ranks."""
@@ -1539,29 +1500,24 @@ class Trainer:
         moments = {name: self.world.sum_(h) for name, h in hessians.moments.items()}
         self.world.synchronize()
         seconds = time.perf_counter() - begin
-        self.log.put("quantisation", seconds_hessians=round(seconds, 2))
+        self.log.put("quantisation", seconds_hessians=seconds)
         self.log.line(f"GPTQ:collected {len(moments)} Hessians in {seconds:.1f}s")
         return moments
 
     def summarise(self, steps: int, seconds: float, loop_step: int) -> None:
         """Writes the training section of the result."""
-        config, log = self.config, self.log
-        tokens = steps * config.train_batch_tokens
-        by_plan = {name: round(config.train_batch_tokens / float(np.median(times)))
+        log, per_step = self.log, self.config.train_batch_tokens
+        tokens, peak = steps * per_step, torch.cuda.max_memory_allocated() >> 20  # 0 on CPU
+        by_plan = {name: round(per_step / float(np.median(times)))
                    for name, times in self.micro_seconds.items()}
-        peak = torch.cuda.max_memory_allocated() >> 20  # 0 on CPU
-        log.put("train", steps=steps, seconds=round(seconds, 3), tokens=tokens,
-                ms_per_step=round(1e3 * seconds / max(steps, 1), 3), tok_s=round(tokens / seconds),
-                tok_s_by_plan=by_plan, loop_enabled_step=loop_step, final_loss=self.last_loss,
-                peak_mib=peak)
-        log.put("data", passes=round(tokens / self.loader.num_tokens, 3))
-        log.put("clocks", training_seconds=round(seconds, 3),
-                training_budget_seconds=config.max_wallclock_seconds)
-        if 0 < config.max_wallclock_seconds < seconds:
-            log.warn(f"training took {seconds:.1f}s, MAX_WALLCLOCK_SECONDS is "
-                     f"{config.max_wallclock_seconds:g}")
-        log.line(f"training: {steps} steps in {seconds:.1f}s, {tokens / seconds:.0f} tok/s, "
-                 f"micro-steps only {by_plan}, peak {peak} MiB")
+        log.put("train", steps=steps, seconds=seconds, tokens=tokens, tok_s=tokens / seconds,
+                ms_per_step=1e3 * seconds / max(steps, 1), tok_s_by_plan=by_plan,
+                loop_enabled_step=loop_step, final_loss=self.last_loss, peak_mib=peak)
+        log.put("data", passes=tokens / self.loader.num_tokens)
+        log.put("clocks", training_seconds=seconds,
+                training_budget_seconds=self.config.max_wallclock_seconds)
+        log.line(f"training: {steps} steps, {seconds:.1f}s, {tokens / seconds:.0f} tok/s, "
+                 f"micro-steps only {by_plan}, peak memory {peak} MiB")
 
 
 # ==================================================================================================
@@ -2773,26 +2729,28 @@ class Setup(NamedTuple):
     val: ValStream
 
 
+def is_official(val: ValStream) -> bool:
+    """Whether these are the competition's targets, with the tail that fills no sequence or not."""
+    return val.num_targets // 2048 * 2048 == OFFICIAL_VAL_TARGETS
+
+
 def resolve_track(config: Config, world: World, val: ValStream, attention_name: str) -> str:
     """The track of the run. Raises: ConfigError if it claims 10min_16mb and cannot be on it."""
-    official = val.num_targets // 2048 * 2048 == OFFICIAL_VAL_TARGETS  # with a tail or without
+    official, claim = is_official(val), " for TRACK=10min_16mb"
     if config.track == "non_record" or (
             config.track == "auto" and not (official and world.size == RECORD_RANKS)):
         return "non_record"
+    require(world.size == RECORD_RANKS, "world_size", world.size, f"{RECORD_RANKS}{claim}")
+    require(official, "val_targets", val.num_targets, f"{OFFICIAL_VAL_TARGETS}{claim}")
     compiled = config.compile and not os.environ.get("TORCH_COMPILE_DISABLE")
-    train_seconds, eval_seconds = config.max_wallclock_seconds, config.max_eval_seconds
-    cap = config.artifact_cap_bytes
-    for holds, setting, bound in (
-            (world.size == RECORD_RANKS, f"WORLD_SIZE={world.size}", RECORD_RANKS),
-            (official, f"validation targets={val.num_targets}", OFFICIAL_VAL_TARGETS),
-            (compiled, "COMPILE=0", 1),
-            (attention_name not in ("flash", "math"), f"ATTENTION={attention_name}",
-             "fa3, fa4 or cudnn"),
-            (0 < train_seconds <= 600, f"MAX_WALLCLOCK_SECONDS={train_seconds}", "at most 600"),
-            (eval_seconds <= 600, f"MAX_EVAL_SECONDS={eval_seconds}", "at most 600"),
-            (cap <= 16_000_000, f"ARTIFACT_CAP_BYTES={cap}", "at most 16000000")):
-        if not holds:
-            raise ConfigError(f"TRACK=10min_16mb: {setting} must be {bound}")
+    require(compiled, "compile", 0, f"1{claim}")
+    slow = attention_name in ("flash", "math")
+    require(not slow, "attention", attention_name, f"fa3, fa4 or cudnn{claim}")
+    limits = {"max_wallclock_seconds": 600, "max_eval_seconds": 600,
+              "artifact_cap_bytes": 16_000_000}
+    for name, most in limits.items():
+        value = getattr(config, name)
+        require(0 < value <= most, name, value, f"at most {most}{claim}")
     return "10min_16mb"
 
 
@@ -2804,35 +2762,26 @@ def prepare(config: Config, world: World) -> Setup:
     require_compressor(config)
     val = ValStream.load(config)
     source, packed = program_source(), packed_program()
-    if len(packed) >= config.artifact_cap_bytes:
-        raise ConfigError(f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes} must be above the bytes "
-                          f"of the packed program ({len(packed)})")
+    require(len(packed) < config.artifact_cap_bytes, "artifact_cap_bytes",
+            config.artifact_cap_bytes, f"above the bytes of the packed program ({len(packed)})")
     if config.eval_only:
         open_artifact(Path(config.eval_only), config)
     else:
         TrainLoader([read_shard(p) for p in find_shards(config.dataset_dir, "train")], config)
-    facts: dict[str, typing.Any] = {**environment_facts(world), "data": data_facts(config, val)}
+    facts: dict = {**environment_facts(world), "data": data_facts(config, val)}
     backend = choose_attention(config.attention, world.device)
     track, log = resolve_track(config, world, val, backend.name), RunLog(config, world)
-    facts["versions"]["attention_backend"] = backend.name
+    facts["versions"] |= {"attention_backend": backend.name, "not": backend.rejected}
     log.result |= {"run_id": log.run_id, "track": track, "preset": config.preset,
                    "seed": config.seed, "world_size": world.size, "config_hash": config.config_hash,
                    "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
-                   "packed_sha256": hashlib.sha256(packed).hexdigest(),
-                   "started": utc_text(log.started), "config": asdict(config),
-                   "differs": config.differs(), **facts}
-    log.event("start", run_id=log.run_id, config=asdict(config), **facts)
+                   "packed_sha256": hashlib.sha256(packed).hexdigest(), "started": utc_text(),
+                   "config": asdict(config), "differs": config.differs(), **facts}
+    log.event("start", **log.result)
     log.line(source, console=False)
     log.line(f"run {log.run_id} | PRESET={config.preset} differs: {config.differs() or 'nothing'}")
-    log.line(f"versions: {facts['versions']} hardware: {facts['hardware']}")
-    log.line(f"source: {len(source.encode()):,} bytes sha256 {log.result['source_sha256']} | "
-             f"packed: {len(packed):,} bytes sha256 {log.result['packed_sha256']}")
-    log.line(f"attention: {backend.name}"
-             + "".join(f" | not {name}: {why}" for name, why in backend.rejected.items()))
-    mode = "torch.compile" if config.compile else "eager"
-    log.line(f"track: {track} | world size: {world.size} | execution: {mode}")
-    log.line(f"val_tokens: {val.num_targets} (predictions) | val_bytes: {val.num_bytes} | data: "
-             f"{facts['data']}")
+    for name in ("track", "world_size", "source_sha256", "packed_sha256", *facts):
+        log.line(f"{name}: {log.result[name]}")
     return Setup(config, world, log, backend.attend, val)
 
 
@@ -2848,11 +2797,10 @@ def data_facts(config: Config, val: ValStream) -> dict[str, object]:
     if written != tokenizer:
         raise DataError(f"{config.tokenizer_file}: sha256 {tokenizer[:16]}, but {path} says the "
                         f"shards were written with {written[:16]}")
-    if val.num_targets // 2048 * 2048 == OFFICIAL_VAL_TARGETS \
-            and val.num_bytes not in OFFICIAL_VAL_BYTES:
+    if is_official(val) and val.num_bytes not in OFFICIAL_VAL_BYTES:
         raise DataError(f"{config.dataset_dir}: the official targets stand for {val.num_bytes} "
                         f"bytes, must be in {OFFICIAL_VAL_BYTES}")
-    raw = {"val_raw_bytes": manifest["val_raw_bytes"]} if "val_raw_bytes" in manifest else {}
+    raw = {name: manifest[name] for name in ("val_raw_bytes",) if name in manifest}
     return {"name": config.dataset_dir.name, "tokenizer_sha256": tokenizer,
             "val_documents": val.num_documents, "val_targets": val.num_targets,
             "fingerprint": digest(val.tokens.tobytes()).hexdigest()[:16],
@@ -2863,12 +2811,12 @@ def train_to_artifact(setup: Setup) -> Path:
     """Trains, quantises and writes the artifact; its path."""
     config, world, log, attend, val = setup
     trainer = Trainer(config, world, log, attend)
-    shards, tokens = len(trainer.loader.shards), trainer.loader.num_tokens
-    groups = count_parameters(trainer.model)
+    loader, groups = trainer.loader, count_parameters(trainer.model)
     total = sum(count for _, count in groups.values())
-    log.put("data", train_tokens=tokens, train_shards=shards)
+    log.put("data", train_tokens=loader.num_tokens, train_shards=len(loader.shards))
     log.put("model", parameters=total, groups=groups)
-    log.line(f"train_shards: {shards} | train_tokens: {tokens} | model_params:{total}")
+    log.line(f"train_shards: {len(loader.shards)} | train_tokens: {loader.num_tokens} | "
+             f"model_params:{total}")
 
     def score(plan: DepthPlan) -> Score:
         windows = plain_windows(val.num_targets, config.eval_seq_len)
@@ -2889,10 +2837,9 @@ def train_to_artifact(setup: Setup) -> Path:
     path = log.folder / "artifact.bin"
     if world.is_main:
         save_artifact(path, blob, quantised, trainer.model, log)
-    whole = log.section("clocks")["training_seconds"] + time.perf_counter() - begin
-    log.put("clocks", train_to_artifact_seconds=round(whole, 3))
+    whole = log.result["clocks"]["training_seconds"] + time.perf_counter() - begin
+    log.put("clocks", train_to_artifact_seconds=whole)
     log_score(log, "averaged", "pre-quantization post-ema", score(plan))
-    world.barrier()
     return path
 
 
@@ -2903,22 +2850,23 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     """
     config, world, log, attend, val = setup
     begin, targets = time.perf_counter(), val.num_targets
+    by_document = config.ttt_mode == "documents"
     model, plan = load_artifact(path, config, world, attend)
     scorer = Scorer(model, plan, val, world, Audit(config.seed) if config.audit else None)
     seq_len, stride = config.eval_seq_len, config.eval_stride
     sliding = sliding_windows(targets, seq_len, stride)
-    headline, score = "quantised", evaluate(scorer, plain_windows(targets, seq_len))
-    log_score(log, headline, "quantized", score)
+    evaluations = [("quantised", "quantized", plain_windows(targets, seq_len))]
     if config.sliding_window_enabled:
-        headline, score = "sliding", evaluate(scorer, sliding)
-        log_score(log, headline, "quantized_sliding_window", score)
-    if config.ttt_mode == "documents":
+        evaluations.append(("sliding", "quantized_sliding_window", sliding))
+    if by_document:
         windows = document_windows(val, seq_len, stride)
-        headline, score = "documents", evaluate(scorer, windows, by_document=True)
-        log_score(log, headline, "quantized_documents", score)
+        evaluations.append(("documents", "quantized_documents", windows))
+    for headline, label, windows in evaluations:
+        score = evaluate(scorer, windows, headline == "documents")
+        log_score(log, headline, label, score)
     if config.ttt_enabled:
         headline = f"ttt_{config.ttt_mode}"
-        if config.ttt_mode == "documents":
+        if by_document:
             adapters = LowRank(model, plan)
             full = project_documents(scorer, adapters)
             score = evaluate_documents(scorer, adapters)
@@ -2930,10 +2878,9 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     if headline != "ttt_documents":
         full = score.seconds * OFFICIAL_VAL_TARGETS / RECORD_RANKS * world.size / targets
     strict = time.perf_counter() - begin
-    log.put("clocks", eval_seconds_strict=round(strict, 2),
-            eval_seconds_lenient=round(score.seconds, 2),
+    log.put("clocks", eval_seconds_strict=strict, eval_seconds_lenient=score.seconds,
             eval_budget_seconds=config.max_eval_seconds,
-            projected_full_eval_seconds_8gpu=round(strict - score.seconds + full, 1))
+            projected_full_eval_seconds_8gpu=strict - score.seconds + full)
     if scorer.audit:
         log.result["audit"] = record = scorer.audit.report(world)
         failed = [f"{name} {facts}" for name, facts in record.items() if not facts["passed"]]
@@ -2944,26 +2891,15 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
 
 def report_outcome(log: RunLog) -> None:
     """Adds the quantisation gap and prints the result table."""
-    bpb, nats, seconds = (log.section(name) for name in ("bpb", "nats", "eval_seconds"))
+    result, bpb = log.result, log.result["bpb"]
     if "averaged" in bpb:
         log.put("quantisation", gap_bpb=bpb["quantised"] - bpb["averaged"])
     log.line(f"{'evaluation':<14}{'BPB':>10}{'nats':>10}{'seconds':>10}")
-    for key in bpb:
-        mark = "  <- headline" if key == log.result["headline"] else ""
-        log.line(f"{key:<14}{bpb[key]:>10.5f}{nats[key]:>10.5f}{seconds[key]:>10.1f}{mark}")
-    log.line(f"clocks: {log.section('clocks')}")
+    for key, bits in bpb.items():
+        mark = "  <- headline" if key == result["headline"] else ""
+        log.line(f"{key:<14}{bits:>10.5f}{result['nats'][key]:>10.5f}"
+                 f"{result['eval_seconds'][key]:>10.1f}{mark}")
     log.line(f"result: {log.result_path}")
-
-
-def crossed_budget(config: Config, log: RunLog) -> str:
-    """The budget that the run did not keep, or nothing."""
-    for name, clock, budget in (
-            ("MAX_WALLCLOCK_SECONDS", "training_seconds", config.max_wallclock_seconds),
-            ("MAX_EVAL_SECONDS", "eval_seconds_strict", config.max_eval_seconds)):
-        seconds = log.section("clocks").get(clock, 0.0)
-        if 0 < budget < seconds:
-            return f"{name}={budget:g} was crossed: {seconds:.1f}s"
-    return ""
 
 
 def describe_config(config: Config, world: World) -> str:
@@ -3009,10 +2945,14 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
         except BaseException as error:
             log.finish("partial", f"{type(error).__name__}: {error}")
             raise
-        crossed = crossed_budget(config, log)
-        result = log.finish("complete", crossed or "finished")
-        if crossed and log.result["track"] == "10min_16mb":
-            raise LegalityError(crossed)
+        clocks = log.result["clocks"]
+        crossed = [f"{name.upper()}={getattr(config, name)} was crossed: {clocks[clock]:.1f}s"
+                   for name, clock in (("max_wallclock_seconds", "training_seconds"),
+                                       ("max_eval_seconds", "eval_seconds_strict"))
+                   if 0 < getattr(config, name) < clocks.get(clock, 0)]
+        result = log.finish("complete", "; ".join(crossed) or "finished")
+        if crossed and result["track"] == "10min_16mb":
+            raise LegalityError(result["exit_reason"])
         return result
 
 
@@ -3024,8 +2964,7 @@ def command_line(arguments: Sequence[str]) -> int:
             write_atomically(Path(arguments[1]), packed)
             print(f"{arguments[1]}: {len(packed):,} bytes, {hashlib.sha256(packed).hexdigest()}")
         elif arguments:
-            print("usage: train_gpt.py [pack OUT]; settings are environment variables, "
-                  "PRINT_CONFIG=1 shows them", file=sys.stderr)
+            print("usage: train_gpt.py [pack OUT], settings as variables", file=sys.stderr)
             return 2
         else:
             main()

@@ -72,16 +72,6 @@ def test_events_are_on_disk_before_the_run_ends(make_config: MakeConfig, world: 
     assert json.loads((tmp_path / "logs" / "toy.jsonl").read_text())["event"] == "b"
 
 
-def test_phase_logs_its_seconds(make_config: MakeConfig, world: golf.World, tmp_path: Path) -> None:
-    log = golf.RunLog(make_config(), world)
-    with log.phase("rest"):
-        pass
-    event = json.loads((tmp_path / "logs" / "toy.jsonl").read_text())
-    assert event["event"] == "phase"
-    assert "rest" in event.values()
-    assert 0 <= event["seconds"] < 1
-
-
 def test_other_ranks_write_and_print_nothing(make_config: MakeConfig, tmp_path: Path,
                                              capsys: pytest.CaptureFixture[str]) -> None:
     log = golf.RunLog(make_config(), golf.World(rank=1, size=2))

@@ -218,10 +218,10 @@ def test_plan_switch_is_logged_once_with_its_step(config: golf.Config, log: Sile
     plans = {e["step"]: e["plan"] for e in log.events if e["event"] == "train"}
     assert plans == {1: "unlooped", 2: "unlooped", 3: "unlooped", 4: "looped", 5: "looped",
                      8: "looped"}
-    train = log.section("train")
+    train = log.result["train"]
     assert train["steps"] == 8
     assert train["tokens"] == 8 * 768
-    assert log.section("train")["loop_enabled_step"] in (3, 4)
+    assert log.result["train"]["loop_enabled_step"] in (3, 4)
     assert any(line.startswith("layer_loop:enabled step:") for line in log.lines)
     assert set(train["tok_s_by_plan"]) == {"unlooped", "looped"}  # type: ignore[call-overload]
 
@@ -299,8 +299,8 @@ def test_timed_run_keeps_its_budget(make_config: MakeConfig, log: SilentLog, fak
     monkeypatch.setattr(trainer, "calibrate", slow_calibration)
     plan, _ = trainer.run(never)
     assert plan.name == "looped"
-    assert 22.0 < log.section("clocks")["training_seconds"] <= 30.0
-    assert log.section("train")["loop_enabled_step"] == 8  # at 10.5 of 27 seconds
+    assert 22.0 < log.result["clocks"]["training_seconds"] <= 30.0
+    assert log.result["train"]["loop_enabled_step"] == 8  # at 10.5 of 27 seconds
     assert not any(line.startswith("warning") for line in log.lines)
 
 
