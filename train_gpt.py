@@ -409,12 +409,14 @@ class World:
 
     def scatter_mean(self, stack: Tensor) -> Tensor:
         """This rank's equal share, along dim 0, of the mean of `stack` over ranks."""
+        if self.size == 1:
+            return stack
         share = stack.chunk(self.size)[self.rank]
-        if not self.is_cuda:  # gloo has no reduce-scatter
-            self.sum_(stack).div_(self.size)
-        elif self.size > 1:
+        if self.is_cuda:
             share = torch.empty_like(share)
             dist.reduce_scatter_tensor(share, stack, op=dist.ReduceOp.AVG)
+        else:  # gloo has no reduce-scatter
+            self.sum_(stack).div_(self.size)
         return share
 
     def gather(self, share: Tensor) -> Tensor:
