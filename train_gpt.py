@@ -31,15 +31,18 @@ import operator
 import os
 import platform
 import re
+import signal
 import struct
 import sys
 import time
+import traceback
 import typing
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -82,7 +85,11 @@ class LegalityError(GolfError):
 
 
 class TrainingError(GolfError):
-    """Training produced a value that no later step can recover from."""
+    """Training or quantisation produced what nothing later can recover from."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run. Being no Exception, it passes whatever outlives errors."""
 
 
 def require(holds: object, name: str, value: object, bound: object) -> None:
@@ -109,6 +116,9 @@ class Config:
     run_dir: str = "runs"
     print_config: bool = False
     eval_only: str = ""  # path of an artifact; skips training
+    resume: str = ""  # path of a checkpoint of RUN_ID, or auto: the newest if there is one
+    checkpoint_every: float = within(0.0, 0, 1e7)  # seconds; 0: only when a signal ends training
+    rank_timeout_seconds: float = within(900.0, 1, 1e6)  # for which a rank waits for the others
     audit: bool = False  # checks sampled scores live and refuses a headline that fails
     attention: Literal["auto", "fa3", "fa4", "cudnn", "flash", "math"] = "auto"
     compile: bool = True
@@ -171,6 +181,7 @@ class Config:
     matrix_clip_sigmas: float = within(12.85, 0.5, 1000)
     embed_clip_sigmas: float = within(20.0, 0.5, 1000)
     gptq_calibration_batches: int = within(64, 1, 10**5)  # of micro_batch_tokens, all ranks
+    max_quant_gap_bpb: float = within(0.05, 0, 100)  # a larger loss by quantisation is no result
     gptq_damp: float = within(0.01, 1e-6, 1)  # of the mean Hessian diagonal
     quantiser: Literal["gptq", "rate"] = "gptq"  # clips as given, or steps by their effect per bit
     compressor: Literal["brotli", "ans"] = "brotli"
@@ -260,11 +271,14 @@ class Config:
         default = f"{self.data_dir}/tokenizers/fineweb_{self.vocab_size}_bpe.model"
         return Path(self.tokenizer_path or default)
 
+    def method(self) -> dict[str, object]:
+        """The settings that define the method: equal for the seeds of one experiment."""
+        return {k: v for k, v in asdict(self).items() if k not in NOT_METHOD}
+
     @property
     def config_hash(self) -> str:
-        """Fingerprint of what defines the method: equal for the seeds of one experiment."""
-        method = {k: v for k, v in asdict(self).items() if k not in NOT_METHOD}
-        return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()[:16]
+        """Fingerprint of the method."""
+        return hashlib.sha256(json.dumps(self.method(), sort_keys=True).encode()).hexdigest()[:16]
 
     def differs(self) -> dict[str, object]:
         """The settings that are unlike the preset's."""
@@ -273,7 +287,8 @@ class Config:
 
 
 NOT_METHOD = {"seed", "run_id", "log_dir", "run_dir", "print_config", "eval_only", "data_dir",
-              "data_path", "tokenizer_path", "audit"}
+              "data_path", "tokenizer_path", "audit", "resume", "checkpoint_every",
+              "rank_timeout_seconds", "max_quant_gap_bpb"}
 
 PRESETS: dict[str, dict] = {
     "record": {},
@@ -342,6 +357,7 @@ def check_consistency(config: Config) -> None:
         require(not broken(value, bound), name, value, f"{words} {other.upper()} ({bound})")
     require(config.compressor == "ans" or config.quantiser == "gptq", "compressor",
             config.compressor, f"ans for QUANTISER={config.quantiser}")
+    require(config.run_id or not config.resume, "run_id", "''", f"set for RESUME={config.resume}")
     sites = config.ttt_lora_sites
     require(set(sites.split(",")) <= set(SITES), "ttt_lora_sites", sites,
             f"some of {','.join(SITES)}")
@@ -363,6 +379,7 @@ class World:
         self.is_main, self.is_cuda = rank == 0, self.device.type == "cuda"
         # Decisions of the host travel over a CPU group and never wait for the device.
         self.control: dist.ProcessGroup | None = None
+        self.deferring = self.signalled = self.stopping = False
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> World:
@@ -380,19 +397,57 @@ class World:
         return cls(rank, size, f"cuda:{local_rank}" if gpus else "cpu")
 
     @contextlib.contextmanager
-    def process_group(self) -> Iterator[None]:
-        """Connects the ranks for the duration of a block."""
+    def process_group(self, timeout_seconds: float = 900.0) -> Iterator[None]:
+        """Connects the ranks and heeds signals for the duration of a block.
+
+        A rank that fails ends at once, which ends the others; only the first to fail says why.
+        """
         if self.is_cuda:
             torch.cuda.set_device(self.device)
-        if self.size > 1:
-            backend, device = ("nccl", self.device) if self.is_cuda else ("gloo", None)
-            dist.init_process_group(backend, rank=self.rank, world_size=self.size, device_id=device)
-            self.control = dist.new_group(backend="gloo") if self.is_cuda else dist.group.WORLD
+        handlers = {number: signal.signal(number, self.interrupt)
+                    for number in (signal.SIGTERM, signal.SIGINT)}
         try:
+            if self.size > 1:
+                backend, device = ("nccl", self.device) if self.is_cuda else ("gloo", None)
+                wait = timedelta(seconds=timeout_seconds)
+                dist.init_process_group(backend, rank=self.rank, world_size=self.size,
+                                        device_id=device, timeout=wait)
+                self.control = dist.new_group(backend="gloo", timeout=wait)
             yield
-        finally:
             if self.size > 1:
                 dist.destroy_process_group()
+        except BaseException as error:
+            if self.size > 1:
+                reason = self.explain(error)
+                if reason.startswith(f"rank {self.rank}:"):
+                    if not isinstance(error, GolfError | Interrupted):
+                        traceback.print_exception(error)
+                    print(f"error: {reason}", file=sys.stderr, flush=True)
+                # An orderly end would wait for the others.
+                os._exit(75 if isinstance(error, Interrupted) else 1)
+            raise
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def interrupt(self, number: int = 0, frame: object = None) -> None:
+        """A signal handler: ends the run with Interrupted, but only notes it while training."""
+        first, self.signalled = not self.signalled, True
+        if first and not self.deferring:
+            raise Interrupted("stopped by a signal")
+
+    def explain(self, error: BaseException) -> str:
+        """Why the run ends; of several ranks, what the first one that failed says."""
+        text = f"rank {self.rank}: {type(error).__name__}: {error}"
+        with contextlib.suppress(Exception):  # there is no store, or it went with its process
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"rank {self.rank}", "")
+            if not isinstance(error, GolfError | Interrupted):  # perhaps another rank is stuck
+                time.sleep(1)
+                well = [r for r in range(self.size) if not store.check([f"rank {r}"])]
+                text += f"; ranks without error: {well}"
+            text = store.compare_set("failure", "", text).decode()
+        return text
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """`tensor`, replaced by its sum over ranks."""
@@ -428,12 +483,15 @@ class World:
         return out
 
     def decide(self, *values: float) -> tuple[float, ...]:
-        """Rank 0's `values` on every rank: one clock and one choice for all."""
-        if self.size == 1:
-            return values
-        box = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(box, 0, group=self.control)
-        return tuple(box.tolist())
+        """Rank 0's `values` on every rank: one clock and one choice for all.
+
+        `stopping` afterwards says whether any rank was told to stop.
+        """
+        mine = values if self.is_main else [0.0] * len(values)
+        box = torch.tensor([*mine, self.signalled], dtype=torch.float64)
+        *decided, stopping = self.combine(box, dist.ReduceOp.SUM).tolist()
+        self.stopping = stopping > 0
+        return tuple(decided)
 
     def combine(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         """A CPU tensor, combined over ranks."""
@@ -465,28 +523,50 @@ class RunLog:
         self.files: list[typing.TextIO] = []
         require(re.fullmatch(r"[\w-][\w.-]*", run_id, re.ASCII), "run_id", repr(run_id),
                 "letters, digits, . _ and - only")
+        if config.resume and self.result_path.is_file():
+            self.result = json.loads(self.result_path.read_text())
+            require(self.result["status"] == "partial", "run_id", run_id, "of an incomplete run")
         if world.is_main:
-            try:
-                self.result_path.parent.mkdir(parents=True, exist_ok=True)
-                self.folder.mkdir(parents=True)
-                self.files = [self.result_path.with_name(run_id + suffix).open("x")
-                              for suffix in (".txt", ".jsonl")]
-            except OSError as error:
-                raise ConfigError(f"RUN_ID={run_id} must be new in a writable LOG_DIR and RUN_DIR: "
-                                  f"{error.filename}: {error.strerror}") from None
+            self.open_files("a" if config.resume else "x")
+
+    def open_files(self, mode: Literal["a", "x"]) -> None:
+        """Opens the logs and locks the folder of the run. Raises: ConfigError if it may not."""
+        import fcntl
+        run_id, owner = self.run_id, self.folder / "owner"
+        try:
+            self.result_path.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=mode == "a")
+            lock = owner.open("a")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            owner.write_text(f"process {os.getpid()} on {platform.node()}")
+            for suffix in (".txt", ".jsonl"):
+                self.files.append(self.result_path.with_name(run_id + suffix).open(mode))
+            self.files.append(lock)
+        except BlockingIOError:
+            raise ConfigError(f"RUN_ID={run_id} belongs to {owner.read_text()}") from None
+        except OSError as error:
+            raise ConfigError(f"RUN_ID={run_id} must be new in a writable LOG_DIR and RUN_DIR, or "
+                              f"RESUME=auto: {error.filename}: {error.strerror}") from None
 
     def line(self, text: str, *, console: bool = True) -> None:
         """Writes one line for people."""
         if self.files:
             if console:
                 print(text, flush=True)
-            print(text, file=self.files[0], flush=True)
+            self.append(0, text)
 
     def event(self, kind: str, **values: object) -> None:
         """Writes one JSON line for programs."""
         if self.files:
             record = {"event": kind, "t": time.time() - self.started, **values}
-            print(json.dumps(record), file=self.files[1], flush=True)
+            self.append(1, json.dumps(record))
+
+    def append(self, number: int, line: str) -> None:
+        """Adds a line to a file; a full disk is said and does not end the run."""
+        try:
+            print(line, file=self.files[number], flush=True)
+        except OSError as error:
+            print(f"error: {self.files[number].name}: {error.strerror}", file=sys.stderr)
 
     def warn(self, message: str) -> None:
         """Says something the user should know, in both files."""
@@ -497,14 +577,18 @@ class RunLog:
         """Adds keys to a section of the result."""
         self.result.setdefault(title, {}).update(values)
 
-    def finish(self, status: Literal["complete", "partial"], reason: str) -> dict[str, object]:
-        """Writes the result file and closes the logs."""
+    def save(self, status: Literal["complete", "partial"], reason: str) -> None:
+        """Writes the result file as it stands."""
         self.result |= {"status": status, "exit_reason": reason, "finished": utc_text()}
         if self.files:
-            self.event("result", status=status, reason=reason)
             write_atomically(self.result_path, (json.dumps(self.result, indent=1) + "\n").encode())
-            for file in self.files:
-                file.close()
+
+    def finish(self, status: Literal["complete", "partial"], reason: str) -> dict[str, object]:
+        """Writes the result file and closes the logs."""
+        self.event("result", status=status, reason=reason)
+        self.save(status, reason)
+        for file in self.files:
+            file.close()
         return self.result
 
 
@@ -513,14 +597,19 @@ def utc_text(form: str = "%Y-%m-%dT%H:%M:%SZ") -> str:
     return time.strftime(form, time.gmtime())
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes `data` so that a reader, or a crash, never sees half of it."""
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Writes `data` so that a reader, or a crash, never sees half of it, nor through a link."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    partial.unlink(missing_ok=True)
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error}") from None
 
 
 # The packed program that is running, or None for the plain script.
@@ -1216,10 +1305,10 @@ class MatrixGroup:
         parts.append(parts[0].new_zeros(self.padding, *parts[0].shape[1:]))
         return self.world.scatter_mean(torch.cat(parts))
 
-    def step(self, gradient: Tensor, lr: float, momentum: float, config: Config) -> None:
+    def step(self, gradient: Tensor, lr: Tensor, momentum: Tensor, config: Config) -> None:
         """Nesterov momentum, row normalisation, orthogonalisation; all ranks apply all shares."""
         self.momentum.mul_(momentum).add_(gradient)
-        update = gradient.add(self.momentum, alpha=momentum)
+        update = gradient + momentum * self.momentum
         if config.muon_row_normalize:  # the rows of a tall matrix lie as columns here
             columns, rows = (torch.linalg.vector_norm(update, dim=d, keepdim=True) for d in (1, 2))
             update = update / torch.where(self.tall_M11, columns, rows).clamp_min(1e-7)
@@ -1228,7 +1317,7 @@ class MatrixGroup:
         for matrix, tall, part in zip(self.matrices, self.tall, parts, strict=True):
             w = matrix.view(matrix.parameter.data)
             scale = lr * math.sqrt(max(1.0, w.shape[1] / w.shape[2]))
-            w.mul_(1 - lr * config.muon_wd).sub_((part.mT if tall else part).float(), alpha=scale)
+            w.mul_(1 - lr * config.muon_wd).sub_(scale * (part.mT if tall else part).float())
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:
@@ -1248,35 +1337,47 @@ class Optimizer:
         self.groups = [MatrixGroup(matrices, world) for matrices in shapes.values()]
         vectors = list(model.vectors().values())
         self.replicated = [model.embed, *vectors]
+        self.names = [*("/".join(m.role for m in group.matrices) for group in self.groups),
+                      "embed", *model.vectors()]
         stacked = {id(m.parameter) for m in model.matrices()}
         if sorted([*stacked, *map(id, self.replicated)]) != sorted(map(id, model.parameters())):
             raise TypeError("a parameter is in no optimizer group, or in two")
         self.adam = torch.optim.AdamW(
             [dict(params=[model.embed], base=config.tied_embed_lr, weight_decay=config.embed_wd),
              dict(params=vectors, base=config.scalar_lr, weight_decay=config.adam_wd)],
-            lr=0.0, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=world.is_cuda)
+            lr=0.0, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
 
     @torch.no_grad()
     def step(self, step: int, scale: float) -> Tensor:
-        """Applies and clears gradients, at `scale` times the base rates; their unclipped norm."""
+        """Applies and clears gradients, at `scale` times the base rates; their unclipped norm.
+
+        If that is not finite, nothing changes, which the device decides: no step waits for it.
+        """
         config = self.config
         shares = [group.reduce_gradients() for group in self.groups]
         replicated = [gradient_of(p) for p in self.replicated]
         self.world.sum_all_(replicated, 1 / self.world.size)
-        own, common = (torch.stack(torch._foreach_norm(gradients)).square().sum()
-                       for gradients in (shares, replicated))
-        norm = (self.world.sum_(own) + common).sqrt()
+        self.squares = torch.stack(torch._foreach_norm([*shares, *replicated])).square()
+        self.world.sum_(self.squares[:len(shares)])
+        norm = self.squares.sum().sqrt()
         if config.grad_clip_norm:
             factor = (config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([*shares, *replicated], factor)
+        bad = ~norm.isfinite()
+        self.adam.found_inf = bad.float()  # type: ignore[attr-defined] # the fused kernel then leaves all as it is
         for adam_group in self.adam.param_groups:
             adam_group["lr"] = adam_group["base"] * scale
         self.adam.step()
-        momentum = muon_momentum(step, config)
+        lr, momentum = (torch.where(bad, idle, value) for idle, value in (
+            (0.0, config.matrix_lr * scale), (1.0, muon_momentum(step, config))))
         for group, share in zip(self.groups, shares, strict=True):
-            group.step(share, config.matrix_lr * scale, momentum, config)
+            group.step(share.masked_fill_(bad, 0.0), lr, momentum, config)
         self.model.zero_grad()
         return norm
+
+    def moments(self) -> list[Tensor]:
+        """AdamW's live state; there is none before the first step."""
+        return [t for state in self.adam.state.values() for t in state.values()]
 
 
 class WeightAverage:
@@ -1304,14 +1405,81 @@ class WeightAverage:
 # ==================================================================================================
 
 
+class TrainState(NamedTuple):
+    """Where a run stands. With the tensors of a checkpoint it decides all later steps.
+
+    The data of a step is a function of its number, and training draws no other random numbers.
+    """
+
+    step: int = 0
+    plan: int = 0
+    plan_step: int = 0  # with which that plan began; 0: it is the first
+    seconds: float = 0.0  # on the training clock
+    trained: bool = False  # the weights are averaged; calibration is next
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint says. Its file is an uncompressed .npz, which holds no code."""
+
+    facts: dict[str, object]  # settings, data, world and source of the run
+    state: TrainState
+    tensors: list[Tensor]
+
+    def write(self, path: Path) -> None:
+        """Writes the file."""
+        buffer, header = io.BytesIO(), json.dumps([self.facts, self.state])
+        np.savez(buffer, np.array(header), *(t.detach().cpu().numpy() for t in self.tensors))
+        write_atomically(path, buffer.getbuffer())
+
+    @classmethod
+    def read(cls, path: Path) -> Checkpoint:
+        """The contents of a whole file. Raises: ArtifactError for anything else."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                if any(member.compress_type for member in file.zip.infolist()):
+                    raise ValueError("compressed")  # a small file could fill the memory
+                header, *arrays = file.values()
+            facts, state = json.loads(str(header))
+            return cls(facts, TrainState(*state), [torch.from_numpy(a) for a in arrays])
+        except Exception as error:  # whatever a foreign file provokes
+            raise ArtifactError(f"{path}: no checkpoint: {error}") from None
+
+
+def find_start(config: Config, facts: dict[str, object], log: RunLog) -> Checkpoint:
+    """The newest whole checkpoint that RESUME means; without one, that nothing is done.
+
+    Raises: ArtifactError if there are some, but none is whole; ConfigError if its facts differ.
+    """
+    start, paths = Checkpoint(facts, TrainState(), []), [Path(config.resume)]
+    if config.resume in ("", "auto"):  # names sort in the order in which a run writes them
+        paths = sorted(log.folder.glob("*.ckpt"), reverse=True) if config.resume else []
+    for path in paths:
+        try:
+            start = Checkpoint.read(path)
+        except ArtifactError as error:
+            log.warn(str(error))
+            continue
+        differs = [f"{name.upper()}={value} was {start.facts.get(name)}"
+                   for name, value in facts.items() if value != start.facts.get(name)]
+        if differs:
+            raise ConfigError(f"{path} is of another run: {', '.join(differs)}")
+        log.event("resume", step=start.state.step, path=str(path))
+        log.line(f"resumed after step {start.state.step} from {path}")
+        return start
+    if paths:
+        raise ArtifactError(f"RESUME={config.resume}: none of {len(paths)} checkpoints is whole")
+    return start
+
+
 class TrainingClock:
     """Budget from the first step to the last read of training data. Rank 0's decides for all."""
 
-    def __init__(self, config: Config, world: World, reserve_seconds: float) -> None:
+    def __init__(self, config: Config, world: World, reserve_seconds: float,
+                 seconds: float = 0.0) -> None:
         budget = config.max_wallclock_seconds
         self.world, self.iterations = world, config.iterations
-        self.limit = budget - reserve_seconds if budget else 0.0
-        self.begin, self.marks = time.perf_counter(), deque[float](maxlen=9)
+        self.limit = budget - reserve_seconds if budget else math.inf
+        self.begin, self.marks = time.perf_counter() - seconds, deque[float](maxlen=9)
 
     def elapsed(self) -> float:
         """Seconds of training so far."""
@@ -1326,15 +1494,14 @@ class TrainingClock:
 
     def next_step(self, step: int, in_flight: int) -> tuple[float, bool]:
         """Progress at which to run `step`, and whether to stop instead so as to keep the limit."""
-        if not self.limit:
-            return min(1.0, step / self.iterations), step >= self.iterations
         now = self.elapsed()
         self.marks.append(now)
         slowest = float(max(np.diff(self.marks), default=0.0))  # of the last eight steps
         ahead = now + 1.02 * slowest * (in_flight + 1)
-        progress, stop = self.world.decide(max(now / self.limit, step / self.iterations),
-                                           step >= self.iterations or ahead > self.limit)
-        return min(1.0, progress), bool(stop)
+        stop = step >= self.iterations or ahead > self.limit
+        self.agreed, stopped = self.world.decide(now, stop)
+        progress = max(self.agreed / self.limit, step / self.iterations)
+        return min(1.0, progress), bool(stopped)
 
 
 class StepRecord(NamedTuple):
@@ -1351,8 +1518,10 @@ class StepRecord(NamedTuple):
 class Trainer:
     """The training loop and everything it keeps between steps."""
 
-    def __init__(self, config: Config, world: World, log: RunLog, attend: Attend) -> None:
+    def __init__(self, config: Config, world: World, log: RunLog, attend: Attend,
+                 start: Checkpoint | None = None) -> None:
         self.config, self.world, self.log = config, world, log
+        self.start = start or Checkpoint({}, TrainState(), [])
         self.shape = batch_shape(config, world.size)
         shards = map(read_shard, find_shards(config.dataset_dir, "train"))
         self.loader = TrainLoader(list(shards), config)
@@ -1360,10 +1529,11 @@ class Trainer:
         self.model.initialise(config.seed)
         self.model.to(world.device)
         self.optimizer = Optimizer(self.model, config, world)
+        self.average = WeightAverage(self.model, config.ema_decay)
         self.losses = {plan: self.compiled_loss(plan) for plan in depth_plans(config)}
         self.flight: deque[StepRecord] = deque()
         self.micro_seconds: dict[str, list[float]] = {}
-        self.last_loss = math.nan
+        self.last_loss, self.skipped = math.nan, -1
 
     def compiled_loss(self, plan: DepthPlan) -> Callable[..., Tensor]:
         """Mean nats of a micro-batch under `plan`."""
@@ -1383,7 +1553,6 @@ class Trainer:
     def warm_up(self) -> float:
         """Compiles, without trace, what the clock will meet; the calibration reserve in seconds."""
         config = self.config
-        before = WeightAverage(self.model, 1.0)
         rows = torch.randint(
             config.vocab_size, (self.shape.sequences, config.train_seq_len + 1), dtype=torch.int32,
             generator=torch.Generator().manual_seed(0)).to(self.world.device)
@@ -1396,8 +1565,9 @@ class Trainer:
             seconds = time.perf_counter() - begin
             self.log.event("phase", name=f"warm_up {plan.name}", seconds=seconds)
             self.log.line(f"warm_up {plan.name}: {seconds:.1f}s")
-        before.apply()
-        self.optimizer = Optimizer(self.model, config, self.world)
+        self.average.apply()  # which holds the first weights
+        momenta = [group.momentum for group in self.optimizer.groups]
+        torch._foreach_zero_([*self.optimizer.moments(), *momenta])
         for _ in range(2):  # the second is warm
             begin = time.perf_counter()
             collect(Hessians(self.model), rows, depth_plans(config)[-1])
@@ -1416,37 +1586,99 @@ class Trainer:
 
         `validate(step, plan, is_last)` scores the model as it stands, off the clock.
         """
-        config, log = self.config, self.log
-        reserve = self.warm_up()
-        log.put("train", startup_seconds=time.time() - log.started)
-        log.line(f"gptq:reserving {reserve:.1f}s of {config.max_wallclock_seconds:g}s")
-        average = WeightAverage(self.model, config.ema_decay)
-        stream = BatchStream(self.loader, self.shape, self.world)
+        config, log, state, reserve = self.config, self.log, self.start.state, 0.0
+        if not state.trained:
+            reserve = self.warm_up()
+            log.put("train", startup_seconds=time.time() - log.started)
+            log.line(f"gptq:reserving {reserve:.1f}s of {config.max_wallclock_seconds:g}s")
+        saved = iter(self.start.tensors)  # of trained weights, nothing else
+        for tensor, value in zip(self.replicated(), saved, strict=False):
+            tensor.copy_(value.view_as(tensor))
+        for group, whole in zip(self.optimizer.groups, saved, strict=False):
+            group.momentum.copy_(whole.chunk(self.world.size)[self.world.rank])
         self.world.synchronize()
-        self.clock = clock = TrainingClock(config, self.world, reserve)
-        step, stopped, plan, loop_step = 0, False, depth_plans(config)[0], 0
+        self.clock = TrainingClock(config, self.world, reserve, state.seconds)
+        if not state.trained:
+            state = self.train(state, validate)
+        plan = depth_plans(config)[state.plan]
+        hessians, seconds = self.calibrate(plan), self.clock.elapsed()
+        log.put("clocks", training_seconds=seconds,
+                training_budget_seconds=config.max_wallclock_seconds)
+        return plan, hessians
+
+    def train(self, state: TrainState,
+              validate: Callable[[int, DepthPlan, bool], None]) -> TrainState:
+        """The loop from `state` on, and its end: averaged weights in the model and on disk.
+
+        Raises: Interrupted once a signal has come and a checkpoint is written.
+        """
+        config, log, clock, world, plans = (self.config, self.log, self.clock, self.world,
+                                            depth_plans(self.config))
+        stream = BatchStream(self.loader, self.shape, world, state.step)
+        saved, stopped, world.deferring = state.seconds, False, True
         while not stopped:
             self.drain(2)  # the steps that the host runs ahead
+            step = state.step
             progress, stopped = clock.next_step(step, len(self.flight))
+            if world.stopping or 0 < config.checkpoint_every <= clock.agreed - saved:
+                self.save(state)
+                saved = clock.agreed
+            if world.stopping:
+                raise Interrupted("stopped by a signal")
             if config.val_loss_every and (stopped or step % config.val_loss_every == 0):
                 self.drain(0)
                 with clock.paused():
-                    validate(step, plan, stopped)
+                    validate(step, plans[state.plan], stopped)
             if not stopped:
-                if plan_at(config, progress) != plan:
-                    plan, loop_step = plan_at(config, progress), step + 1
-                    log.event("plan", step=loop_step, plan=plan.name, progress=progress)
-                    log.line(f"layer_loop:enabled step:{loop_step} frac:{progress:.3f} "
+                plan = plan_at(config, progress)
+                if plan != plans[state.plan]:
+                    state = state._replace(plan=plans.index(plan), plan_step=step + 1)
+                    log.event("plan", step=step + 1, plan=plan.name, progress=progress)
+                    log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
                              f"{plan.describe()}")
                 self.take_step(step, plan, progress, stream.next())
-                average.update()
-                step += 1
+                self.average.update()
+                state = state._replace(step=step + 1)
         stream.close()
         self.drain(0)
-        average.apply()
-        hessians = self.calibrate(plan)
-        self.summarise(step, clock.elapsed(), loop_step)
-        return plan, hessians
+        self.average.apply()
+        self.summarise(state, clock.elapsed())
+        state = self.save(state._replace(trained=True))
+        world.deferring = False
+        if world.signalled:
+            raise Interrupted("stopped by a signal")
+        return state
+
+    def replicated(self) -> list[Tensor]:
+        """What a checkpoint holds and all ranks have alike, in its order."""
+        return [*self.average.weights, *self.average.shadow, *self.optimizer.moments()]
+
+    def save(self, state: TrainState) -> TrainState:
+        """Writes a checkpoint, off the clock; the state as written.
+
+        A file that cannot be written is only a warning: the run is worth more.
+        """
+        self.drain(0)
+        log, state = self.log, state._replace(seconds=self.clock.elapsed())
+        name = "weights.ckpt" if state.trained else f"step-{state.step:08}.ckpt"
+        with self.clock.paused():
+            begin, tensors = time.perf_counter(), self.average.weights
+            if not state.trained:
+                momenta = [self.world.gather(group.momentum) for group in self.optimizer.groups]
+                tensors = self.replicated() + momenta
+            try:
+                if log.files:
+                    Checkpoint(self.start.facts, state, tensors).write(log.folder / name)
+                    for old in sorted(log.folder.glob("step-*"))[:-3]:
+                        old.unlink()
+                    log.save("partial", "training")
+            except OSError as error:
+                log.warn(f"no checkpoint after step {state.step}: {error}")
+            seconds = time.perf_counter() - begin
+            log.event("checkpoint", step=state.step, name=name, seconds=seconds)
+            seconds += log.result["train"].get("checkpoint_seconds", 0.0)
+            log.put("train", checkpoint_seconds=seconds)
+        return state
 
     def mark(self) -> torch.cuda.Event | float:
         """When the device gets to what it is given from now on; on CPU, the time."""
@@ -1468,7 +1700,10 @@ class Trainer:
         self.flight.append(StepRecord(step + 1, plan, progress, scale, values, marks))
 
     def drain(self, most_in_flight: int) -> None:
-        """Leaves at most that many steps unfinished. Raises: TrainingError if one is not finite."""
+        """Leaves at most that many steps unfinished.
+
+        Raises: TrainingError if the gradients of two steps in succession are not finite.
+        """
         log, config = self.log, self.config
         while len(self.flight) > most_in_flight:
             step, plan, progress, scale, values, (begin, middle, end) = self.flight.popleft()
@@ -1478,9 +1713,8 @@ class Trainer:
             else:
                 micro, whole = middle - begin, end - begin
             self.last_loss, norm = values.tolist()
-            if not values.isfinite().all():
-                raise TrainingError(f"step {step} on rank {self.world.rank}: train_loss="
-                                    f"{self.last_loss} and gradient norm={norm} must be finite")
+            if not math.isfinite(norm):
+                self.skip(step, norm)
             self.micro_seconds.setdefault(plan.name, []).append(micro)
             if step <= 5 or step % config.train_log_every == 0:
                 tok_s = config.train_batch_tokens / whole
@@ -1490,6 +1724,20 @@ class Trainer:
                           progress=progress)
                 log.line(f"{step}/{config.iterations} train_loss: {self.last_loss:.4f} "
                          f"step_time: {1e3 * whole:.1f}ms tok/s: {tok_s:.0f}")
+
+    def skip(self, step: int, norm: float) -> None:
+        """Notes a step without effect. Raises: TrainingError if the one before had none either."""
+        mine = torch.zeros(self.world.size)
+        mine[self.world.rank] = self.last_loss
+        losses = self.world.combine(mine, dist.ReduceOp.SUM).tolist()
+        values = zip(self.optimizer.names, self.optimizer.squares.tolist(), strict=True)
+        names = [name for name, value in values if not math.isfinite(value)]
+        text = (f"step {step}: gradient norm={norm}, losses by rank: {losses}, "
+                f"gradients not finite: {names}")
+        if self.skipped == step - 1:
+            raise TrainingError(f"{text}, as in the step before")
+        self.skipped = step
+        self.log.warn(f"skipped {text}")
 
     def calibrate(self, plan: DepthPlan) -> dict[str, Tensor]:
         """Second moments of every linear layer's input over training windows and all ranks."""
@@ -1506,18 +1754,16 @@ class Trainer:
         self.log.line(f"GPTQ:collected {len(moments)} Hessians in {seconds:.1f}s")
         return moments
 
-    def summarise(self, steps: int, seconds: float, loop_step: int) -> None:
+    def summarise(self, state: TrainState, seconds: float) -> None:
         """Writes the training section of the result."""
-        log, per_step = self.log, self.config.train_batch_tokens
+        log, per_step, steps = self.log, self.config.train_batch_tokens, state.step
         tokens, peak = steps * per_step, torch.cuda.max_memory_allocated() >> 20  # 0 on CPU
         by_plan = {name: round(per_step / float(np.median(times)))
                    for name, times in self.micro_seconds.items()}
         log.put("train", steps=steps, seconds=seconds, tokens=tokens, tok_s=tokens / seconds,
                 ms_per_step=1e3 * seconds / max(steps, 1), tok_s_by_plan=by_plan,
-                loop_enabled_step=loop_step, final_loss=self.last_loss, peak_mib=peak)
+                loop_enabled_step=state.plan_step, final_loss=self.last_loss, peak_mib=peak)
         log.put("data", passes=tokens / self.loader.num_tokens)
-        log.put("clocks", training_seconds=seconds,
-                training_budget_seconds=self.config.max_wallclock_seconds)
         log.line(f"training: {steps} steps, {seconds:.1f}s, {tokens / seconds:.0f} tok/s, "
                  f"micro-steps only {by_plan}, peak memory {peak} MiB")
 
@@ -2729,6 +2975,7 @@ class Setup(NamedTuple):
     log: RunLog
     attend: Attend
     val: ValStream
+    start: Checkpoint
 
 
 def is_official(val: ValStream) -> bool:
@@ -2766,25 +3013,31 @@ def prepare(config: Config, world: World) -> Setup:
     source, packed = program_source(), packed_program()
     require(len(packed) < config.artifact_cap_bytes, "artifact_cap_bytes",
             config.artifact_cap_bytes, f"above the bytes of the packed program ({len(packed)})")
+    data = data_facts(config, val)
     if config.eval_only:
         open_artifact(Path(config.eval_only), config)
     else:
-        TrainLoader([read_shard(p) for p in find_shards(config.dataset_dir, "train")], config)
-    facts: dict = {**environment_facts(world), "data": data_facts(config, val)}
+        shards = [read_shard(path) for path in find_shards(config.dataset_dir, "train")]
+        ends = b"".join(shard[-999:].tobytes() for shard in shards)
+        data |= {"train_tokens": TrainLoader(shards, config).num_tokens,
+                 "train_shards": len(shards), "train_ends_sha256": hashlib.sha256(ends).hexdigest()}
+    facts: dict = {**environment_facts(world), "data": data}
     backend = choose_attention(config.attention, world.device)
     track, log = resolve_track(config, world, val, backend.name), RunLog(config, world)
     facts["versions"] |= {"attention_backend": backend.name, "not": backend.rejected}
-    log.result |= {"run_id": log.run_id, "track": track, "preset": config.preset,
-                   "seed": config.seed, "world_size": world.size, "config_hash": config.config_hash,
-                   "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
-                   "packed_sha256": hashlib.sha256(packed).hexdigest(), "started": utc_text(),
-                   "config": asdict(config), "differs": config.differs(), **facts}
+    identity = {"seed": config.seed, "world_size": world.size, "data": data,
+                "source_sha256": hashlib.sha256(source.encode()).hexdigest()}
+    log.result = {"started": utc_text(), **log.result, "run_id": log.run_id, "track": track,
+                  "preset": config.preset, "config_hash": config.config_hash, **identity, **facts,
+                  "packed_sha256": hashlib.sha256(packed).hexdigest(),
+                  "config": asdict(config), "differs": config.differs()}
     log.event("start", **log.result)
     log.line(source, console=False)
     log.line(f"run {log.run_id} | PRESET={config.preset} differs: {config.differs() or 'nothing'}")
     for name in ("track", "world_size", "source_sha256", "packed_sha256", *facts):
         log.line(f"{name}: {log.result[name]}")
-    return Setup(config, world, log, backend.attend, val)
+    start = find_start(config, {**config.method(), **identity}, log)
+    return Setup(config, world, log, backend.attend, val, start)
 
 
 def data_facts(config: Config, val: ValStream) -> dict[str, object]:
@@ -2809,16 +3062,14 @@ def data_facts(config: Config, val: ValStream) -> dict[str, object]:
             "val_bytes": val.num_bytes, **raw}
 
 
-def train_to_artifact(setup: Setup) -> Path:
-    """Trains, quantises and writes the artifact; its path."""
-    config, world, log, attend, val = setup
-    trainer = Trainer(config, world, log, attend)
-    loader, groups = trainer.loader, count_parameters(trainer.model)
+def train_to_artifact(setup: Setup, path: Path) -> None:
+    """Trains, quantises and writes the artifact to `path`."""
+    config, world, log, attend, val, start = setup
+    trainer = Trainer(config, world, log, attend, start)
+    groups = count_parameters(trainer.model)
     total = sum(count for _, count in groups.values())
-    log.put("data", train_tokens=loader.num_tokens, train_shards=len(loader.shards))
     log.put("model", parameters=total, groups=groups)
-    log.line(f"train_shards: {len(loader.shards)} | train_tokens: {loader.num_tokens} | "
-             f"model_params:{total}")
+    log.line(f"model_params:{total}")
 
     def score(plan: DepthPlan) -> Score:
         windows = plain_windows(val.num_targets, config.eval_seq_len)
@@ -2836,13 +3087,12 @@ def train_to_artifact(setup: Setup) -> Path:
     # Full float32 products from here on: error feedback cancels too finely for tf32.
     torch.set_float32_matmul_precision("highest")
     quantised, blob = fit_to_cap(trainer.model, hessians, plan, world, log)
-    path = log.folder / "artifact.bin"
     if world.is_main:
         save_artifact(path, blob, quantised, trainer.model, log)
     whole = log.result["clocks"]["training_seconds"] + time.perf_counter() - begin
     log.put("clocks", train_to_artifact_seconds=whole)
     log_score(log, "averaged", "pre-quantization post-ema", score(plan))
-    return path
+    log.save("partial", "evaluating")
 
 
 def evaluate_artifact(setup: Setup, path: Path) -> None:
@@ -2850,7 +3100,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
 
     The strict clock runs from opening the file on, the lenient one over the headline alone.
     """
-    config, world, log, attend, val = setup
+    config, world, log, attend, val, _ = setup
     begin, targets = time.perf_counter(), val.num_targets
     by_document = config.ttt_mode == "documents"
     model, plan = load_artifact(path, config, world, attend)
@@ -2864,8 +3114,9 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         windows = document_windows(val, seq_len, stride)
         evaluations.append(("documents", "quantized_documents", windows))
     for headline, label, windows in evaluations:
-        score = evaluate(scorer, windows, headline == "documents")
+        score = evaluate_with_less(scorer, windows, headline == "documents", log)
         log_score(log, headline, label, score)
+        check_gap(config, log)
     if config.ttt_enabled:
         headline = f"ttt_{config.ttt_mode}"
         if by_document:
@@ -2891,11 +3142,34 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     log.result |= {"headline": headline, "val_bpb": score.bits, "val_loss": score.nats}
 
 
-def report_outcome(log: RunLog) -> None:
-    """Adds the quantisation gap and prints the result table."""
-    result, bpb = log.result, log.result["bpb"]
+def evaluate_with_less(scorer: Scorer, windows: Windows, by_document: bool, log: RunLog) -> Score:
+    """The score on all windows; out of memory halves the batches and starts again."""
+    while True:
+        try:
+            return evaluate(scorer, windows, by_document)
+        except torch.OutOfMemoryError:
+            config = scorer.model.config
+            if config.eval_rows == 1:
+                raise
+            config = replace(config, val_batch_tokens=config.val_batch_tokens // 2)
+            scorer.model.config = config
+            log.warn(f"out of memory: VAL_BATCH_TOKENS={config.val_batch_tokens} from here on")
+
+
+def check_gap(config: Config, log: RunLog) -> None:
+    """Notes what quantisation lost. Raises: TrainingError if it is more than the limit."""
+    bpb = log.result["bpb"]
     if "averaged" in bpb:
-        log.put("quantisation", gap_bpb=bpb["quantised"] - bpb["averaged"])
+        gap = bpb["quantised"] - bpb["averaged"]
+        log.put("quantisation", gap_bpb=gap)
+        if not gap <= config.max_quant_gap_bpb:
+            raise TrainingError(f"quantisation lost {gap:.4f} BPB, MAX_QUANT_GAP_BPB is "
+                                f"{config.max_quant_gap_bpb:g}; {log.folder} keeps the weights")
+
+
+def report_outcome(log: RunLog) -> None:
+    """Prints the result table."""
+    result, bpb = log.result, log.result["bpb"]
     log.line(f"{'evaluation':<14}{'BPB':>10}{'nats':>10}{'seconds':>10}")
     for key, bits in bpb.items():
         mark = "  <- headline" if key == result["headline"] else ""
@@ -2936,16 +3210,23 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
     if config.print_config:
         print(describe_config(config, world))
         return {}
-    with world.process_group():
+    with world.process_group(config.rank_timeout_seconds):
         setup = prepare(config, world)
         log = setup.log
         try:
-            path = Path(config.eval_only) if config.eval_only else train_to_artifact(setup)
+            path = Path(config.eval_only or log.folder / "artifact.bin")
+            done = setup.start.state.trained and "averaged" in log.result.get("bpb", {})
+            if not (config.eval_only or done):
+                train_to_artifact(setup, path)
             # From here on only the artifact exists.
             evaluate_artifact(setup, path)
             report_outcome(log)
+            world.deferring = True  # nothing is lost any more
         except BaseException as error:
-            log.finish("partial", f"{type(error).__name__}: {error}")
+            if any(log.folder.glob("*.ckpt")):
+                log.line(f"the same command with RUN_ID={log.run_id} RESUME=auto continues")
+            with contextlib.suppress(OSError):
+                log.finish("partial", world.explain(error))
             raise
         clocks = log.result["clocks"]
         crossed = [f"{name.upper()}={getattr(config, name)} was crossed: {clocks[clock]:.1f}s"
@@ -2970,9 +3251,9 @@ def command_line(arguments: Sequence[str]) -> int:
             return 2
         else:
             main()
-    except (GolfError, OSError) as error:
+    except (GolfError, OSError, Interrupted) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 75 if isinstance(error, Interrupted) else 1
     return 0
 
 
