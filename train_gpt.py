@@ -35,7 +35,6 @@ import signal
 import struct
 import sys
 import time
-import traceback
 import typing
 import zipfile
 from collections import deque
@@ -88,10 +87,6 @@ class TrainingError(GolfError):
     """Training or quantisation produced what nothing later can recover from."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal ended the run. Being no Exception, it passes whatever outlives errors."""
-
-
 def require(holds: object, name: str, value: object, bound: object) -> None:
     """Raises ConfigError with what the setting has to be, unless that holds."""
     if not holds:
@@ -118,7 +113,7 @@ class Config:
     eval_only: str = ""  # path of an artifact; skips training
     resume: str = ""  # path of a checkpoint of RUN_ID, or auto: the newest if there is one
     checkpoint_every: float = within(0.0, 0, 1e7)  # seconds; 0: only when a signal ends training
-    rank_timeout_seconds: float = within(900.0, 1, 1e6)  # for which a rank waits for the others
+    rank_timeout_seconds: float = within(900.0, 1, 1e7)  # for which a rank waits for the others
     audit: bool = False  # checks sampled scores live and refuses a headline that fails
     attention: Literal["auto", "fa3", "fa4", "cudnn", "flash", "math"] = "auto"
     compile: bool = True
@@ -136,7 +131,7 @@ class Config:
     num_heads: int = within(8, 1, 256)
     num_kv_heads: int = within(4, 1, 256)
     mlp_mult: float = within(4.0, 0.1, 32)
-    rope_base: float = within(10_000.0, 1, 1e9)
+    rope_base: float = within(10_000.0, 1, 1e7)
     rope_dims: int = within(16, 0, 1024)  # rotated dimensions of each head; 0: all
     qk_gain_init: float = within(5.25, 0.01, 100)
     ln_scale: bool = True  # norm outputs are divided by sqrt(block + 1)
@@ -162,25 +157,25 @@ class Config:
     embed_wd: float = within(0.085, 0, 10)
     adam_wd: float = within(0.02, 0, 10)
     beta1: float = within(0.9, 0, 0.9999)
-    beta2: float = within(0.95, 0, 0.99999)
+    beta2: float = within(0.95, 0, 0.9999)
     adam_eps: float = within(1e-8, 1e-20, 1)
-    grad_clip_norm: float = within(0.3, 0, 1e6)  # global; 0: off
+    grad_clip_norm: float = within(0.3, 0, 1e7)  # global; 0: off
     # Schedule
-    iterations: int = within(20_000, 1, 10**8)  # most optimizer steps
+    iterations: int = within(20_000, 1, 10**7)  # most optimizer steps
     max_wallclock_seconds: float = within(600.0, 0, 1e7)  # 0: progress is step / iterations
-    gptq_reserve_seconds: float = within(12.0, 0, 1e5)  # least share kept for calibration
+    gptq_reserve_seconds: float = within(12.0, 0, 1e7)  # least share kept for calibration
     warmdown_frac: float = within(0.72, 0.001, 1)  # last share of progress with falling rate
     min_lr: float = within(0.0, 0, 1)  # floor of the learning-rate scale
     warmup_steps: int = within(20, 1, 1000)  # untimed micro-steps per plan, on random tokens
-    ema_decay: float = within(0.9965, 0, 0.999999)  # per optimizer step
+    ema_decay: float = within(0.9965, 0, 0.9999)  # per optimizer step
     train_log_every: int = within(500, 1, 10**7)
-    val_loss_every: int = within(4000, 0, 10**8)  # steps; 0: never while training
+    val_loss_every: int = within(4000, 0, 10**7)  # steps; 0: never while training
     # Quantisation and artifact
     matrix_bits: int = within(6, 2, 8)
     embed_bits: int = within(8, 2, 8)
     matrix_clip_sigmas: float = within(12.85, 0.5, 1000)
     embed_clip_sigmas: float = within(20.0, 0.5, 1000)
-    gptq_calibration_batches: int = within(64, 1, 10**5)  # of micro_batch_tokens, all ranks
+    gptq_calibration_batches: int = within(64, 1, 10**7)  # of micro_batch_tokens, all ranks
     max_quant_gap_bpb: float = within(0.05, 0, 100)  # a larger loss by quantisation is no result
     gptq_damp: float = within(0.01, 1e-6, 1)  # of the mean Hessian diagonal
     quantiser: Literal["gptq", "rate"] = "gptq"  # clips as given, or steps by their effect per bit
@@ -201,15 +196,15 @@ class Config:
     ttt_epochs: int = within(3, 0, 100)
     ttt_momentum: float = within(0.9, 0, 0.9999)
     ttt_chunk_tokens: int = within(32_768, 8, 1 << 24)
-    ttt_grad_clip: float = within(1.0, 0, 1e6)
+    ttt_grad_clip: float = within(1.0, 0, 1e7)
     ttt_batch_size: int = within(32, 1, 4096)  # documents that adapt side by side
     ttt_chunk_size: int = within(48, 1, 1 << 16)  # targets between two steps; CHUNK_SCALES
     ttt_lora_sites: str = "qkv,out,up,down,head"  # adapted layers, of every visit
     ttt_lora_rank: int = within(80, 1, 4096)
-    ttt_lora_alpha: float = within(144.0, 0, 1e6)  # output is scaled by alpha / rank
+    ttt_lora_alpha: float = within(144.0, 0, 1e7)  # output is scaled by alpha / rank
     ttt_lora_lr: float = within(1e-4, 0, 1)
     ttt_beta1: float = within(0.0, 0, 0.9999)
-    ttt_beta2: float = within(0.99, 0, 0.99999)
+    ttt_beta2: float = within(0.99, 0, 0.9999)
     ttt_weight_decay: float = within(0.5, 0, 100)
     ttt_warm_start_a: bool = False  # input factors survive from one batch of documents to the next
 
@@ -224,7 +219,7 @@ class Config:
     def from_env(cls, env: Mapping[str, str]) -> Config:
         """The settings of PRESET with every variable in `env` applied.
 
-        Raises: ConfigError, also for a retired setting and for one that can only be misspelt.
+        Raises: ConfigError, also for a retired variable and for one that can only be misspelt.
         """
         known = {name.upper(): kind for name, kind in typing.get_type_hints(cls).items()}
         for variable in sorted(env.keys() - known):
@@ -317,8 +312,8 @@ RETIRED = {
 }
 
 # A variable with one of these words between underscores can only be meant for this program.
-OWNED_WORDS = """TTT MUON GPTQ EMA SWA WARMDOWN LOOPS LOOPING XSA ROPE WALLCLOCK ETLB EMBED CLIP
-                 LORA KV MLP ITERATIONS VOCAB QK SOFTCAP LR SMEAR"""
+OWNED_WORDS = "TTT MUON GPTQ EMA SWA WARMDOWN LOOPS XSA ROPE WALLCLOCK EMBED CLIP LORA MLP QK LR"
+
 
 
 def parse_setting(name: str, text: str, kind: typing.Any) -> object:
@@ -398,10 +393,7 @@ class World:
 
     @contextlib.contextmanager
     def process_group(self, timeout_seconds: float = 900.0) -> Iterator[None]:
-        """Connects the ranks and heeds signals for the duration of a block.
-
-        A rank that fails ends at once, which ends the others; only the first to fail says why.
-        """
+        """Connects the ranks for a block, which ends for all if it fails for one, and says why."""
         if self.is_cuda:
             torch.cuda.set_device(self.device)
         handlers = {number: signal.signal(number, self.interrupt)
@@ -420,21 +412,21 @@ class World:
             if self.size > 1:
                 reason = self.explain(error)
                 if reason.startswith(f"rank {self.rank}:"):
-                    if not isinstance(error, GolfError | Interrupted):
-                        traceback.print_exception(error)
+                    if not isinstance(error, GolfError | KeyboardInterrupt):
+                        sys.excepthook(*sys.exc_info())
                     print(f"error: {reason}", file=sys.stderr, flush=True)
                 # An orderly end would wait for the others.
-                os._exit(75 if isinstance(error, Interrupted) else 1)
+                os._exit(75 if isinstance(error, KeyboardInterrupt) else 1)
             raise
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
     def interrupt(self, number: int = 0, frame: object = None) -> None:
-        """A signal handler: ends the run with Interrupted, but only notes it while training."""
+        """A signal handler: ends the run, or while training only notes that it came."""
         first, self.signalled = not self.signalled, True
         if first and not self.deferring:
-            raise Interrupted("stopped by a signal")
+            raise KeyboardInterrupt("stopped by a signal")
 
     def explain(self, error: BaseException) -> str:
         """Why the run ends; of several ranks, what the first one that failed says."""
@@ -442,7 +434,7 @@ class World:
         with contextlib.suppress(Exception):  # there is no store, or it went with its process
             store = dist.distributed_c10d._get_default_store()
             store.set(f"rank {self.rank}", "")
-            if not isinstance(error, GolfError | Interrupted):  # perhaps another rank is stuck
+            if not isinstance(error, GolfError | KeyboardInterrupt):  # another may be stuck
                 time.sleep(1)
                 well = [r for r in range(self.size) if not store.check([f"rank {r}"])]
                 text += f"; ranks without error: {well}"
@@ -483,17 +475,15 @@ class World:
         return out
 
     def decide(self, *values: float) -> tuple[float, ...]:
-        """Rank 0's `values` on every rank: one clock and one choice for all.
-
-        `stopping` afterwards says whether any rank was told to stop.
-        """
+        """Rank 0's `values` on every rank, and in `stopping`, whether one was told to stop."""
         mine = values if self.is_main else [0.0] * len(values)
         box = torch.tensor([*mine, self.signalled], dtype=torch.float64)
-        *decided, stopping = self.combine(box, dist.ReduceOp.SUM).tolist()
+        *decided, stopping = self.combine(box).tolist()
         self.stopping = stopping > 0
         return tuple(decided)
 
-    def combine(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    def combine(self, tensor: Tensor,
+                operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """A CPU tensor, combined over ranks."""
         if self.size > 1:
             dist.all_reduce(tensor, operation, group=self.control)
@@ -508,10 +498,7 @@ class World:
 
 
 class RunLog:
-    """The files of one run: text, JSON lines and the `result`. Ranks other than 0 are silent.
-
-    Raises: ConfigError if they exist or cannot be written.
-    """
+    """The files of one run: text, JSON lines and the `result`. Ranks other than 0 are silent."""
 
     def __init__(self, config: Config, world: World) -> None:
         self.started = time.time()
@@ -536,37 +523,35 @@ class RunLog:
         try:
             self.result_path.parent.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(parents=True, exist_ok=mode == "a")
-            lock = owner.open("a")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock = owner.open("a")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             owner.write_text(f"process {os.getpid()} on {platform.node()}")
-            for suffix in (".txt", ".jsonl"):
-                self.files.append(self.result_path.with_name(run_id + suffix).open(mode))
-            self.files.append(lock)
+            self.files = [self.result_path.with_name(run_id + suffix).open(mode)
+                          for suffix in (".txt", ".jsonl")]
         except BlockingIOError:
             raise ConfigError(f"RUN_ID={run_id} belongs to {owner.read_text()}") from None
         except OSError as error:
             raise ConfigError(f"RUN_ID={run_id} must be new in a writable LOG_DIR and RUN_DIR, or "
                               f"RESUME=auto: {error.filename}: {error.strerror}") from None
 
+    def append(self, number: int, line: str) -> None:
+        """Adds a line to a file; a full disk is said and does not end the run."""
+        if self.files:
+            try:
+                print(line, file=self.files[number], flush=True)
+            except OSError as error:
+                print(f"error: {self.files[number].name}: {error.strerror}", file=sys.stderr)
+
     def line(self, text: str, *, console: bool = True) -> None:
         """Writes one line for people."""
-        if self.files:
-            if console:
-                print(text, flush=True)
-            self.append(0, text)
+        if self.files and console:
+            print(text, flush=True)
+        self.append(0, text)
 
     def event(self, kind: str, **values: object) -> None:
         """Writes one JSON line for programs."""
-        if self.files:
-            record = {"event": kind, "t": time.time() - self.started, **values}
-            self.append(1, json.dumps(record))
-
-    def append(self, number: int, line: str) -> None:
-        """Adds a line to a file; a full disk is said and does not end the run."""
-        try:
-            print(line, file=self.files[number], flush=True)
-        except OSError as error:
-            print(f"error: {self.files[number].name}: {error.strerror}", file=sys.stderr)
+        record = {"event": kind, "t": time.time() - self.started, **values}
+        self.append(1, json.dumps(record))
 
     def warn(self, message: str) -> None:
         """Says something the user should know, in both files."""
@@ -577,18 +562,12 @@ class RunLog:
         """Adds keys to a section of the result."""
         self.result.setdefault(title, {}).update(values)
 
-    def save(self, status: Literal["complete", "partial"], reason: str) -> None:
-        """Writes the result file as it stands."""
+    def write_result(self, status: Literal["complete", "partial"], reason: str) -> dict:
+        """Writes the result as it stands."""
+        self.event("result", status=status, reason=reason)
         self.result |= {"status": status, "exit_reason": reason, "finished": utc_text()}
         if self.files:
             write_atomically(self.result_path, (json.dumps(self.result, indent=1) + "\n").encode())
-
-    def finish(self, status: Literal["complete", "partial"], reason: str) -> dict[str, object]:
-        """Writes the result file and closes the logs."""
-        self.event("result", status=status, reason=reason)
-        self.save(status, reason)
-        for file in self.files:
-            file.close()
         return self.result
 
 
@@ -1405,81 +1384,68 @@ class WeightAverage:
 # ==================================================================================================
 
 
-class TrainState(NamedTuple):
-    """Where a run stands. With the tensors of a checkpoint it decides all later steps.
+@dataclass
+class TrainState:
+    """Where a run stands. With a checkpoint's tensors and the settings, it decides what follows."""
 
-    The data of a step is a function of its number, and training draws no other random numbers.
-    """
-
+    facts: dict[str, object]  # settings, data, world and source, which must be equal
     step: int = 0
     plan: int = 0
     plan_step: int = 0  # with which that plan began; 0: it is the first
     seconds: float = 0.0  # on the training clock
     trained: bool = False  # the weights are averaged; calibration is next
 
-
-class Checkpoint(NamedTuple):
-    """What a checkpoint says. Its file is an uncompressed .npz, which holds no code."""
-
-    facts: dict[str, object]  # settings, data, world and source of the run
-    state: TrainState
-    tensors: list[Tensor]
-
-    def write(self, path: Path) -> None:
-        """Writes the file."""
-        buffer, header = io.BytesIO(), json.dumps([self.facts, self.state])
-        np.savez(buffer, np.array(header), *(t.detach().cpu().numpy() for t in self.tensors))
+    def write(self, path: Path, tensors: list[Tensor]) -> None:
+        """Writes a checkpoint: an uncompressed .npz, which holds no code."""
+        buffer, header = io.BytesIO(), np.array(json.dumps(asdict(self)))
+        np.savez(buffer, header, *(t.detach().cpu().numpy() for t in tensors))
         write_atomically(path, buffer.getbuffer())
 
     @classmethod
-    def read(cls, path: Path) -> Checkpoint:
-        """The contents of a whole file. Raises: ArtifactError for anything else."""
+    def read(cls, path: Path) -> tuple[TrainState, list[Tensor]]:
+        """The contents of a whole checkpoint. Raises: ArtifactError for anything else."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 if any(member.compress_type for member in file.zip.infolist()):
                     raise ValueError("compressed")  # a small file could fill the memory
                 header, *arrays = file.values()
-            facts, state = json.loads(str(header))
-            return cls(facts, TrainState(*state), [torch.from_numpy(a) for a in arrays])
+            return cls(**json.loads(str(header))), [torch.from_numpy(a) for a in arrays]
         except Exception as error:  # whatever a foreign file provokes
             raise ArtifactError(f"{path}: no checkpoint: {error}") from None
 
 
-def find_start(config: Config, facts: dict[str, object], log: RunLog) -> Checkpoint:
-    """The newest whole checkpoint that RESUME means; without one, that nothing is done.
-
-    Raises: ArtifactError if there are some, but none is whole; ConfigError if its facts differ.
-    """
-    start, paths = Checkpoint(facts, TrainState(), []), [Path(config.resume)]
+def find_start(config: Config, facts: dict[str, object], log: RunLog
+               ) -> tuple[TrainState, list[Tensor]]:
+    """The newest whole checkpoint that RESUME means, if any. Raises: ArtifactError, ConfigError."""
+    paths = [Path(config.resume)]
     if config.resume in ("", "auto"):  # names sort in the order in which a run writes them
-        paths = sorted(log.folder.glob("*.ckpt"), reverse=True) if config.resume else []
+        paths = sorted(log.folder.glob("*.ckpt"), reverse=True)
     for path in paths:
         try:
-            start = Checkpoint.read(path)
+            state, tensors = TrainState.read(path)
         except ArtifactError as error:
             log.warn(str(error))
             continue
-        differs = [f"{name.upper()}={value} was {start.facts.get(name)}"
-                   for name, value in facts.items() if value != start.facts.get(name)]
+        differs = [f"{name.upper()}={value} was {state.facts.get(name)}"
+                   for name, value in facts.items() if value != state.facts.get(name)]
         if differs:
             raise ConfigError(f"{path} is of another run: {', '.join(differs)}")
-        log.event("resume", step=start.state.step, path=str(path))
-        log.line(f"resumed after step {start.state.step} from {path}")
-        return start
+        log.event("resume", step=state.step, path=str(path))
+        log.line(f"resumed after step {state.step} from {path}")
+        return state, tensors
     if paths:
-        raise ArtifactError(f"RESUME={config.resume}: none of {len(paths)} checkpoints is whole")
-    return start
+        raise ArtifactError(f"RESUME={config.resume}: no checkpoint is whole")
+    return TrainState(facts), []
 
 
 class TrainingClock:
     """Budget from the first step to the last read of training data. Rank 0's decides for all."""
 
-    def __init__(self, config: Config, world: World, reserve_seconds: float,
-                 seconds: float = 0.0) -> None:
+    def __init__(self, config: Config, world: World, reserve_seconds: float) -> None:
         budget = config.max_wallclock_seconds
         self.world, self.iterations = world, config.iterations
         self.limit = budget - reserve_seconds if budget else math.inf
-        self.begin, self.marks = time.perf_counter() - seconds, deque[float](maxlen=9)
+        self.begin, self.marks = time.perf_counter(), deque[float](maxlen=9)
 
     def elapsed(self) -> float:
         """Seconds of training so far."""
@@ -1504,24 +1470,13 @@ class TrainingClock:
         return min(1.0, progress), bool(stopped)
 
 
-class StepRecord(NamedTuple):
-    """A step given to the device; its numbers are on the host once the last mark is reached."""
-
-    step: int
-    plan: DepthPlan
-    progress: float
-    scale: float
-    values: Tensor  # loss and gradient norm
-    marks: list  # begin, end of micro-steps, end: events, on CPU seconds
-
-
 class Trainer:
     """The training loop and everything it keeps between steps."""
 
     def __init__(self, config: Config, world: World, log: RunLog, attend: Attend,
-                 start: Checkpoint | None = None) -> None:
+                 start: tuple[TrainState, list[Tensor]] | None = None) -> None:
         self.config, self.world, self.log = config, world, log
-        self.start = start or Checkpoint({}, TrainState(), [])
+        self.state, self.saved = start or (TrainState({}), [])
         self.shape = batch_shape(config, world.size)
         shards = map(read_shard, find_shards(config.dataset_dir, "train"))
         self.loader = TrainLoader(list(shards), config)
@@ -1531,7 +1486,8 @@ class Trainer:
         self.optimizer = Optimizer(self.model, config, world)
         self.average = WeightAverage(self.model, config.ema_decay)
         self.losses = {plan: self.compiled_loss(plan) for plan in depth_plans(config)}
-        self.flight: deque[StepRecord] = deque()
+        # Steps given to the device, whose numbers are on the host once the last mark is reached.
+        self.flight: deque[tuple[int, DepthPlan, float, float, Tensor, list]] = deque()
         self.micro_seconds: dict[str, list[float]] = {}
         self.last_loss, self.skipped = math.nan, -1
 
@@ -1586,34 +1542,31 @@ class Trainer:
 
         `validate(step, plan, is_last)` scores the model as it stands, off the clock.
         """
-        config, log, state, reserve = self.config, self.log, self.start.state, 0.0
+        config, log, state, reserve = self.config, self.log, self.state, 0.0
         if not state.trained:
             reserve = self.warm_up()
             log.put("train", startup_seconds=time.time() - log.started)
             log.line(f"gptq:reserving {reserve:.1f}s of {config.max_wallclock_seconds:g}s")
-        saved = iter(self.start.tensors)  # of trained weights, nothing else
+        saved = iter(self.saved)  # of trained weights, nothing else
         for tensor, value in zip(self.replicated(), saved, strict=False):
             tensor.copy_(value.view_as(tensor))
         for group, whole in zip(self.optimizer.groups, saved, strict=False):
             group.momentum.copy_(whole.chunk(self.world.size)[self.world.rank])
         self.world.synchronize()
-        self.clock = TrainingClock(config, self.world, reserve, state.seconds)
+        self.clock = TrainingClock(config, self.world, reserve)
+        self.clock.begin -= state.seconds
         if not state.trained:
-            state = self.train(state, validate)
+            self.train(validate)
         plan = depth_plans(config)[state.plan]
         hessians, seconds = self.calibrate(plan), self.clock.elapsed()
         log.put("clocks", training_seconds=seconds,
                 training_budget_seconds=config.max_wallclock_seconds)
         return plan, hessians
 
-    def train(self, state: TrainState,
-              validate: Callable[[int, DepthPlan, bool], None]) -> TrainState:
-        """The loop from `state` on, and its end: averaged weights in the model and on disk.
-
-        Raises: Interrupted once a signal has come and a checkpoint is written.
-        """
-        config, log, clock, world, plans = (self.config, self.log, self.clock, self.world,
-                                            depth_plans(self.config))
+    def train(self, validate: Callable[[int, DepthPlan, bool], None]) -> None:
+        """The loop, until averaged weights, or after a signal a checkpoint, are on disk."""
+        config, log, clock, world = self.config, self.log, self.clock, self.world
+        state, plans = self.state, depth_plans(config)
         stream = BatchStream(self.loader, self.shape, world, state.step)
         saved, stopped, world.deferring = state.seconds, False, True
         while not stopped:
@@ -1621,10 +1574,10 @@ class Trainer:
             step = state.step
             progress, stopped = clock.next_step(step, len(self.flight))
             if world.stopping or 0 < config.checkpoint_every <= clock.agreed - saved:
-                self.save(state)
+                self.save()
                 saved = clock.agreed
             if world.stopping:
-                raise Interrupted("stopped by a signal")
+                raise KeyboardInterrupt("stopped by a signal")
             if config.val_loss_every and (stopped or step % config.val_loss_every == 0):
                 self.drain(0)
                 with clock.paused():
@@ -1632,53 +1585,46 @@ class Trainer:
             if not stopped:
                 plan = plan_at(config, progress)
                 if plan != plans[state.plan]:
-                    state = state._replace(plan=plans.index(plan), plan_step=step + 1)
+                    state.plan, state.plan_step = plans.index(plan), step + 1
                     log.event("plan", step=step + 1, plan=plan.name, progress=progress)
                     log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
                              f"{plan.describe()}")
                 self.take_step(step, plan, progress, stream.next())
                 self.average.update()
-                state = state._replace(step=step + 1)
+                state.step += 1
         stream.close()
         self.drain(0)
         self.average.apply()
-        self.summarise(state, clock.elapsed())
-        state = self.save(state._replace(trained=True))
+        self.summarise(clock.elapsed())
+        state.trained = True
+        self.save()
         world.deferring = False
         if world.signalled:
-            raise Interrupted("stopped by a signal")
-        return state
+            raise KeyboardInterrupt("stopped by a signal")
 
     def replicated(self) -> list[Tensor]:
         """What a checkpoint holds and all ranks have alike, in its order."""
         return [*self.average.weights, *self.average.shadow, *self.optimizer.moments()]
 
-    def save(self, state: TrainState) -> TrainState:
-        """Writes a checkpoint, off the clock; the state as written.
-
-        A file that cannot be written is only a warning: the run is worth more.
-        """
+    def save(self) -> None:
+        """Writes a checkpoint, off the clock. If it cannot, it warns: the run is worth more."""
         self.drain(0)
-        log, state = self.log, state._replace(seconds=self.clock.elapsed())
-        name = "weights.ckpt" if state.trained else f"step-{state.step:08}.ckpt"
+        log, state, begin = self.log, self.state, time.perf_counter()
+        state.seconds, name = self.clock.elapsed(), f"step-{state.step:08}.ckpt"
         with self.clock.paused():
-            begin, tensors = time.perf_counter(), self.average.weights
-            if not state.trained:
-                momenta = [self.world.gather(group.momentum) for group in self.optimizer.groups]
-                tensors = self.replicated() + momenta
+            tensors = [*self.replicated(), *(self.world.gather(g.momentum)
+                                             for g in self.optimizer.groups)]
+            if state.trained:
+                name, tensors = "weights.ckpt", self.average.weights
             try:
                 if log.files:
-                    Checkpoint(self.start.facts, state, tensors).write(log.folder / name)
+                    state.write(log.folder / name, tensors)
                     for old in sorted(log.folder.glob("step-*"))[:-3]:
                         old.unlink()
-                    log.save("partial", "training")
+                    log.write_result("partial", "training")
             except OSError as error:
                 log.warn(f"no checkpoint after step {state.step}: {error}")
-            seconds = time.perf_counter() - begin
-            log.event("checkpoint", step=state.step, name=name, seconds=seconds)
-            seconds += log.result["train"].get("checkpoint_seconds", 0.0)
-            log.put("train", checkpoint_seconds=seconds)
-        return state
+        log.event("checkpoint", step=state.step, name=name, seconds=time.perf_counter() - begin)
 
     def mark(self) -> torch.cuda.Event | float:
         """When the device gets to what it is given from now on; on CPU, the time."""
@@ -1697,13 +1643,10 @@ class Trainer:
         middle = self.mark()
         values = torch.stack([loss, self.optimizer.step(step, scale)]).to("cpu", non_blocking=True)
         marks = [begin, middle, self.mark()]
-        self.flight.append(StepRecord(step + 1, plan, progress, scale, values, marks))
+        self.flight.append((step + 1, plan, progress, scale, values, marks))
 
     def drain(self, most_in_flight: int) -> None:
-        """Leaves at most that many steps unfinished.
-
-        Raises: TrainingError if the gradients of two steps in succession are not finite.
-        """
+        """Leaves at most that many steps unfinished."""
         log, config = self.log, self.config
         while len(self.flight) > most_in_flight:
             step, plan, progress, scale, values, (begin, middle, end) = self.flight.popleft()
@@ -1729,7 +1672,7 @@ class Trainer:
         """Notes a step without effect. Raises: TrainingError if the one before had none either."""
         mine = torch.zeros(self.world.size)
         mine[self.world.rank] = self.last_loss
-        losses = self.world.combine(mine, dist.ReduceOp.SUM).tolist()
+        losses = self.world.combine(mine).tolist()
         values = zip(self.optimizer.names, self.optimizer.squares.tolist(), strict=True)
         names = [name for name, value in values if not math.isfinite(value)]
         text = (f"step {step}: gradient norm={norm}, losses by rank: {losses}, "
@@ -1754,15 +1697,15 @@ class Trainer:
         self.log.line(f"GPTQ:collected {len(moments)} Hessians in {seconds:.1f}s")
         return moments
 
-    def summarise(self, state: TrainState, seconds: float) -> None:
+    def summarise(self, seconds: float) -> None:
         """Writes the training section of the result."""
-        log, per_step, steps = self.log, self.config.train_batch_tokens, state.step
+        log, per_step, steps = self.log, self.config.train_batch_tokens, self.state.step
         tokens, peak = steps * per_step, torch.cuda.max_memory_allocated() >> 20  # 0 on CPU
         by_plan = {name: round(per_step / float(np.median(times)))
                    for name, times in self.micro_seconds.items()}
         log.put("train", steps=steps, seconds=seconds, tokens=tokens, tok_s=tokens / seconds,
                 ms_per_step=1e3 * seconds / max(steps, 1), tok_s_by_plan=by_plan,
-                loop_enabled_step=state.plan_step, final_loss=self.last_loss, peak_mib=peak)
+                loop_enabled_step=self.state.plan_step, final_loss=self.last_loss, peak_mib=peak)
         log.put("data", passes=tokens / self.loader.num_tokens)
         log.line(f"training: {steps} steps, {seconds:.1f}s, {tokens / seconds:.0f} tok/s, "
                  f"micro-steps only {by_plan}, peak memory {peak} MiB")
@@ -2975,7 +2918,7 @@ class Setup(NamedTuple):
     log: RunLog
     attend: Attend
     val: ValStream
-    start: Checkpoint
+    start: tuple[TrainState, list[Tensor]]
 
 
 def is_official(val: ValStream) -> bool:
@@ -3055,11 +2998,10 @@ def data_facts(config: Config, val: ValStream) -> dict[str, object]:
     if is_official(val) and val.num_bytes not in OFFICIAL_VAL_BYTES:
         raise DataError(f"{config.dataset_dir}: the official targets stand for {val.num_bytes} "
                         f"bytes, must be in {OFFICIAL_VAL_BYTES}")
-    raw = {name: manifest[name] for name in ("val_raw_bytes",) if name in manifest}
     return {"name": config.dataset_dir.name, "tokenizer_sha256": tokenizer,
             "val_documents": val.num_documents, "val_targets": val.num_targets,
             "fingerprint": digest(val.tokens.tobytes()).hexdigest()[:16],
-            "val_bytes": val.num_bytes, **raw}
+            "val_bytes": val.num_bytes, "val_raw_bytes": manifest.get("val_raw_bytes")}
 
 
 def train_to_artifact(setup: Setup, path: Path) -> None:
@@ -3092,7 +3034,7 @@ def train_to_artifact(setup: Setup, path: Path) -> None:
     whole = log.result["clocks"]["training_seconds"] + time.perf_counter() - begin
     log.put("clocks", train_to_artifact_seconds=whole)
     log_score(log, "averaged", "pre-quantization post-ema", score(plan))
-    log.save("partial", "evaluating")
+    log.write_result("partial", "evaluating")
 
 
 def evaluate_artifact(setup: Setup, path: Path) -> None:
@@ -3124,8 +3066,6 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
             full = project_documents(scorer, adapters)
             score = evaluate_documents(scorer, adapters)
         else:
-            log.line(f"ttt:start chunks={-(-targets // config.ttt_chunk_tokens)} "
-                     f"ttt_lr={config.ttt_lr} ttt_epochs={config.ttt_epochs}")
             score = evaluate_adapting(scorer, sliding)
         log_score(log, headline, "quantized_ttt", score)
     if headline != "ttt_documents":
@@ -3143,17 +3083,14 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
 
 
 def evaluate_with_less(scorer: Scorer, windows: Windows, by_document: bool, log: RunLog) -> Score:
-    """The score on all windows; out of memory halves the batches and starts again."""
+    """The score on all windows; out of memory halves the batches, as far as there is a half."""
     while True:
         try:
             return evaluate(scorer, windows, by_document)
         except torch.OutOfMemoryError:
-            config = scorer.model.config
-            if config.eval_rows == 1:
-                raise
-            config = replace(config, val_batch_tokens=config.val_batch_tokens // 2)
-            scorer.model.config = config
-            log.warn(f"out of memory: VAL_BATCH_TOKENS={config.val_batch_tokens} from here on")
+            tokens = scorer.model.config.val_batch_tokens // 2
+            log.warn(f"out of memory: VAL_BATCH_TOKENS={tokens} from here on")
+            scorer.model.config = replace(scorer.model.config, val_batch_tokens=tokens)
 
 
 def check_gap(config: Config, log: RunLog) -> None:
@@ -3163,18 +3100,17 @@ def check_gap(config: Config, log: RunLog) -> None:
         gap = bpb["quantised"] - bpb["averaged"]
         log.put("quantisation", gap_bpb=gap)
         if not gap <= config.max_quant_gap_bpb:
-            raise TrainingError(f"quantisation lost {gap:.4f} BPB, MAX_QUANT_GAP_BPB is "
-                                f"{config.max_quant_gap_bpb:g}; {log.folder} keeps the weights")
+            raise TrainingError(f"quantisation lost {gap:.4f} BPB, over MAX_QUANT_GAP_BPB; "
+                                f"{log.folder} keeps the weights")
 
 
 def report_outcome(log: RunLog) -> None:
     """Prints the result table."""
-    result, bpb = log.result, log.result["bpb"]
-    log.line(f"{'evaluation':<14}{'BPB':>10}{'nats':>10}{'seconds':>10}")
-    for key, bits in bpb.items():
+    result = log.result
+    for key, bits in result["bpb"].items():
         mark = "  <- headline" if key == result["headline"] else ""
-        log.line(f"{key:<14}{bits:>10.5f}{result['nats'][key]:>10.5f}"
-                 f"{result['eval_seconds'][key]:>10.1f}{mark}")
+        log.line(f"{key:<14}{bits:>9.5f} BPB{result['nats'][key]:>9.5f} nats"
+                 f"{result['eval_seconds'][key]:>9.1f} s{mark}")
     log.line(f"result: {log.result_path}")
 
 
@@ -3215,7 +3151,7 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
         log = setup.log
         try:
             path = Path(config.eval_only or log.folder / "artifact.bin")
-            done = setup.start.state.trained and "averaged" in log.result.get("bpb", {})
+            done = setup.start[0].trained and "averaged" in log.result.get("bpb", {})
             if not (config.eval_only or done):
                 train_to_artifact(setup, path)
             # From here on only the artifact exists.
@@ -3226,14 +3162,14 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
             if any(log.folder.glob("*.ckpt")):
                 log.line(f"the same command with RUN_ID={log.run_id} RESUME=auto continues")
             with contextlib.suppress(OSError):
-                log.finish("partial", world.explain(error))
+                log.write_result("partial", world.explain(error))
             raise
         clocks = log.result["clocks"]
         crossed = [f"{name.upper()}={getattr(config, name)} was crossed: {clocks[clock]:.1f}s"
                    for name, clock in (("max_wallclock_seconds", "training_seconds"),
                                        ("max_eval_seconds", "eval_seconds_strict"))
                    if 0 < getattr(config, name) < clocks.get(clock, 0)]
-        result = log.finish("complete", "; ".join(crossed) or "finished")
+        result = log.write_result("complete", "; ".join(crossed) or "finished")
         if crossed and result["track"] == "10min_16mb":
             raise LegalityError(result["exit_reason"])
         return result
@@ -3247,13 +3183,12 @@ def command_line(arguments: Sequence[str]) -> int:
             write_atomically(Path(arguments[1]), packed)
             print(f"{arguments[1]}: {len(packed):,} bytes, {hashlib.sha256(packed).hexdigest()}")
         elif arguments:
-            print("usage: train_gpt.py [pack OUT], settings as variables", file=sys.stderr)
-            return 2
+            raise ConfigError("usage: train_gpt.py [pack OUT], settings as environment variables")
         else:
             main()
-    except (GolfError, OSError, Interrupted) as error:
+    except (GolfError, OSError, KeyboardInterrupt) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 75 if isinstance(error, Interrupted) else 1
+        return 75 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 

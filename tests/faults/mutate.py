@@ -62,7 +62,7 @@ def reader(kind: str, path: Path) -> Callable[[], object]:
     readers: dict[str, Callable[[], object]] = {
         "artifact": lambda: golf.decode_artifact(path.read_bytes()),
         "shard": lambda: golf.read_shard(path, 384),
-        "checkpoint": lambda: golf.Checkpoint.read(path)}
+        "checkpoint": lambda: golf.TrainState.read(path)}
     return readers[kind]
 
 
