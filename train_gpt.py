@@ -217,10 +217,7 @@ class Config:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
-        """The settings of PRESET with every variable in `env` applied.
-
-        Raises: ConfigError, also for a retired variable and for one that can only be misspelt.
-        """
+        """The settings of PRESET under those of `env`. Raises: ConfigError, also if misspelt."""
         known = {name.upper(): kind for name, kind in typing.get_type_hints(cls).items()}
         for variable in sorted(env.keys() - known):
             if variable in RETIRED:
@@ -513,13 +510,11 @@ class RunLog:
         if config.resume and self.result_path.is_file():
             self.result = json.loads(self.result_path.read_text())
             require(self.result["status"] == "partial", "run_id", run_id, "of an incomplete run")
-        if world.is_main:
-            self.open_files("a" if config.resume else "x")
-
-    def open_files(self, mode: Literal["a", "x"]) -> None:
-        """Opens the logs and locks the folder of the run. Raises: ConfigError if it may not."""
+        if not world.is_main:
+            return
         import fcntl
-        run_id, owner = self.run_id, self.folder / "owner"
+        owner = self.folder / "owner"
+        mode: Literal["a", "x"] = "a" if config.resume else "x"
         try:
             self.result_path.parent.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(parents=True, exist_ok=mode == "a")
@@ -1328,10 +1323,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, step: int, scale: float) -> Tensor:
-        """Applies and clears gradients, at `scale` times the base rates; their unclipped norm.
-
-        If that is not finite, nothing changes, which the device decides: no step waits for it.
-        """
+        """Applies gradients at `scale` times the base rates if their norm, returned, is finite."""
         config = self.config
         shares = [group.reduce_gradients() for group in self.groups]
         replicated = [gradient_of(p) for p in self.replicated]
@@ -1342,7 +1334,7 @@ class Optimizer:
         if config.grad_clip_norm:
             factor = (config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([*shares, *replicated], factor)
-        bad = ~norm.isfinite()
+        bad = ~norm.isfinite()  # known to the device; nothing here waits for it
         self.adam.found_inf = bad.float()  # type: ignore[attr-defined] # the fused kernel then leaves all as it is
         for adam_group in self.adam.param_groups:
             adam_group["lr"] = adam_group["base"] * scale
@@ -1402,7 +1394,7 @@ class TrainState:
         write_atomically(path, buffer.getbuffer())
 
     @classmethod
-    def read(cls, path: Path) -> tuple[TrainState, list[Tensor]]:
+    def read(cls, path: Path) -> Start:
         """The contents of a whole checkpoint. Raises: ArtifactError for anything else."""
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -1414,8 +1406,10 @@ class TrainState:
             raise ArtifactError(f"{path}: no checkpoint: {error}") from None
 
 
-def find_start(config: Config, facts: dict[str, object], log: RunLog
-               ) -> tuple[TrainState, list[Tensor]]:
+Start = tuple[TrainState, list[Tensor]]  # where training starts, and with what
+
+
+def find_start(config: Config, facts: dict[str, object], log: RunLog) -> Start:
     """The newest whole checkpoint that RESUME means, if any. Raises: ArtifactError, ConfigError."""
     paths = [Path(config.resume)]
     if config.resume in ("", "auto"):  # names sort in the order in which a run writes them
@@ -1474,7 +1468,7 @@ class Trainer:
     """The training loop and everything it keeps between steps."""
 
     def __init__(self, config: Config, world: World, log: RunLog, attend: Attend,
-                 start: tuple[TrainState, list[Tensor]] | None = None) -> None:
+                 start: Start | None = None) -> None:
         self.config, self.world, self.log = config, world, log
         self.state, self.saved = start or (TrainState({}), [])
         self.shape = batch_shape(config, world.size)
@@ -1538,10 +1532,7 @@ class Trainer:
 
     def run(self, validate: Callable[[int, DepthPlan, bool], None]
             ) -> tuple[DepthPlan, dict[str, Tensor]]:
-        """The timed loop, averaging and calibration; the plan trained last and the Hessians.
-
-        `validate(step, plan, is_last)` scores the model as it stands, off the clock.
-        """
+        """The timed loop, averaging and calibration; the plan trained last and the Hessians."""
         config, log, state, reserve = self.config, self.log, self.state, 0.0
         if not state.trained:
             reserve = self.warm_up()
@@ -1564,7 +1555,10 @@ class Trainer:
         return plan, hessians
 
     def train(self, validate: Callable[[int, DepthPlan, bool], None]) -> None:
-        """The loop, until averaged weights, or after a signal a checkpoint, are on disk."""
+        """The loop, until averaged weights, or after a signal a checkpoint, are on disk.
+
+        `validate(step, plan, is_last)` scores the model as it stands, off the clock.
+        """
         config, log, clock, world = self.config, self.log, self.clock, self.world
         state, plans = self.state, depth_plans(config)
         stream = BatchStream(self.loader, self.shape, world, state.step)
@@ -2910,15 +2904,7 @@ OFFICIAL_VAL_TARGETS = 40_540_160  # whole sequences of 2,048
 OFFICIAL_VAL_BYTES = range(151_070_000, 151_090_000)  # tokenizers truncate at different places
 
 
-class Setup(NamedTuple):
-    """What is known before the clock starts."""
-
-    config: Config
-    world: World
-    log: RunLog
-    attend: Attend
-    val: ValStream
-    start: tuple[TrainState, list[Tensor]]
+Setup = tuple[Config, World, RunLog, Attend, ValStream, Start]  # known before the clock starts
 
 
 def is_official(val: ValStream) -> bool:
@@ -2967,8 +2953,8 @@ def prepare(config: Config, world: World) -> Setup:
     facts: dict = {**environment_facts(world), "data": data}
     backend = choose_attention(config.attention, world.device)
     track, log = resolve_track(config, world, val, backend.name), RunLog(config, world)
-    facts["versions"] |= {"attention_backend": backend.name, "not": backend.rejected}
-    identity = {"seed": config.seed, "world_size": world.size, "data": data,
+    facts["versions"] |= {"attention_backend": backend.name, "rejected": backend.rejected}
+    identity = {"seed": config.seed, "world_size": world.size,
                 "source_sha256": hashlib.sha256(source.encode()).hexdigest()}
     log.result = {"started": utc_text(), **log.result, "run_id": log.run_id, "track": track,
                   "preset": config.preset, "config_hash": config.config_hash, **identity, **facts,
@@ -2979,8 +2965,8 @@ def prepare(config: Config, world: World) -> Setup:
     log.line(f"run {log.run_id} | PRESET={config.preset} differs: {config.differs() or 'nothing'}")
     for name in ("track", "world_size", "source_sha256", "packed_sha256", *facts):
         log.line(f"{name}: {log.result[name]}")
-    start = find_start(config, {**config.method(), **identity}, log)
-    return Setup(config, world, log, backend.attend, val, start)
+    start = find_start(config, {**config.method(), **identity, **data}, log)
+    return config, world, log, backend.attend, val, start
 
 
 def data_facts(config: Config, val: ValStream) -> dict[str, object]:
@@ -3038,10 +3024,7 @@ def train_to_artifact(setup: Setup, path: Path) -> None:
 
 
 def evaluate_artifact(setup: Setup, path: Path) -> None:
-    """Scores what the file at `path` stands for; the last evaluation is the headline.
-
-    The strict clock runs from opening the file on, the lenient one over the headline alone.
-    """
+    """Scores what the file at `path` stands for; the last evaluation is the headline."""
     config, world, log, attend, val, _ = setup
     begin, targets = time.perf_counter(), val.num_targets
     by_document = config.ttt_mode == "documents"
@@ -3070,7 +3053,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         log_score(log, headline, "quantized_ttt", score)
     if headline != "ttt_documents":
         full = score.seconds * OFFICIAL_VAL_TARGETS / RECORD_RANKS * world.size / targets
-    strict = time.perf_counter() - begin
+    strict = time.perf_counter() - begin  # from opening the file on; lenient: the headline alone
     log.put("clocks", eval_seconds_strict=strict, eval_seconds_lenient=score.seconds,
             eval_budget_seconds=config.max_eval_seconds,
             projected_full_eval_seconds_8gpu=strict - score.seconds + full)
@@ -3147,11 +3130,10 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
         print(describe_config(config, world))
         return {}
     with world.process_group(config.rank_timeout_seconds):
-        setup = prepare(config, world)
-        log = setup.log
+        _, _, log, _, _, (state, _) = setup = prepare(config, world)
         try:
             path = Path(config.eval_only or log.folder / "artifact.bin")
-            done = setup.start[0].trained and "averaged" in log.result.get("bpb", {})
+            done = state.trained and "averaged" in log.result.get("bpb", {})
             if not (config.eval_only or done):
                 train_to_artifact(setup, path)
             # From here on only the artifact exists.

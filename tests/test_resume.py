@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -167,17 +168,23 @@ def test_one_bad_step_is_skipped_and_the_weights_stay_finite(
     assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
 
 
-def test_skipped_step_changes_nothing(make_config: MakeConfig, log: SilentLog) -> None:
-    trainer = golf.Trainer(make_config(), golf.World(), log, golf.sdpa_attend)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_skipped_step_changes_nothing_and_waits_for_nothing(
+        make_config: MakeConfig, log: SilentLog, device: str) -> None:
+    trainer = golf.Trainer(make_config(), golf.World(device=device), log, golf.sdpa_attend)
     trainer.warm_up()
-    optimizer, rows = trainer.optimizer, torch.from_numpy(trainer.loader.read(0, 6))
+    optimizer, rows = trainer.optimizer, torch.from_numpy(trainer.loader.read(0, 6)).to(device)
     plan = golf.depth_plans(trainer.config)[-1]
 
     def step(poison: bool) -> list[torch.Tensor]:
         trainer.forward_backward(plan, [rows])
         if poison:
             golf.gradient_of(trainer.model.embed)[3, 3] = math.nan
+        if device != "cpu":
+            torch.cuda.set_sync_debug_mode("error")
         norm = optimizer.step(1, 1.0)
+        if device != "cpu":
+            torch.cuda.set_sync_debug_mode("default")
         assert bool(norm.isfinite()) != poison
         state = [*trainer.replicated(), *(group.momentum for group in optimizer.groups)]
         return [tensor.clone() for tensor in state]
@@ -201,6 +208,28 @@ def test_second_bad_step_names_rank_and_tensors(make_config: MakeConfig, log: Si
     monkeypatch.setattr(trainer, "forward_backward", poisoned)
     with pytest.raises(golf.TrainingError, match=r"^step 4: .*'up/down'.*step before"):
         trainer.run(never)
+
+
+@pytest.mark.parametrize("stage", ["fit_to_cap", "save_artifact", "evaluate_artifact"])
+def test_run_that_failed_after_training_goes_on_from_there(
+        make_env: MakeEnv, tmp_path: Path, trained_run: Path, stage: str,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space"):
+        patched.setattr(golf, stage, fail)
+        golf.main(make_env())
+    gc.collect()  # the first run holds its folder
+    monkeypatch.delattr(golf.Trainer, "train")
+    if stage == "evaluate_artifact":
+        monkeypatch.delattr(golf, "train_to_artifact")
+    golf.main(make_env(RESUME="auto"))
+    first, second = read_result(trained_run), read_result(tmp_path)
+    assert first["bpb"] == second["bpb"]
+    assert second["status"] == "complete"
+    assert first["artifact"]["sha256"] == second["artifact"]["sha256"]
+    assert first["train"].keys() == second["train"].keys()
 
 
 def test_large_quantisation_gap_is_no_result(make_env: MakeEnv, tmp_path: Path) -> None:
