@@ -2368,13 +2368,18 @@ exec(compile(s, "<train_gpt>", "exec"))
 def strip_source(source: str) -> str:
     """The same program without comments, docstrings and annotations nobody reads, indented by one.
 
-    Operators registered by a decorator derive their signature from annotations and keep them.
+    Config reads the types of its fields, operators and kernels those of their arguments.
     """
-    tree = ast.parse(source)
+    tree, read = ast.parse(source), set[ast.AST]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             node.body = node.body[bool(ast.get_docstring(node)):] or [ast.Pass()]
-        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            read.update(node.body)
+        if isinstance(node, ast.AnnAssign) and node not in read:
+            node.annotation = ast.Constant(0)
+        if isinstance(node, ast.FunctionDef) and not re.search(
+                "_op|jit", " ".join(map(ast.unparse, node.decorator_list))):
             node.returns = None
             for argument in [*node.args.args, *node.args.kwonlyargs]:
                 argument.annotation = None
