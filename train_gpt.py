@@ -221,11 +221,11 @@ class Config:
         known = {name.upper(): kind for name, kind in typing.get_type_hints(cls).items()}
         for variable in sorted(env.keys() - known):
             if variable in RETIRED:
-                raise ConfigError(f"{variable} has no effect any more; {RETIRED[variable]}")
+                raise ConfigError(f"{variable} has no effect; {RETIRED[variable]}")
             owned = set(OWNED_WORDS.split()).intersection(variable.split("_"))
             near = difflib.get_close_matches(variable, known, n=1, cutoff=0.85 * (not owned))
             if near:
-                raise ConfigError(f"unknown setting {variable}; did you mean {near[0]}?")
+                raise ConfigError(f"{variable} is unknown; did you mean {near[0]}?")
         preset = env.get("PRESET", "record")
         require(preset in PRESETS, "preset", repr(preset), f"one of {', '.join(PRESETS)}")
         given = {name.lower(): parse_setting(name, env[name], kind)
@@ -381,8 +381,7 @@ class World:
         try:
             rank, size, local_rank = map(int, given or (0, 1, 0))
         except ValueError:
-            raise ConfigError(f"{', '.join(names)} must be three whole numbers; torchrun sets them "
-                              f"(found: {given})") from None
+            raise ConfigError(f"{', '.join(names)}={given} must be three numbers") from None
         require(0 <= rank < size, "rank", rank, f"below WORLD_SIZE ({size})")
         require(local_rank < gpus or not gpus, "local_rank", local_rank,
                 f"below the number of visible GPUs ({gpus})")
@@ -421,8 +420,9 @@ class World:
 
     def interrupt(self, number: int = 0, frame: object = None) -> None:
         """A signal handler: ends the run, or while training only notes that it came."""
-        first, self.signalled = not self.signalled, True
-        if first and not self.deferring:
+        self.signalled = True
+        if not self.deferring:
+            self.deferring = True  # a second one would disturb the end
             raise KeyboardInterrupt("stopped by a signal")
 
     def explain(self, error: BaseException) -> str:
@@ -526,8 +526,7 @@ class RunLog:
         except BlockingIOError:
             raise ConfigError(f"RUN_ID={run_id} belongs to {owner.read_text()}") from None
         except OSError as error:
-            raise ConfigError(f"RUN_ID={run_id} must be new in a writable LOG_DIR and RUN_DIR, or "
-                              f"RESUME=auto: {error.filename}: {error.strerror}") from None
+            raise ConfigError(f"RUN_ID={run_id}: {error.filename}: {error.strerror}") from None
 
     def append(self, number: int, line: str) -> None:
         """Adds a line to a file; a full disk is said and does not end the run."""
@@ -608,9 +607,9 @@ def environment_facts(world: World) -> dict[str, object]:
     hardware: dict = {"gpu": torch.cuda.get_device_name(device) if cuda else "none",
                       "gpus": world.size * cuda, "cpu_count": os.cpu_count()}
     versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "numpy": np.__version__, "cuda": torch.version.cuda}
+                "numpy": np.__version__, "cuda": torch.version.cuda,
+                "cudnn": torch.backends.cudnn.version()}
     if cuda:
-        versions["cudnn"] = torch.backends.cudnn.version()
         with contextlib.suppress(ImportError):
             versions["triton"] = __import__("triton").__version__
         with contextlib.suppress(OSError):
@@ -1423,7 +1422,7 @@ def find_start(config: Config, facts: dict[str, object], log: RunLog) -> Start:
         differs = [f"{name.upper()}={value} was {state.facts.get(name)}"
                    for name, value in facts.items() if value != state.facts.get(name)]
         if differs:
-            raise ConfigError(f"{path} is of another run: {', '.join(differs)}")
+            raise ConfigError(f"{path} differs: {', '.join(differs)}")
         log.event("resume", step=state.step, path=str(path))
         log.line(f"resumed after step {state.step} from {path}")
         return state, tensors
@@ -1481,7 +1480,7 @@ class Trainer:
         self.average = WeightAverage(self.model, config.ema_decay)
         self.losses = {plan: self.compiled_loss(plan) for plan in depth_plans(config)}
         # Steps given to the device, whose numbers are on the host once the last mark is reached.
-        self.flight: deque[tuple[int, DepthPlan, float, float, Tensor, list]] = deque()
+        self.flight: deque[tuple] = deque()
         self.micro_seconds: dict[str, list[float]] = {}
         self.last_loss, self.skipped = math.nan, -1
 
@@ -1617,7 +1616,7 @@ class Trainer:
                         old.unlink()
                     log.write_result("partial", "training")
             except OSError as error:
-                log.warn(f"no checkpoint after step {state.step}: {error}")
+                log.warn(f"no checkpoint: {error}")
         log.event("checkpoint", step=state.step, name=name, seconds=time.perf_counter() - begin)
 
     def mark(self) -> torch.cuda.Event | float:
@@ -1636,14 +1635,13 @@ class Trainer:
             loss = self.forward_backward(plan, batches)
         middle = self.mark()
         values = torch.stack([loss, self.optimizer.step(step, scale)]).to("cpu", non_blocking=True)
-        marks = [begin, middle, self.mark()]
-        self.flight.append((step + 1, plan, progress, scale, values, marks))
+        self.flight.append((step + 1, plan, progress, scale, values, begin, middle, self.mark()))
 
     def drain(self, most_in_flight: int) -> None:
         """Leaves at most that many steps unfinished."""
         log, config = self.log, self.config
         while len(self.flight) > most_in_flight:
-            step, plan, progress, scale, values, (begin, middle, end) = self.flight.popleft()
+            step, plan, progress, scale, values, begin, middle, end = self.flight.popleft()
             if self.world.is_cuda:
                 end.synchronize()
                 micro, whole = (begin.elapsed_time(mark) / 1e3 for mark in (middle, end))
@@ -2907,8 +2905,6 @@ def project_documents(scorer: Scorer, adapters: LowRank) -> float:
 
 OFFICIAL_VAL_TARGETS = 40_540_160  # whole sequences of 2,048
 OFFICIAL_VAL_BYTES = range(151_070_000, 151_090_000)  # tokenizers truncate at different places
-
-
 Setup = tuple[Config, World, RunLog, Attend, ValStream, Start]  # known before the clock starts
 
 
@@ -2929,9 +2925,8 @@ def resolve_track(config: Config, world: World, val: ValStream, attention_name: 
     require(compiled, "compile", 0, f"1{claim}")
     slow = attention_name in ("flash", "math")
     require(not slow, "attention", attention_name, f"fa3, fa4 or cudnn{claim}")
-    limits = {"max_wallclock_seconds": 600, "max_eval_seconds": 600,
-              "artifact_cap_bytes": 16_000_000}
-    for name, most in limits.items():
+    for name, most in (("max_wallclock_seconds", 600), ("max_eval_seconds", 600),
+                       ("artifact_cap_bytes", 16_000_000)):
         value = getattr(config, name)
         require(0 < value <= most, name, value, f"at most {most}{claim}")
     return "10min_16mb"
@@ -2955,12 +2950,13 @@ def prepare(config: Config, world: World) -> Setup:
         ends = b"".join(shard[-999:].tobytes() for shard in shards)
         data |= {"train_tokens": TrainLoader(shards, config).num_tokens,
                  "train_shards": len(shards), "train_ends_sha256": hashlib.sha256(ends).hexdigest()}
-    facts: dict = {**environment_facts(world), "data": data}
+    facts: dict = environment_facts(world)
     backend = choose_attention(config.attention, world.device)
     track, log = resolve_track(config, world, val, backend.name), RunLog(config, world)
     facts["versions"] |= {"attention_backend": backend.name, "rejected": backend.rejected}
     identity = {"seed": config.seed, "world_size": world.size,
                 "source_sha256": hashlib.sha256(source.encode()).hexdigest()}
+    facts["data"] = {**log.result.get("data", {}), **data}
     log.result = {"started": utc_text(), **log.result, "run_id": log.run_id, "track": track,
                   "preset": config.preset, "config_hash": config.config_hash, **identity, **facts,
                   "packed_sha256": hashlib.sha256(packed).hexdigest(),
@@ -2984,11 +2980,10 @@ def data_facts(config: Config, val: ValStream) -> dict[str, object]:
     tokenizer = digest(config.tokenizer_file.read_bytes()).hexdigest()
     written = manifest.get("tokenizer_sha256", tokenizer)
     if written != tokenizer:
-        raise DataError(f"{config.tokenizer_file}: sha256 {tokenizer[:16]}, but {path} says the "
-                        f"shards were written with {written[:16]}")
+        raise DataError(f"{config.tokenizer_file}: sha256 {tokenizer}, but {path} says {written}")
     if is_official(val) and val.num_bytes not in OFFICIAL_VAL_BYTES:
-        raise DataError(f"{config.dataset_dir}: the official targets stand for {val.num_bytes} "
-                        f"bytes, must be in {OFFICIAL_VAL_BYTES}")
+        raise DataError(f"{config.dataset_dir}: {val.num_bytes} bytes must be in "
+                        f"{OFFICIAL_VAL_BYTES}")
     return {"name": config.dataset_dir.name, "tokenizer_sha256": tokenizer,
             "val_documents": val.num_documents, "val_targets": val.num_targets,
             "fingerprint": digest(val.tokens.tobytes()).hexdigest()[:16],
@@ -3066,7 +3061,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         log.result["audit"] = record = scorer.audit.report(world)
         failed = [f"{name} {facts}" for name, facts in record.items() if not facts["passed"]]
         if failed:
-            raise LegalityError(f"audit: no headline, because of {'; '.join(failed)}")
+            raise LegalityError(f"audit: {'; '.join(failed)}")
     log.result |= {"headline": headline, "val_bpb": score.bits, "val_loss": score.nats}
 
 
@@ -3109,7 +3104,7 @@ def describe_config(config: Config, world: World) -> str:
     lines.append(f"config hash {config.config_hash}, differs: {config.differs() or 'nothing'}")
     for plan in depth_plans(config):
         lines.append(f"plan {plan.name}: {plan.describe()} "
-                     f"{flops_per_token(config, plan) / 1e6:.1f} MFLOP per training token")
+                     f"{flops_per_token(config, plan) / 1e6:.1f} MFLOP per token")
         for number, (block, pass_number, skip_row, skip_from) in enumerate(plan.visits):
             form = block_form(config, block)
             skip = f", skip {skip_row} from visit {skip_from}" if skip_row >= 0 else ""
@@ -3147,7 +3142,7 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
             world.deferring = True  # nothing is lost any more
         except BaseException as error:
             if any(log.folder.glob("*.ckpt")):
-                log.line(f"the same command with RUN_ID={log.run_id} RESUME=auto continues")
+                log.line(f"RUN_ID={log.run_id} RESUME=auto continues")
             with contextlib.suppress(OSError):
                 log.write_result("partial", world.explain(error))
             raise

@@ -229,7 +229,8 @@ def test_run_that_failed_after_training_goes_on_from_there(
     assert first["bpb"] == second["bpb"]
     assert second["status"] == "complete"
     assert first["artifact"]["sha256"] == second["artifact"]["sha256"]
-    assert first["train"].keys() == second["train"].keys()
+    for section in ("train", "data", "quantisation"):
+        assert first[section].keys() == second[section].keys()
 
 
 def test_large_quantisation_gap_is_no_result(make_env: MakeEnv, tmp_path: Path) -> None:
