@@ -1,5 +1,6 @@
 # make run       fresh machine to result table: .venv, demo data, train, quantise, pack, reload, score
 # make test      everything that needs no GPU           make test-gpu   the tests that need one
+# make faults    breaks runs in every way, resumes them, writes docs/FAULTS.md (under 30 minutes)
 # make lint      ruff and mypy                           make clean      removes .venv and caches, keeps data and runs
 #
 # A torch that PYTHON can already import is kept. Otherwise TORCH is installed; on Linux without a GPU, get the
@@ -8,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint test-gpu clean
+.PHONY: help run test faults lint test-gpu clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -65,6 +66,9 @@ test: $(VENV)/dev-ready
 
 test-gpu: $(VENV)/dev-ready
 	@$(python) -m pytest -q -m gpu
+
+faults: $(VENV)/dev-ready
+	@OMP_NUM_THREADS=1 $(python) tests/faults/faults.py
 
 lint: $(VENV)/dev-ready
 	@$(python) -m ruff check .

@@ -28,7 +28,8 @@ import math
 import operator
 import os
 import platform
-import subprocess
+import re
+import signal
 import sys
 import time
 import typing
@@ -37,7 +38,8 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -88,7 +90,13 @@ class LegalityError(GolfError):
 
 
 class TrainingError(GolfError):
-    """Training produced a value that no later step can recover from."""
+    """Training or quantisation produced what nothing later can recover from."""
+
+
+def require(holds: object, name: str, value: object, bound: object) -> None:
+    """Raises ConfigError with what the setting has to be, unless that holds."""
+    if not holds:
+        raise ConfigError(f"{name.upper()}={value} must be {bound}")
 
 
 def within(default: float, low: float, high: float) -> typing.Any:
@@ -109,6 +117,9 @@ class Config:
     run_dir: str = "runs"
     print_config: bool = False
     eval_only: str = ""  # path of an artifact; skips training
+    resume: str = ""  # path of a checkpoint of RUN_ID, or auto: the newest if there is one
+    checkpoint_every: float = within(0.0, 0, 1e7)  # seconds; 0: only when a signal ends training
+    rank_timeout_seconds: float = within(900.0, 1, 1e7)  # for which a rank waits for the others
     audit: bool = False  # checks sampled scores live and refuses a headline that fails
     attention: Literal["auto", "fa3", "fa4", "cudnn", "flash", "math"] = "auto"
     compile: bool = True
@@ -126,7 +137,7 @@ class Config:
     num_heads: int = within(8, 1, 256)
     num_kv_heads: int = within(4, 1, 256)
     mlp_mult: float = within(4.0, 0.1, 32)
-    rope_base: float = within(10_000.0, 1, 1e9)
+    rope_base: float = within(10_000.0, 1, 1e7)
     rope_dims: int = within(16, 0, 1024)  # rotated dimensions of each head; 0: all
     qk_gain_init: float = within(5.25, 0.01, 100)
     ln_scale: bool = True  # norm outputs are divided by sqrt(block + 1)
@@ -152,25 +163,26 @@ class Config:
     embed_wd: float = within(0.085, 0, 10)
     adam_wd: float = within(0.02, 0, 10)
     beta1: float = within(0.9, 0, 0.9999)
-    beta2: float = within(0.95, 0, 0.99999)
+    beta2: float = within(0.95, 0, 0.9999)
     adam_eps: float = within(1e-8, 1e-20, 1)
-    grad_clip_norm: float = within(0.3, 0, 1e6)  # global; 0: off
+    grad_clip_norm: float = within(0.3, 0, 1e7)  # global; 0: off
     # Schedule
-    iterations: int = within(20_000, 1, 10**8)  # most optimizer steps
+    iterations: int = within(20_000, 1, 10**7)  # most optimizer steps
     max_wallclock_seconds: float = within(600.0, 0, 1e7)  # 0: progress is step / iterations
-    gptq_reserve_seconds: float = within(12.0, 0, 1e5)  # least share kept for calibration
+    gptq_reserve_seconds: float = within(12.0, 0, 1e7)  # least share kept for calibration
     warmdown_frac: float = within(0.72, 0.001, 1)  # last share of progress with falling rate
     min_lr: float = within(0.0, 0, 1)  # floor of the learning-rate scale
     warmup_steps: int = within(20, 1, 1000)  # untimed micro-steps per plan, on random tokens
-    ema_decay: float = within(0.9965, 0, 0.999999)  # per optimizer step
+    ema_decay: float = within(0.9965, 0, 0.9999)  # per optimizer step
     train_log_every: int = within(500, 1, 10**7)
-    val_loss_every: int = within(4000, 0, 10**8)  # steps; 0: never while training
+    val_loss_every: int = within(4000, 0, 10**7)  # steps; 0: never while training
     # Quantisation and artifact
     matrix_bits: int = within(6, 2, 8)
     embed_bits: int = within(8, 2, 8)
     matrix_clip_sigmas: float = within(12.85, 0.5, 1000)
     embed_clip_sigmas: float = within(20.0, 0.5, 1000)
-    gptq_calibration_batches: int = within(64, 1, 10**5)  # of micro_batch_tokens, all ranks
+    gptq_calibration_batches: int = within(64, 1, 10**7)  # of micro_batch_tokens, all ranks
+    max_quant_gap_bpb: float = within(0.05, 0, 100)  # a larger loss by quantisation is no result
     gptq_damp: float = within(0.01, 1e-6, 1)  # of the mean Hessian diagonal
     quantiser: Literal["gptq", "rate"] = "gptq"  # clips as given, or steps by their effect per bit
     compressor: Literal["brotli", "ans"] = "brotli"
@@ -190,35 +202,40 @@ class Config:
     ttt_epochs: int = within(3, 0, 100)
     ttt_momentum: float = within(0.9, 0, 0.9999)
     ttt_chunk_tokens: int = within(32_768, 8, 1 << 24)
-    ttt_grad_clip: float = within(1.0, 0, 1e6)
+    ttt_grad_clip: float = within(1.0, 0, 1e7)
     ttt_batch_size: int = within(32, 1, 4096)  # documents that adapt side by side
     ttt_chunk_size: int = within(48, 1, 1 << 16)  # targets between two steps; CHUNK_SCALES
     ttt_lora_sites: str = "qkv,out,up,down,head"  # adapted layers, of every visit
     ttt_lora_rank: int = within(80, 1, 4096)
-    ttt_lora_alpha: float = within(144.0, 0, 1e6)  # output is scaled by alpha / rank
+    ttt_lora_alpha: float = within(144.0, 0, 1e7)  # output is scaled by alpha / rank
     ttt_lora_lr: float = within(1e-4, 0, 1)
     ttt_beta1: float = within(0.0, 0, 0.9999)
-    ttt_beta2: float = within(0.99, 0, 0.99999)
+    ttt_beta2: float = within(0.99, 0, 0.9999)
     ttt_weight_decay: float = within(0.5, 0, 100)
     ttt_warm_start_a: bool = False  # input factors survive from one batch of documents to the next
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, (low, high) = getattr(self, f.name), f.metadata.get("range", (None, None))
-            if low is not None and not low <= value <= high:
-                raise ConfigError(f"{f.name.upper()}={value} must be between {low:g} and {high:g}")
+            value = getattr(self, f.name)
+            for low, high in f.metadata.values():
+                require(low <= value <= high, f.name, value, f"between {low:g} and {high:g}")
         check_consistency(self)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
-        """The settings of PRESET with every variable in `env` applied. Raises: ConfigError."""
-        reject_unknown_variables(env)
+        """The settings of PRESET under those of `env`. Raises: ConfigError, also if misspelt."""
+        known = {name.upper(): kind for name, kind in typing.get_type_hints(cls).items()}
+        for variable in sorted(env.keys() - known):
+            if variable in RETIRED:
+                raise ConfigError(f"{variable} has no effect; {RETIRED[variable]}")
+            owned = set(OWNED_WORDS.split()).intersection(variable.split("_"))
+            near = difflib.get_close_matches(variable, known, n=1, cutoff=0.85 * (not owned))
+            if near:
+                raise ConfigError(f"{variable} is unknown; did you mean {near[0]}?")
         preset = env.get("PRESET", "record")
-        if preset not in PRESETS:
-            raise ConfigError(f"PRESET={preset!r} is not one of {', '.join(PRESETS)}")
-        types = typing.get_type_hints(cls)
-        given = {f.name: parse_setting(f.name, env[f.name.upper()], types[f.name])
-                 for f in fields(cls) if f.name.upper() in env}
+        require(preset in PRESETS, "preset", repr(preset), f"one of {', '.join(PRESETS)}")
+        given = {name.lower(): parse_setting(name, env[name], kind)
+                 for name, kind in known.items() if name in env}
         return cls(**{**PRESETS[preset], "preset": preset, **given})
 
     @property
@@ -244,20 +261,22 @@ class Config:
     @property
     def dataset_dir(self) -> Path:
         """Folder with the shards."""
-        default = f"datasets/fineweb10B_sp{self.vocab_size}"
-        return Path(self.data_path or Path(self.data_dir, default))
+        return Path(self.data_path or f"{self.data_dir}/datasets/fineweb10B_sp{self.vocab_size}")
 
     @property
     def tokenizer_file(self) -> Path:
         """The SentencePiece model."""
-        default = f"tokenizers/fineweb_{self.vocab_size}_bpe.model"
-        return Path(self.tokenizer_path or Path(self.data_dir, default))
+        default = f"{self.data_dir}/tokenizers/fineweb_{self.vocab_size}_bpe.model"
+        return Path(self.tokenizer_path or default)
+
+    def method(self) -> dict[str, object]:
+        """The settings that define the method: equal for the seeds of one experiment."""
+        return {k: v for k, v in asdict(self).items() if k not in NOT_METHOD}
 
     @property
     def config_hash(self) -> str:
-        """Fingerprint of what defines the method: equal for the seeds of one experiment."""
-        method = {k: v for k, v in asdict(self).items() if k not in NOT_METHOD}
-        return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()[:16]
+        """Fingerprint of the method."""
+        return hashlib.sha256(json.dumps(self.method(), sort_keys=True).encode()).hexdigest()[:16]
 
     def differs(self) -> dict[str, object]:
         """The settings that are unlike the preset's."""
@@ -266,7 +285,8 @@ class Config:
 
 
 NOT_METHOD = {"seed", "run_id", "log_dir", "run_dir", "print_config", "eval_only", "data_dir",
-              "data_path", "tokenizer_path", "audit"}
+              "data_path", "tokenizer_path", "audit", "resume", "checkpoint_every",
+              "rank_timeout_seconds", "max_quant_gap_bpb"}
 
 PRESETS: dict[str, dict] = {
     "record": {},
@@ -287,79 +307,58 @@ PRESETS: dict[str, dict] = {
 
 # Published variables without effect here, and what to do instead.
 RETIRED = {
-    "MUON_BETA2": "it never had an effect; Muon reads MUON_MOMENTUM",
-    "ROPE_TRAIN_SEQ_LEN": "it never had an effect; positions follow TRAIN_SEQ_LEN",
-    **dict.fromkeys(("ETLB_ENABLED", "ETLB_LR", "ETLB_STEPS", "ETLB_CLIP"),
-                    "what it named never existed; use TTT_ENABLED and its settings"),
-    **dict.fromkeys(("EMBED_LR", "HEAD_LR", "TIE_EMBEDDINGS", "EMBEDDING_DIM"),
-                    "head and embedding are one, MODEL_DIM wide; use TIED_EMBED_LR"),
-    "SKIP_GATES_ENABLED": "skips are always gated; remove it",
-    "CONTROL_TENSOR_NAME_PATTERNS": "parameters belong to typed groups; remove it",
+    "MUON_BETA2": "use MUON_MOMENTUM", "ROPE_TRAIN_SEQ_LEN": "use TRAIN_SEQ_LEN",
+    "EMBEDDING_DIM": "use MODEL_DIM", **dict.fromkeys(("EMBED_LR", "HEAD_LR"), "use TIED_EMBED_LR"),
+    **dict.fromkeys(("ETLB_ENABLED", "ETLB_LR", "ETLB_STEPS", "ETLB_CLIP"), "use TTT_ENABLED"),
+    **dict.fromkeys(("TIE_EMBEDDINGS", "SKIP_GATES_ENABLED", "CONTROL_TENSOR_NAME_PATTERNS"),
+                    "remove it"),
 }
 
 # A variable with one of these words between underscores can only be meant for this program.
-OWNED_WORDS = {"TTT", "MUON", "GPTQ", "EMA", "SWA", "WARMDOWN", "LOOPS", "LOOPING", "XSA", "ROPE",
-               "WALLCLOCK", "ETLB", "EMBED", "CLIP", "LORA", "KV", "MLP", "ITERATIONS", "VOCAB",
-               "QK", "SOFTCAP", "LR", "SMEAR"}
+OWNED_WORDS = "TTT MUON GPTQ EMA SWA WARMDOWN LOOPS XSA ROPE WALLCLOCK EMBED CLIP LORA MLP QK LR"
+
 
 
 def parse_setting(name: str, text: str, kind: typing.Any) -> object:
-    """The value of `text` as the type of field `name`. Raises: ConfigError."""
-    variable = f"{name.upper()}={text!r}"
-    choices = ("0", "1") if kind is bool else typing.get_args(kind)
-    if choices and text not in choices:
-        raise ConfigError(f"{variable} is not one of {', '.join(choices)}")
-    if kind not in (int, float):
-        return text == "1" if kind is bool else text
+    """The value of `text` as a type or as one of the literals. Raises: ConfigError."""
+    choices = ("0", "1") if kind is bool else typing.get_args(kind) or (text,)
+    require(text in choices, name, repr(text), f"one of {', '.join(choices)}")
+    if kind is bool:
+        return text == "1"
     try:
-        number = kind(text)
+        return kind(text) if kind in (int, float) else text
     except ValueError:
-        raise ConfigError(f"{variable} is not a {'whole ' * (kind is int)}number") from None
-    if not math.isfinite(number):
-        raise ConfigError(f"{variable} is not finite")
-    return number
+        raise ConfigError(f"{name}={text!r} must be a {'whole ' * (kind is int)}number") from None
 
 
-def reject_unknown_variables(env: Mapping[str, str]) -> None:
-    """Raises ConfigError for a retired setting and for one that can only be misspelt."""
-    known = {f.name.upper() for f in fields(Config)}
-    for variable in sorted(env.keys() - known):
-        if variable in RETIRED:
-            raise ConfigError(f"{variable} is no longer a setting: {RETIRED[variable]}")
-        owned = bool(OWNED_WORDS & set(variable.split("_")))
-        near = difflib.get_close_matches(variable, known, n=1, cutoff=0.0 if owned else 0.85)
-        if near:
-            raise ConfigError(f"unknown setting {variable}; did you mean {near[0]}?")
-
-
-RELATIONS: dict[str, Callable] = {
-    "a multiple of": lambda a, b: a % b == 0, "at most": operator.le, "at least": operator.ge,
-    "below": operator.lt, "above": operator.gt, "ans for": lambda a, b: a == "ans" or b == "gptq"}
+# Relations between settings in words, and what contradicts them.
+RELATIONS: dict[str, tuple[str, Callable]] = {
+    "%": ("a multiple of", operator.mod), "<=": ("at most", operator.gt),
+    "<": ("below", operator.ge)}
 
 
 def check_consistency(config: Config) -> None:
     """Raises ConfigError for the first two settings that contradict each other."""
-    rules = [
-        ("model_dim", "a multiple of", "num_heads"), ("head_dim", "a multiple of", "2"),
-        ("num_heads", "a multiple of", "num_kv_heads"), ("rope_dims", "at most", "head_dim"),
-        ("rope_dims", "a multiple of", "2"), ("micro_batch_tokens", "at least", "train_seq_len"),
-        ("train_batch_tokens", "a multiple of", "train_seq_len"),
-        ("ttt_chunk_size", "at most", "eval_seq_len"), ("eval_stride", "at most", "eval_seq_len")]
+    rules = ["model_dim % num_heads", "head_dim % 2", "num_heads % num_kv_heads", "rope_dims % 2",
+             "rope_dims <= head_dim", "train_batch_tokens % train_seq_len",
+             "train_seq_len <= micro_batch_tokens", "eval_stride <= eval_seq_len",
+             "ttt_chunk_size <= eval_seq_len"]
     if config.num_loops:
-        rules += [("loop_start", "at most", "loop_end"), ("loop_end", "below", "num_layers")]
+        rules += ["loop_start <= loop_end", "loop_end < num_layers"]
     if config.max_wallclock_seconds:
-        rules.append(("max_wallclock_seconds", "above", "gptq_reserve_seconds"))
+        rules.append("gptq_reserve_seconds < max_wallclock_seconds")
     if config.ttt_enabled and config.ttt_mode == "sgd":
-        rules += [("ttt_enabled", "at most", "sliding_window_enabled"),
-                  ("ttt_chunk_tokens", "a multiple of", "eval_seq_len")]
-    for name, rule, other in [*rules, ("compressor", "ans for", "quantiser")]:
-        value = getattr(config, name)
-        bound = int(other) if other.isdigit() else getattr(config, other)
-        if not RELATIONS[rule](value, bound):
-            raise ConfigError(f"{name.upper()}={value} must be {rule} {other.upper()} ({bound})")
+        rules += ["ttt_enabled <= sliding_window_enabled", "ttt_chunk_tokens % eval_seq_len"]
+    for name, sign, other in map(str.split, rules):
+        (words, broken), value = RELATIONS[sign], getattr(config, name)
+        bound = getattr(config, other, 2)
+        require(not broken(value, bound), name, value, f"{words} {other.upper()} ({bound})")
+    require(config.compressor == "ans" or config.quantiser == "gptq", "compressor",
+            config.compressor, f"ans for QUANTISER={config.quantiser}")
+    require(config.run_id or not config.resume, "run_id", "''", f"set for RESUME={config.resume}")
     sites = config.ttt_lora_sites
-    if not set(sites.split(",")) <= set(SITES):
-        raise ConfigError(f"TTT_LORA_SITES={sites} must be some of {','.join(SITES)}")
+    require(set(sites.split(",")) <= set(SITES), "ttt_lora_sites", sites,
+            f"some of {','.join(SITES)}")
 
 
 # ==================================================================================================
@@ -378,41 +377,72 @@ class World:
         self.is_main, self.is_cuda = rank == 0, self.device.type == "cuda"
         # Decisions of the host travel over a CPU group and never wait for the device.
         self.control: dist.ProcessGroup | None = None
+        self.deferring = self.signalled = self.stopping = False
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> World:
         """The world that torchrun describes, or a world of one. Raises: ConfigError."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        missing = [name for name in names if name not in env]
-        if 0 < len(missing) < len(names):
-            raise ConfigError(f"{', '.join(missing)} not set; start ranks with torchrun")
+        given, gpus = [env[name] for name in names if name in env], torch.cuda.device_count()
         try:
-            rank, size, local_rank = (0, 1, 0) if missing else (int(env[name]) for name in names)
+            rank, size, local_rank = map(int, given or (0, 1, 0))
         except ValueError:
-            raise ConfigError(f"{', '.join(names)} must be whole numbers") from None
-        if not 0 <= rank < size:
-            raise ConfigError(f"RANK={rank} must be below WORLD_SIZE ({size})")
-        if not torch.cuda.is_available():
-            return cls(rank, size)
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(f"LOCAL_RANK={local_rank} must be below the number of visible GPUs "
-                              f"({torch.cuda.device_count()})")
-        return cls(rank, size, f"cuda:{local_rank}")
+            raise ConfigError(f"{', '.join(names)}={given} must be three numbers") from None
+        require(0 <= rank < size, "rank", rank, f"below WORLD_SIZE ({size})")
+        require(local_rank < gpus or not gpus, "local_rank", local_rank,
+                f"below the number of visible GPUs ({gpus})")
+        return cls(rank, size, f"cuda:{local_rank}" if gpus else "cpu")
 
     @contextlib.contextmanager
-    def process_group(self) -> Iterator[None]:
-        """Connects the ranks for the duration of a block."""
+    def process_group(self, timeout_seconds: float = 900.0) -> Iterator[None]:
+        """Connects the ranks for a block, which ends for all if it fails for one, and says why."""
         if self.is_cuda:
             torch.cuda.set_device(self.device)
-        if self.size > 1:
-            backend, device = ("nccl", self.device) if self.is_cuda else ("gloo", None)
-            dist.init_process_group(backend, rank=self.rank, world_size=self.size, device_id=device)
-            self.control = dist.new_group(backend="gloo") if self.is_cuda else dist.group.WORLD
+        handlers = {number: signal.signal(number, self.interrupt)
+                    for number in (signal.SIGTERM, signal.SIGINT)}
         try:
+            if self.size > 1:
+                backend, device = ("nccl", self.device) if self.is_cuda else ("gloo", None)
+                wait = timedelta(seconds=timeout_seconds)
+                dist.init_process_group(backend, rank=self.rank, world_size=self.size,
+                                        device_id=device, timeout=wait)
+                self.control = dist.new_group(backend="gloo", timeout=wait)
             yield
-        finally:
             if self.size > 1:
                 dist.destroy_process_group()
+        except BaseException as error:
+            if self.size > 1:
+                reason = self.explain(error)
+                if reason.startswith(f"rank {self.rank}:"):
+                    if not isinstance(error, GolfError | KeyboardInterrupt):
+                        sys.excepthook(*sys.exc_info())
+                    print(f"error: {reason}", file=sys.stderr, flush=True)
+                # An orderly end would wait for the others.
+                os._exit(75 if isinstance(error, KeyboardInterrupt) else 1)
+            raise
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def interrupt(self, number: int = 0, frame: object = None) -> None:
+        """A signal handler: ends the run, or while training only notes that it came."""
+        self.signalled = True
+        if not self.deferring:
+            self.deferring = True  # a second one would disturb the end
+            raise KeyboardInterrupt("stopped by a signal")
+
+    def explain(self, error: BaseException) -> str:
+        """Why the run ends; of several ranks, what the first one that failed says."""
+        text = f"rank {self.rank}: {type(error).__name__}: {error}"
+        with contextlib.suppress(Exception):  # there is no store, or it went with its process
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"rank {self.rank}", "")
+            if not isinstance(error, GolfError | KeyboardInterrupt):  # another may be stuck
+                time.sleep(1)
+                well = [r for r in range(self.size) if not store.check([f"rank {r}"])]
+                text += f"; ranks without error: {well}"
+            text = store.compare_set("failure", "", text).decode()
+        return text
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """`tensor`, replaced by its sum over ranks."""
@@ -431,11 +461,13 @@ class World:
         """This rank's equal share, along dim 0, of the mean of `stack` over ranks."""
         if self.size == 1:
             return stack
-        if not self.is_cuda:  # gloo has no reduce-scatter
-            return self.sum_(stack).div_(self.size).chunk(self.size)[self.rank]
-        out = torch.empty_like(stack[:stack.shape[0] // self.size])
-        dist.reduce_scatter_tensor(out, stack, op=dist.ReduceOp.AVG)
-        return out
+        share = stack.chunk(self.size)[self.rank]
+        if self.is_cuda:
+            share = torch.empty_like(share)
+            dist.reduce_scatter_tensor(share, stack, op=dist.ReduceOp.AVG)
+        else:  # gloo has no reduce-scatter
+            self.sum_(stack).div_(self.size)
+        return share
 
     def gather(self, share: Tensor) -> Tensor:
         """The shares of all ranks, concatenated along dim 0 in rank order."""
@@ -446,120 +478,117 @@ class World:
         return out
 
     def decide(self, *values: float) -> tuple[float, ...]:
-        """Rank 0's `values` on every rank: one clock and one choice for all."""
-        if self.size == 1:
-            return values
-        box = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(box, 0, group=self.control)
-        return tuple(box.tolist())
+        """Rank 0's `values` on every rank, and in `stopping`, whether one was told to stop."""
+        mine = values if self.is_main else [0.0] * len(values)
+        box = torch.tensor([*mine, self.signalled], dtype=torch.float64)
+        *decided, stopping = self.combine(box).tolist()
+        self.stopping = stopping > 0
+        return tuple(decided)
 
-    def combine(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    def combine(self, tensor: Tensor,
+                operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """A CPU tensor, combined over ranks."""
         if self.size > 1:
             dist.all_reduce(tensor, operation, group=self.control)
         return tensor
 
     def synchronize(self) -> None:
-        """Waits until this rank's device has finished everything it was given."""
+        """Waits for all ranks and for what their devices were given."""
         if self.is_cuda:
             torch.cuda.synchronize()
-
-    def barrier(self) -> None:
-        """Waits for all ranks and their devices."""
-        self.synchronize()
         if self.size > 1:
             dist.barrier(group=self.control)
 
 
 class RunLog:
-    """The files of one run: text, JSON lines and the `result`. Ranks other than 0 are silent.
-
-    Raises: ConfigError if they exist or cannot be written.
-    """
+    """The files of one run: text, JSON lines and the `result`. Ranks other than 0 are silent."""
 
     def __init__(self, config: Config, world: World) -> None:
         self.started = time.time()
-        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(self.started))
-        self.run_id = config.run_id or f"{config.preset}-{config.seed}-{stamp}"
-        self.folder = Path(config.run_dir) / self.run_id
-        self.result_path = Path(config.log_dir) / f"{self.run_id}.json"
+        stamp = f"{config.preset}-{config.seed}-{utc_text('%Y%m%dT%H%M%S')}"
+        self.run_id = run_id = config.run_id or stamp
+        self.folder = Path(config.run_dir, run_id)
+        self.result_path = Path(config.log_dir, run_id + ".json")
         self.result: dict = {}  # filled as its keys become known
         self.files: list[typing.TextIO] = []
+        require(re.fullmatch(r"[\w-][\w.-]*", run_id, re.ASCII), "run_id", repr(run_id),
+                "letters, digits, . _ and - only")
+        if config.resume and self.result_path.is_file():
+            self.result = json.loads(self.result_path.read_text())
+            require(self.result["status"] == "partial", "run_id", run_id, "of an incomplete run")
         if not world.is_main:
             return
-        letters = self.run_id.translate(dict.fromkeys(b"-._"))
-        if not (letters.isascii() and letters.isalnum()) or self.run_id.startswith("."):
-            raise ConfigError(f"RUN_ID={self.run_id!r} may hold only letters, digits, . _ and -")
+        import fcntl
+        owner = self.folder / "owner"
+        mode: Literal["a", "x"] = "a" if config.resume else "x"
         try:
             self.result_path.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(parents=True)
-            self.files = [self.result_path.with_name(self.run_id + suffix).open("x")
+            self.folder.mkdir(parents=True, exist_ok=mode == "a")
+            self.lock = owner.open("a")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            owner.write_text(f"process {os.getpid()} on {platform.node()}")
+            self.files = [self.result_path.with_name(run_id + suffix).open(mode)
                           for suffix in (".txt", ".jsonl")]
-        except FileExistsError as error:
-            raise ConfigError(f"RUN_ID={self.run_id}: {error.filename} exists; nothing is "
-                              "overwritten") from None
+        except BlockingIOError:
+            raise ConfigError(f"RUN_ID={run_id} belongs to {owner.read_text()}") from None
         except OSError as error:
-            raise ConfigError(f"LOG_DIR or RUN_DIR: {error.filename}: {error.strerror}") from None
+            raise ConfigError(f"RUN_ID={run_id}: {error.filename}: {error.strerror}") from None
+
+    def append(self, number: int, line: str) -> None:
+        """Adds a line to a file; a full disk is said and does not end the run."""
+        if self.files:
+            try:
+                print(line, file=self.files[number], flush=True)
+            except OSError as error:
+                print(f"error: {self.files[number].name}: {error.strerror}", file=sys.stderr)
 
     def line(self, text: str, *, console: bool = True) -> None:
         """Writes one line for people."""
-        if self.files:
-            if console:
-                print(text, flush=True)
-            print(text, file=self.files[0], flush=True)
+        if self.files and console:
+            print(text, flush=True)
+        self.append(0, text)
 
     def event(self, kind: str, **values: object) -> None:
         """Writes one JSON line for programs."""
-        if self.files:
-            record = {"event": kind, "t": round(time.time() - self.started, 3), **values}
-            print(json.dumps(record), file=self.files[1], flush=True)
+        record = {"event": kind, "t": time.time() - self.started, **values}
+        self.append(1, json.dumps(record))
 
     def warn(self, message: str) -> None:
         """Says something the user should know, in both files."""
         self.line(f"warning: {message}")
         self.event("warning", message=message)
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times a block and logs its seconds."""
-        begin = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - begin
-        self.event("phase", name=name, seconds=round(seconds, 3))
-        self.line(f"{name}: {seconds:.1f}s")
-
-    def section(self, title: str) -> dict[str, float]:
-        """A section of the result, empty at first; most values are numbers."""
-        return self.result.setdefault(title, {})
-
     def put(self, title: str, **values: typing.Any) -> None:
         """Adds keys to a section of the result."""
-        self.section(title).update(values)
+        self.result.setdefault(title, {}).update(values)
 
-    def finish(self, status: Literal["complete", "partial"], reason: str) -> dict[str, object]:
-        """Writes the result file and closes the logs."""
-        self.result |= {"status": status, "exit_reason": reason, "finished": utc_text(time.time())}
+    def write_result(self, status: Literal["complete", "partial"], reason: str) -> dict:
+        """Writes the result as it stands."""
+        self.event("result", status=status, reason=reason)
+        self.result |= {"status": status, "exit_reason": reason, "finished": utc_text()}
         if self.files:
-            self.event("result", status=status, reason=reason)
             write_atomically(self.result_path, (json.dumps(self.result, indent=1) + "\n").encode())
-            for file in self.files:
-                file.close()
         return self.result
 
 
-def utc_text(seconds: float) -> str:
-    """ISO 8601 text of a Unix time."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+def utc_text(form: str = "%Y-%m-%dT%H:%M:%SZ") -> str:
+    """The time now, as ISO 8601 text."""
+    return time.strftime(form, time.gmtime())
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes `data` so that a reader, or a crash, never sees half of it."""
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Writes `data` so that a reader, or a crash, never sees half of it, nor through a link."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    partial.unlink(missing_ok=True)
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error}") from None
 
 
 # The packed program that is running, or None for the plain script.
@@ -580,18 +609,18 @@ def packed_program() -> bytes:
 
 def environment_facts(world: World) -> dict[str, object]:
     """Hardware and versions: everything outside the program whose change could move a number."""
-    hardware = {"gpu": "none", "gpus": 0, "cpu_count": os.cpu_count()}
-    versions: dict = {"python": platform.python_version(), "torch": torch.__version__,
-                      "numpy": np.__version__}
-    if world.is_cuda:
-        hardware |= {"gpu": torch.cuda.get_device_name(world.device), "gpus": world.size}
-        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    cuda, device = world.is_cuda, world.device
+    hardware: dict = {"gpu": torch.cuda.get_device_name(device) if cuda else "none",
+                      "gpus": world.size * cuda, "cpu_count": os.cpu_count()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "numpy": np.__version__, "cuda": torch.version.cuda,
+                "cudnn": torch.backends.cudnn.version()}
+    if cuda:
         with contextlib.suppress(ImportError):
             versions["triton"] = __import__("triton").__version__
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            text = subprocess.check_output(query, stderr=subprocess.DEVNULL, text=True, timeout=20)
-            hardware["driver"] = text.split("\n")[0].strip()
+        with contextlib.suppress(OSError):
+            text = Path("/proc/driver/nvidia/version").read_text()
+            hardware["driver"] = text.split("  ")[1]  # follows the module's name
     return {"hardware": hardware, "versions": versions}
 
 
@@ -1265,10 +1294,10 @@ class MatrixGroup:
         parts.append(parts[0].new_zeros(self.padding, *parts[0].shape[1:]))
         return self.world.scatter_mean(torch.cat(parts))
 
-    def step(self, gradient: Tensor, lr: float, momentum: float, config: Config) -> None:
+    def step(self, gradient: Tensor, lr: Tensor, momentum: Tensor, config: Config) -> None:
         """Nesterov momentum, row normalisation, orthogonalisation; all ranks apply all shares."""
         self.momentum.mul_(momentum).add_(gradient)
-        update = gradient.add(self.momentum, alpha=momentum)
+        update = gradient + momentum * self.momentum
         if config.muon_row_normalize:  # the rows of a tall matrix lie as columns here
             columns, rows = (torch.linalg.vector_norm(update, dim=d, keepdim=True) for d in (1, 2))
             update = update / torch.where(self.tall_M11, columns, rows).clamp_min(1e-7)
@@ -1277,7 +1306,7 @@ class MatrixGroup:
         for matrix, tall, part in zip(self.matrices, self.tall, parts, strict=True):
             w = matrix.view(matrix.parameter.data)
             scale = lr * math.sqrt(max(1.0, w.shape[1] / w.shape[2]))
-            w.mul_(1 - lr * config.muon_wd).sub_((part.mT if tall else part).float(), alpha=scale)
+            w.mul_(1 - lr * config.muon_wd).sub_(scale * (part.mT if tall else part).float())
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:
@@ -1297,35 +1326,44 @@ class Optimizer:
         self.groups = [MatrixGroup(matrices, world) for matrices in shapes.values()]
         vectors = list(model.vectors().values())
         self.replicated = [model.embed, *vectors]
+        self.names = [*("/".join(m.role for m in group.matrices) for group in self.groups),
+                      "embed", *model.vectors()]
         stacked = {id(m.parameter) for m in model.matrices()}
         if sorted([*stacked, *map(id, self.replicated)]) != sorted(map(id, model.parameters())):
             raise TypeError("a parameter is in no optimizer group, or in two")
         self.adam = torch.optim.AdamW(
             [dict(params=[model.embed], base=config.tied_embed_lr, weight_decay=config.embed_wd),
              dict(params=vectors, base=config.scalar_lr, weight_decay=config.adam_wd)],
-            lr=0.0, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=world.is_cuda)
+            lr=0.0, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
 
     @torch.no_grad()
     def step(self, step: int, scale: float) -> Tensor:
-        """Applies and clears gradients, at `scale` times the base rates; their unclipped norm."""
+        """Applies gradients at `scale` times the base rates if their norm, returned, is finite."""
         config = self.config
         shares = [group.reduce_gradients() for group in self.groups]
         replicated = [gradient_of(p) for p in self.replicated]
         self.world.sum_all_(replicated, 1 / self.world.size)
-        own, common = (torch.stack(torch._foreach_norm(gradients)).square().sum()
-                       for gradients in (shares, replicated))
-        norm = (self.world.sum_(own) + common).sqrt()
+        self.squares = torch.stack(torch._foreach_norm([*shares, *replicated])).square()
+        self.world.sum_(self.squares[:len(shares)])
+        norm = self.squares.sum().sqrt()
         if config.grad_clip_norm:
             factor = (config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([*shares, *replicated], factor)
+        bad = ~norm.isfinite()  # known to the device; nothing here waits for it
+        self.adam.found_inf = bad.float()  # type: ignore[attr-defined] # the fused kernel then leaves all as it is
         for adam_group in self.adam.param_groups:
             adam_group["lr"] = adam_group["base"] * scale
         self.adam.step()
-        momentum = muon_momentum(step, config)
+        lr, momentum = (torch.where(bad, idle, value) for idle, value in (
+            (0.0, config.matrix_lr * scale), (1.0, muon_momentum(step, config))))
         for group, share in zip(self.groups, shares, strict=True):
-            group.step(share, config.matrix_lr * scale, momentum, config)
+            group.step(share.masked_fill_(bad, 0.0), lr, momentum, config)
         self.model.zero_grad()
         return norm
+
+    def moments(self) -> list[Tensor]:
+        """AdamW's live state; there is none before the first step."""
+        return [t for state in self.adam.state.values() for t in state.values()]
 
 
 class WeightAverage:
@@ -1353,13 +1391,69 @@ class WeightAverage:
 # ==================================================================================================
 
 
+@dataclass
+class TrainState:
+    """Where a run stands. With a checkpoint's tensors and the settings, it decides what follows."""
+
+    facts: dict[str, object]  # settings, data, world and source, which must be equal
+    step: int = 0
+    plan: int = 0
+    plan_step: int = 0  # with which that plan began; 0: it is the first
+    seconds: float = 0.0  # on the training clock
+    trained: bool = False  # the weights are averaged; calibration is next
+
+    def write(self, path: Path, tensors: list[Tensor]) -> None:
+        """Writes a checkpoint: an uncompressed .npz, which holds no code."""
+        buffer, header = io.BytesIO(), np.array(json.dumps(asdict(self)))
+        np.savez(buffer, header, *(t.detach().cpu().numpy() for t in tensors))
+        write_atomically(path, buffer.getbuffer())
+
+    @classmethod
+    def read(cls, path: Path) -> Start:
+        """The contents of a whole checkpoint. Raises: ArtifactError for anything else."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                if any(member.compress_type for member in file.zip.infolist()):
+                    raise ValueError("compressed")  # a small file could fill the memory
+                header, *arrays = file.values()
+            return cls(**json.loads(str(header))), [torch.from_numpy(a) for a in arrays]
+        except Exception as error:  # whatever a foreign file provokes
+            raise ArtifactError(f"{path}: no checkpoint: {error}") from None
+
+
+Start = tuple[TrainState, list[Tensor]]  # where training starts, and with what
+
+
+def find_start(config: Config, facts: dict[str, object], log: RunLog) -> Start:
+    """The newest whole checkpoint that RESUME means, if any. Raises: ArtifactError, ConfigError."""
+    paths = [Path(config.resume)]
+    if config.resume in ("", "auto"):  # names sort in the order in which a run writes them
+        paths = sorted(log.folder.glob("*.ckpt"), reverse=True)
+    for path in paths:
+        try:
+            state, tensors = TrainState.read(path)
+        except ArtifactError as error:
+            log.warn(str(error))
+            continue
+        differs = [f"{name.upper()}={value} was {state.facts.get(name)}"
+                   for name, value in facts.items() if value != state.facts.get(name)]
+        if differs:
+            raise ConfigError(f"{path} differs: {', '.join(differs)}")
+        log.event("resume", step=state.step, path=str(path))
+        log.line(f"resumed after step {state.step} from {path}")
+        return state, tensors
+    if paths:
+        raise ArtifactError(f"RESUME={config.resume}: no checkpoint is whole")
+    return TrainState(facts), []
+
+
 class TrainingClock:
     """Budget from the first step to the last read of training data. Rank 0's decides for all."""
 
     def __init__(self, config: Config, world: World, reserve_seconds: float) -> None:
         budget = config.max_wallclock_seconds
         self.world, self.iterations = world, config.iterations
-        self.limit = budget - reserve_seconds if budget else 0.0
+        self.limit = budget - reserve_seconds if budget else math.inf
         self.begin, self.marks = time.perf_counter(), deque[float](maxlen=9)
 
     def elapsed(self) -> float:
@@ -1375,34 +1469,23 @@ class TrainingClock:
 
     def next_step(self, step: int, in_flight: int) -> tuple[float, bool]:
         """Progress at which to run `step`, and whether to stop instead so as to keep the limit."""
-        if not self.limit:
-            return min(1.0, step / self.iterations), step >= self.iterations
         now = self.elapsed()
         self.marks.append(now)
         slowest = float(max(np.diff(self.marks), default=0.0))  # of the last eight steps
         ahead = now + 1.02 * slowest * (in_flight + 1)
-        progress, stop = self.world.decide(max(now / self.limit, step / self.iterations),
-                                           step >= self.iterations or ahead > self.limit)
-        return min(1.0, progress), bool(stop)
-
-
-class StepRecord(NamedTuple):
-    """A step given to the device; its numbers are on the host once the last mark is reached."""
-
-    step: int
-    plan: DepthPlan
-    progress: float
-    scale: float
-    values: Tensor  # loss and gradient norm
-    marks: tuple[torch.cuda.Event, ...]  # begin, end of micro-steps, end of step; empty on CPU
-    seconds: tuple[float, float]  # micro-steps and step, where there are no marks
+        stop = step >= self.iterations or ahead > self.limit
+        self.agreed, stopped = self.world.decide(now, stop)
+        progress = max(self.agreed / self.limit, step / self.iterations)
+        return min(1.0, progress), bool(stopped)
 
 
 class Trainer:
     """The training loop and everything it keeps between steps."""
 
-    def __init__(self, config: Config, world: World, log: RunLog, attend: Attend) -> None:
+    def __init__(self, config: Config, world: World, log: RunLog, attend: Attend,
+                 start: Start | None = None) -> None:
         self.config, self.world, self.log = config, world, log
+        self.state, self.saved = start or (TrainState({}), [])
         self.shape = batch_shape(config, world.size)
         shards = map(read_shard, find_shards(config.dataset_dir, "train"))
         self.loader = TrainLoader(list(shards), config)
@@ -1410,9 +1493,11 @@ class Trainer:
         self.model.initialise(config.seed)
         self.model.to(world.device)
         self.optimizer = Optimizer(self.model, config, world)
-        self.flight: deque[StepRecord] = deque()
+        self.average = WeightAverage(self.model, config.ema_decay)
+        # Steps given to the device, whose numbers are on the host once the last mark is reached.
+        self.flight: deque[tuple] = deque()
         self.micro_seconds: dict[str, list[float]] = {}
-        self.last_loss = math.nan
+        self.last_loss, self.skipped = math.nan, -1
 
     def forward_backward(self, plan: DepthPlan, batches: list[Tensor]) -> Tensor:
         """Accumulates gradients over micro-batches; this rank's mean loss, 0-D on the device."""
@@ -1426,18 +1511,21 @@ class Trainer:
     def warm_up(self) -> float:
         """Compiles, without trace, what the clock will meet; the calibration reserve in seconds."""
         config = self.config
-        before = WeightAverage(self.model, 1.0)
         rows = torch.randint(
             config.vocab_size, (self.shape.sequences, config.train_seq_len + 1), dtype=torch.int32,
             generator=torch.Generator().manual_seed(0)).to(self.world.device)
         for plan in depth_plans(config):
-            with self.log.phase(f"warm_up {plan.name}"):
-                for _ in range(config.warmup_steps):
-                    self.forward_backward(plan, [rows])
-                self.optimizer.step(0, 0.0)
-                self.world.synchronize()
-        before.apply()
-        self.optimizer = Optimizer(self.model, config, self.world)
+            begin = time.perf_counter()
+            for _ in range(config.warmup_steps):
+                self.forward_backward(plan, [rows])
+            self.optimizer.step(0, 0.0)
+            self.world.synchronize()
+            seconds = time.perf_counter() - begin
+            self.log.event("phase", name=f"warm_up {plan.name}", seconds=seconds)
+            self.log.line(f"warm_up {plan.name}: {seconds:.1f}s")
+        self.average.apply()  # which holds the first weights
+        momenta = [group.momentum for group in self.optimizer.groups]
+        torch._foreach_zero_([*self.optimizer.moments(), *momenta])
         for _ in range(2):  # the second is warm
             begin = time.perf_counter()
             collect(Hessians(self.model), rows, depth_plans(config)[-1])
@@ -1445,97 +1533,155 @@ class Trainer:
         seconds = time.perf_counter() - begin
         needed = 1.15 * seconds * calibration_share(config, self.world, self.shape) + 0.2
         slowest = self.world.combine(torch.tensor(needed), dist.ReduceOp.MAX).item()
-        if 0 < config.max_wallclock_seconds <= slowest:
-            raise ConfigError(f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g} must be "
-                              f"over the {slowest:.1f}s that GPTQ_CALIBRATION_BATCHES takes here")
+        budget = config.max_wallclock_seconds
+        require(not 0 < budget <= slowest, "max_wallclock_seconds", budget,
+                f"above the {slowest:.1f}s that GPTQ_CALIBRATION_BATCHES takes here")
         return max(config.gptq_reserve_seconds, slowest)
 
     def run(self, validate: Callable[[int, DepthPlan, bool], None]
             ) -> tuple[DepthPlan, dict[str, Tensor]]:
-        """The timed loop, averaging and calibration; the plan trained last and the Hessians.
+        """The timed loop, averaging and calibration; the plan trained last and the Hessians."""
+        config, log, state, reserve = self.config, self.log, self.state, 0.0
+        if not state.trained:
+            reserve = self.warm_up()
+            log.put("train", startup_seconds=time.time() - log.started)
+            log.line(f"gptq:reserving {reserve:.1f}s of {config.max_wallclock_seconds:g}s")
+        saved = iter(self.saved)  # of trained weights, nothing else
+        for tensor, value in zip(self.replicated(), saved, strict=False):
+            tensor.copy_(value.view_as(tensor))
+        for group, whole in zip(self.optimizer.groups, saved, strict=False):
+            group.momentum.copy_(whole.chunk(self.world.size)[self.world.rank])
+        self.world.synchronize()
+        self.clock = TrainingClock(config, self.world, reserve)
+        self.clock.begin -= state.seconds
+        if not state.trained:
+            self.train(validate)
+        plan = depth_plans(config)[state.plan]
+        hessians, seconds = self.calibrate(plan), self.clock.elapsed()
+        log.put("clocks", training_seconds=seconds,
+                training_budget_seconds=config.max_wallclock_seconds)
+        return plan, hessians
+
+    def train(self, validate: Callable[[int, DepthPlan, bool], None]) -> None:
+        """The loop, until averaged weights, or after a signal a checkpoint, are on disk.
 
         `validate(step, plan, is_last)` scores the model as it stands, off the clock.
         """
-        config, log = self.config, self.log
-        reserve = self.warm_up()
-        log.put("train", startup_seconds=round(time.time() - log.started, 1))
-        log.line(f"gptq:reserving {reserve:.1f}s of {config.max_wallclock_seconds:g}s")
-        average = WeightAverage(self.model, config.ema_decay)
-        stream = batch_stream(self.loader, self.shape, self.world)
-        self.world.barrier()
-        self.clock = clock = TrainingClock(config, self.world, reserve)
-        step, stopped, plan, loop_step = 0, False, depth_plans(config)[0], 0
-        try:
-            while not stopped:
-                self.drain(2)  # the steps that the host runs ahead
-                progress, stopped = clock.next_step(step, len(self.flight))
-                if config.val_loss_every and (stopped or step % config.val_loss_every == 0):
-                    self.drain(0)
-                    with clock.paused():
-                        validate(step, plan, stopped)
-                if not stopped:
-                    if plan_at(config, progress) != plan:
-                        plan, loop_step = plan_at(config, progress), step + 1
-                        log.event("plan", step=step + 1, plan=plan.name, progress=progress)
-                        log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
-                                 f"{plan.describe()}")
-                    self.take_step(step, plan, progress, next(stream))
-                    average.update()
-                    step += 1
-        finally:
-            stream.close()
+        config, log, clock, world = self.config, self.log, self.clock, self.world
+        state, plans = self.state, depth_plans(config)
+        stream = batch_stream(self.loader, self.shape, world, state.step)
+        saved, stopped, world.deferring = state.seconds, False, True
+        while not stopped:
+            self.drain(2)  # the steps that the host runs ahead
+            step = state.step
+            progress, stopped = clock.next_step(step, len(self.flight))
+            if world.stopping or 0 < config.checkpoint_every <= clock.agreed - saved:
+                self.save()
+                saved = clock.agreed
+            if world.stopping:
+                raise KeyboardInterrupt("stopped by a signal")
+            if config.val_loss_every and (stopped or step % config.val_loss_every == 0):
+                self.drain(0)
+                with clock.paused():
+                    validate(step, plans[state.plan], stopped)
+            if not stopped:
+                plan = plan_at(config, progress)
+                if plan != plans[state.plan]:
+                    state.plan, state.plan_step = plans.index(plan), step + 1
+                    log.event("plan", step=step + 1, plan=plan.name, progress=progress)
+                    log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
+                             f"{plan.describe()}")
+                self.take_step(step, plan, progress, next(stream))
+                self.average.update()
+                state.step += 1
+        stream.close()
         self.drain(0)
-        average.apply()
-        hessians = self.calibrate(plan)
-        self.summarise(step, clock.elapsed(), loop_step)
-        return plan, hessians
+        self.average.apply()
+        self.summarise(clock.elapsed())
+        state.trained = True
+        self.save()
+        world.deferring = False
+        if world.signalled:
+            raise KeyboardInterrupt("stopped by a signal")
+
+    def replicated(self) -> list[Tensor]:
+        """What a checkpoint holds and all ranks have alike, in its order."""
+        return [*self.average.weights, *self.average.shadow, *self.optimizer.moments()]
+
+    def save(self) -> None:
+        """Writes a checkpoint, off the clock. If it cannot, it warns: the run is worth more."""
+        self.drain(0)
+        log, state, begin = self.log, self.state, time.perf_counter()
+        state.seconds, name = self.clock.elapsed(), f"step-{state.step:08}.ckpt"
+        with self.clock.paused():
+            tensors = [*self.replicated(), *(self.world.gather(g.momentum)
+                                             for g in self.optimizer.groups)]
+            if state.trained:
+                name, tensors = "weights.ckpt", self.average.weights
+            try:
+                if log.files:
+                    state.write(log.folder / name, tensors)
+                    for old in sorted(log.folder.glob("step-*"))[:-3]:
+                        old.unlink()
+                    log.write_result("partial", "training")
+            except OSError as error:
+                log.warn(f"no checkpoint: {error}")
+        log.event("checkpoint", step=state.step, name=name, seconds=time.perf_counter() - begin)
+
+    def mark(self) -> torch.cuda.Event | float:
+        """When the device gets to what it is given from now on; on CPU, the time."""
+        if not self.world.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def take_step(self, step: int, plan: DepthPlan, progress: float, batches: list[Tensor]) -> None:
         """Gives one optimizer step to the device."""
-        config, cuda = self.config, self.world.is_cuda
-        scale = lr_scale(progress, config.warmdown_frac, config.min_lr)
-        marks = tuple(torch.cuda.Event(enable_timing=True) for _ in range(3)) if cuda else ()
-        begin = time.perf_counter()
-        if cuda:
-            marks[0].record()
+        scale = lr_scale(progress, self.config.warmdown_frac, self.config.min_lr)
+        begin = self.mark()
         with torch._dynamo.config.patch(error_on_recompile=True):  # the error names the guard
             loss = self.forward_backward(plan, batches)
-        if cuda:
-            marks[1].record()
-        middle = time.perf_counter()
+        middle = self.mark()
         values = torch.stack([loss, self.optimizer.step(step, scale)]).to("cpu", non_blocking=True)
-        if cuda:
-            marks[2].record()
-        seconds = (middle - begin, time.perf_counter() - begin)
-        self.flight.append(StepRecord(step + 1, plan, progress, scale, values, marks, seconds))
+        self.flight.append((step + 1, plan, progress, scale, values, begin, middle, self.mark()))
 
     def drain(self, most_in_flight: int) -> None:
-        """Leaves at most that many steps unfinished. Raises: TrainingError if one is not finite."""
+        """Leaves at most that many steps unfinished."""
+        log, config = self.log, self.config
         while len(self.flight) > most_in_flight:
-            record = self.flight.popleft()
-            micro, whole = record.seconds
-            if record.marks:
-                begin, middle, end = record.marks
+            step, plan, progress, scale, values, begin, middle, end = self.flight.popleft()
+            if self.world.is_cuda:
                 end.synchronize()
                 micro, whole = (begin.elapsed_time(mark) / 1e3 for mark in (middle, end))
-            self.last_loss, norm = record.values.tolist()
-            if not record.values.isfinite().all():
-                raise TrainingError(f"step {record.step} on rank {self.world.rank}: train_loss="
-                                    f"{self.last_loss} and gradient norm={norm} must be finite")
-            self.micro_seconds.setdefault(record.plan.name, []).append(micro)
-            if record.step <= 5 or record.step % self.config.train_log_every == 0:
-                self.log_step(record, norm, whole)
+            else:
+                micro, whole = middle - begin, end - begin
+            self.last_loss, norm = values.tolist()
+            if not math.isfinite(norm):
+                self.skip(step, norm)
+            self.micro_seconds.setdefault(plan.name, []).append(micro)
+            if step <= 5 or step % config.train_log_every == 0:
+                tok_s = config.train_batch_tokens / whole
+                log.event("train", step=step, train_loss=self.last_loss, gradient_norm=norm,
+                          train_seconds=self.clock.elapsed(), lr_scale=scale, tok_s=tok_s,
+                          plan=plan.name, mem_mib=torch.cuda.memory_allocated() >> 20,  # 0 on CPU
+                          progress=progress)
+                log.line(f"{step}/{config.iterations} train_loss: {self.last_loss:.4f} "
+                         f"step_time: {1e3 * whole:.1f}ms tok/s: {tok_s:.0f}")
 
-    def log_step(self, record: StepRecord, norm: float, seconds: float) -> None:
-        """Writes the numbers of a finished step."""
-        tok_s = self.config.train_batch_tokens / seconds
-        memory = torch.cuda.memory_allocated() >> 20  # 0 on CPU
-        self.log.event("train", step=record.step, train_loss=self.last_loss, gradient_norm=norm,
-                       train_seconds=round(self.clock.elapsed(), 3), lr_scale=record.scale,
-                       tok_s=round(tok_s), plan=record.plan.name, mem_mib=memory,
-                       progress=round(record.progress, 5))
-        self.log.line(f"{record.step}/{self.config.iterations} train_loss: {self.last_loss:.4f} "
-                      f"step_time: {1e3 * seconds:.1f}ms tok/s: {tok_s:.0f}")
+    def skip(self, step: int, norm: float) -> None:
+        """Notes a step without effect. Raises: TrainingError if the one before had none either."""
+        mine = torch.zeros(self.world.size)
+        mine[self.world.rank] = self.last_loss
+        losses = self.world.combine(mine).tolist()
+        values = zip(self.optimizer.names, self.optimizer.squares.tolist(), strict=True)
+        names = [name for name, value in values if not math.isfinite(value)]
+        text = (f"step {step}: gradient norm={norm}, losses by rank: {losses}, "
+                f"gradients not finite: {names}")
+        if self.skipped == step - 1:
+            raise TrainingError(f"{text}, as in the step before")
+        self.skipped = step
+        self.log.warn(f"skipped {text}")
 
     def calibrate(self, plan: DepthPlan) -> dict[str, Tensor]:
         """Second moments of every linear layer's input over training windows and all ranks."""
@@ -1548,29 +1694,22 @@ class Trainer:
         moments = {name: self.world.sum_(h) for name, h in hessians.moments.items()}
         self.world.synchronize()
         seconds = time.perf_counter() - begin
-        self.log.put("quantisation", seconds_hessians=round(seconds, 2))
+        self.log.put("quantisation", seconds_hessians=seconds)
         self.log.line(f"GPTQ:collected {len(moments)} Hessians in {seconds:.1f}s")
         return moments
 
-    def summarise(self, steps: int, seconds: float, loop_step: int) -> None:
+    def summarise(self, seconds: float) -> None:
         """Writes the training section of the result."""
-        config, log = self.config, self.log
-        tokens = steps * config.train_batch_tokens
-        by_plan = {name: round(config.train_batch_tokens / float(np.median(times)))
+        log, per_step, steps = self.log, self.config.train_batch_tokens, self.state.step
+        tokens, peak = steps * per_step, torch.cuda.max_memory_allocated() >> 20  # 0 on CPU
+        by_plan = {name: round(per_step / float(np.median(times)))
                    for name, times in self.micro_seconds.items()}
-        peak = torch.cuda.max_memory_allocated() >> 20  # 0 on CPU
-        log.put("train", steps=steps, seconds=round(seconds, 3), tokens=tokens,
-                ms_per_step=round(1e3 * seconds / max(steps, 1), 3), tok_s=round(tokens / seconds),
-                tok_s_by_plan=by_plan, loop_enabled_step=loop_step, final_loss=self.last_loss,
-                peak_mib=peak)
-        log.put("data", passes=round(tokens / self.loader.num_tokens, 3))
-        log.put("clocks", training_seconds=round(seconds, 3),
-                training_budget_seconds=config.max_wallclock_seconds)
-        if 0 < config.max_wallclock_seconds < seconds:
-            log.warn(f"training took {seconds:.1f}s, MAX_WALLCLOCK_SECONDS is "
-                     f"{config.max_wallclock_seconds:g}")
-        log.line(f"training: {steps} steps in {seconds:.1f}s, {tokens / seconds:.0f} tok/s, "
-                 f"micro-steps only {by_plan}, peak {peak} MiB")
+        log.put("train", steps=steps, seconds=seconds, tokens=tokens, tok_s=tokens / seconds,
+                ms_per_step=1e3 * seconds / max(steps, 1), tok_s_by_plan=by_plan,
+                loop_enabled_step=self.state.plan_step, final_loss=self.last_loss, peak_mib=peak)
+        log.put("data", passes=tokens / self.loader.num_tokens)
+        log.line(f"training: {steps} steps, {seconds:.1f}s, {tokens / seconds:.0f} tok/s, "
+                 f"micro-steps only {by_plan}, peak memory {peak} MiB")
 
 
 # ==================================================================================================
@@ -2147,13 +2286,20 @@ exec(compile(s, "<train_gpt>", "exec"))
 
 
 def strip_source(source: str) -> str:
-    """The same program without comments and docstrings, indented by one; no idle annotations."""
-    tree = ast.parse(source)
+    """The same program without comments, docstrings and annotations nobody reads, indented by one.
+
+    Config reads the types of its fields, operators and kernels those of their arguments.
+    """
+    tree, read = ast.parse(source), set[ast.AST]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             node.body = node.body[bool(ast.get_docstring(node)):] or [ast.Pass()]
-        # Operators registered by a decorator derive their signature from annotations.
-        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            read.update(node.body)
+        if isinstance(node, ast.AnnAssign) and node not in read:
+            node.annotation = ast.Constant(0)
+        if isinstance(node, ast.FunctionDef) and not re.search(
+                "_op|jit", " ".join(map(ast.unparse, node.decorator_list))):
             node.returns = None
             for argument in [*node.args.args, *node.args.kwonlyargs]:
                 argument.annotation = None
@@ -2657,38 +2803,30 @@ def project_documents(scorer: Scorer) -> float:
 
 OFFICIAL_VAL_TARGETS = 40_540_160  # whole sequences of 2,048
 OFFICIAL_VAL_BYTES = range(151_070_000, 151_090_000)  # tokenizers truncate at different places
+Setup = tuple[Config, World, RunLog, Attend, ValStream, Start]  # known before the clock starts
 
 
-class Setup(NamedTuple):
-    """What is known before the clock starts."""
-
-    config: Config
-    world: World
-    log: RunLog
-    attend: Attend
-    val: ValStream
+def is_official(val: ValStream) -> bool:
+    """Whether these are the competition's targets, with the tail that fills no sequence or not."""
+    return val.num_targets // 2048 * 2048 == OFFICIAL_VAL_TARGETS
 
 
 def resolve_track(config: Config, world: World, val: ValStream, attention_name: str) -> str:
     """The track of the run. Raises: ConfigError if it claims 10min_16mb and cannot be on it."""
-    official = val.num_targets // 2048 * 2048 == OFFICIAL_VAL_TARGETS  # with a tail or without
+    official, claim = is_official(val), " for TRACK=10min_16mb"
     if config.track == "non_record" or (
             config.track == "auto" and not (official and world.size == RECORD_RANKS)):
         return "non_record"
+    require(world.size == RECORD_RANKS, "world_size", world.size, f"{RECORD_RANKS}{claim}")
+    require(official, "val_targets", val.num_targets, f"{OFFICIAL_VAL_TARGETS}{claim}")
     compiled = config.compile and not os.environ.get("TORCH_COMPILE_DISABLE")
-    train_seconds, eval_seconds = config.max_wallclock_seconds, config.max_eval_seconds
-    cap = config.artifact_cap_bytes
-    for holds, setting, bound in (
-            (world.size == RECORD_RANKS, f"WORLD_SIZE={world.size}", RECORD_RANKS),
-            (official, f"validation targets={val.num_targets}", OFFICIAL_VAL_TARGETS),
-            (compiled, "COMPILE=0", 1),
-            (attention_name not in ("flash", "math"), f"ATTENTION={attention_name}",
-             "fa3, fa4 or cudnn"),
-            (0 < train_seconds <= 600, f"MAX_WALLCLOCK_SECONDS={train_seconds}", "at most 600"),
-            (eval_seconds <= 600, f"MAX_EVAL_SECONDS={eval_seconds}", "at most 600"),
-            (cap <= 16_000_000, f"ARTIFACT_CAP_BYTES={cap}", "at most 16000000")):
-        if not holds:
-            raise ConfigError(f"TRACK=10min_16mb: {setting} must be {bound}")
+    require(compiled, "compile", 0, f"1{claim}")
+    slow = attention_name in ("flash", "math")
+    require(not slow, "attention", attention_name, f"fa3, fa4 or cudnn{claim}")
+    for name, most in (("max_wallclock_seconds", 600), ("max_eval_seconds", 600),
+                       ("artifact_cap_bytes", 16_000_000)):
+        value = getattr(config, name)
+        require(0 < value <= most, name, value, f"at most {most}{claim}")
     return "10min_16mb"
 
 
@@ -2700,36 +2838,34 @@ def prepare(config: Config, world: World) -> Setup:
     require_compressor(config)
     val = ValStream.load(config)
     source, packed = program_source(), packed_program()
-    if len(packed) >= config.artifact_cap_bytes:
-        raise ConfigError(f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes} must be above the bytes "
-                          f"of the packed program ({len(packed)})")
+    require(len(packed) < config.artifact_cap_bytes, "artifact_cap_bytes",
+            config.artifact_cap_bytes, f"above the bytes of the packed program ({len(packed)})")
+    data = data_facts(config, val)
     if config.eval_only:
         open_artifact(Path(config.eval_only), config)
     else:
-        TrainLoader([read_shard(p) for p in find_shards(config.dataset_dir, "train")], config)
-    facts: dict[str, typing.Any] = {**environment_facts(world), "data": data_facts(config, val)}
+        shards = [read_shard(path) for path in find_shards(config.dataset_dir, "train")]
+        ends = b"".join(shard[-999:].tobytes() for shard in shards)
+        data |= {"train_tokens": TrainLoader(shards, config).num_tokens,
+                 "train_shards": len(shards), "train_ends_sha256": hashlib.sha256(ends).hexdigest()}
+    facts: dict = environment_facts(world)
     backend = choose_attention(config.attention, world.device)
     track, log = resolve_track(config, world, val, backend.name), RunLog(config, world)
-    facts["versions"]["attention_backend"] = backend.name
-    log.result |= {"run_id": log.run_id, "track": track, "preset": config.preset,
-                   "seed": config.seed, "world_size": world.size, "config_hash": config.config_hash,
-                   "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
-                   "packed_sha256": hashlib.sha256(packed).hexdigest(),
-                   "started": utc_text(log.started), "config": asdict(config),
-                   "differs": config.differs(), **facts}
-    log.event("start", run_id=log.run_id, config=asdict(config), **facts)
+    facts["versions"] |= {"attention_backend": backend.name, "rejected": backend.rejected}
+    identity = {"seed": config.seed, "world_size": world.size,
+                "source_sha256": hashlib.sha256(source.encode()).hexdigest()}
+    facts["data"] = {**log.result.get("data", {}), **data}
+    log.result = {"started": utc_text(), **log.result, "run_id": log.run_id, "track": track,
+                  "preset": config.preset, "config_hash": config.config_hash, **identity, **facts,
+                  "packed_sha256": hashlib.sha256(packed).hexdigest(),
+                  "config": asdict(config), "differs": config.differs()}
+    log.event("start", **log.result)
     log.line(source, console=False)
     log.line(f"run {log.run_id} | PRESET={config.preset} differs: {config.differs() or 'nothing'}")
-    log.line(f"versions: {facts['versions']} hardware: {facts['hardware']}")
-    log.line(f"source: {len(source.encode()):,} bytes sha256 {log.result['source_sha256']} | "
-             f"packed: {len(packed):,} bytes sha256 {log.result['packed_sha256']}")
-    log.line(f"attention: {backend.name}"
-             + "".join(f" | not {name}: {why}" for name, why in backend.rejected.items()))
-    mode = "torch.compile" if config.compile else "eager"
-    log.line(f"track: {track} | world size: {world.size} | execution: {mode}")
-    log.line(f"val_tokens: {val.num_targets} (predictions) | val_bytes: {val.num_bytes} | data: "
-             f"{facts['data']}")
-    return Setup(config, world, log, backend.attend, val)
+    for name in ("track", "world_size", "source_sha256", "packed_sha256", *facts):
+        log.line(f"{name}: {log.result[name]}")
+    start = find_start(config, {**config.method(), **identity, **data}, log)
+    return config, world, log, backend.attend, val, start
 
 
 def data_facts(config: Config, val: ValStream) -> dict[str, object]:
@@ -2742,29 +2878,24 @@ def data_facts(config: Config, val: ValStream) -> dict[str, object]:
     tokenizer = digest(config.tokenizer_file.read_bytes()).hexdigest()
     written = manifest.get("tokenizer_sha256", tokenizer)
     if written != tokenizer:
-        raise DataError(f"{config.tokenizer_file}: sha256 {tokenizer[:16]}, but {path} says the "
-                        f"shards were written with {written[:16]}")
-    if val.num_targets // 2048 * 2048 == OFFICIAL_VAL_TARGETS \
-            and val.num_bytes not in OFFICIAL_VAL_BYTES:
-        raise DataError(f"{config.dataset_dir}: the official targets stand for {val.num_bytes} "
-                        f"bytes, must be in {OFFICIAL_VAL_BYTES}")
-    raw = {"val_raw_bytes": manifest["val_raw_bytes"]} if "val_raw_bytes" in manifest else {}
+        raise DataError(f"{config.tokenizer_file}: sha256 {tokenizer}, but {path} says {written}")
+    if is_official(val) and val.num_bytes not in OFFICIAL_VAL_BYTES:
+        raise DataError(f"{config.dataset_dir}: {val.num_bytes} bytes must be in "
+                        f"{OFFICIAL_VAL_BYTES}")
     return {"name": config.dataset_dir.name, "tokenizer_sha256": tokenizer,
             "val_documents": val.num_documents, "val_targets": val.num_targets,
             "fingerprint": digest(val.tokens.tobytes()).hexdigest()[:16],
-            "val_bytes": val.num_bytes, **raw}
+            "val_bytes": val.num_bytes, "val_raw_bytes": manifest.get("val_raw_bytes")}
 
 
-def train_to_artifact(setup: Setup) -> Path:
-    """Trains, quantises and writes the artifact; its path."""
-    config, world, log, attend, val = setup
-    trainer = Trainer(config, world, log, attend)
-    shards, tokens = len(trainer.loader.shards), trainer.loader.num_tokens
+def train_to_artifact(setup: Setup, path: Path) -> None:
+    """Trains, quantises and writes the artifact to `path`."""
+    config, world, log, attend, val, start = setup
+    trainer = Trainer(config, world, log, attend, start)
     groups = count_parameters(trainer.model)
     total = sum(count for _, count in groups.values())
-    log.put("data", train_tokens=tokens, train_shards=shards)
     log.put("model", parameters=total, groups=groups)
-    log.line(f"train_shards: {shards} | train_tokens: {tokens} | model_params:{total}")
+    log.line(f"model_params:{total}")
 
     def score(plan: DepthPlan) -> Score:
         windows = sliding_windows(val.num_targets, config.eval_seq_len, config.eval_seq_len)
@@ -2782,82 +2913,85 @@ def train_to_artifact(setup: Setup) -> Path:
     # Full float32 products from here on: error feedback cancels too finely for tf32.
     torch.set_float32_matmul_precision("highest")
     quantised, blob = fit_to_cap(trainer.model, hessians, plan, world, log)
-    path = log.folder / "artifact.bin"
     if world.is_main:
         save_artifact(path, blob, quantised, trainer.model, log)
-    whole = log.section("clocks")["training_seconds"] + time.perf_counter() - begin
-    log.put("clocks", train_to_artifact_seconds=round(whole, 3))
+    whole = log.result["clocks"]["training_seconds"] + time.perf_counter() - begin
+    log.put("clocks", train_to_artifact_seconds=whole)
     log_score(log, "averaged", "pre-quantization post-ema", score(plan))
-    world.barrier()
-    return path
+    log.write_result("partial", "evaluating")
 
 
 def evaluate_artifact(setup: Setup, path: Path) -> None:
-    """Scores what the file at `path` stands for; the last evaluation is the headline.
-
-    The strict clock runs from opening the file on, the lenient one over the headline alone.
-    """
-    config, world, log, attend, val = setup
+    """Scores what the file at `path` stands for; the last evaluation is the headline."""
+    config, world, log, attend, val, _ = setup
     begin, targets = time.perf_counter(), val.num_targets
+    by_document = config.ttt_mode == "documents"
     model, plan = load_artifact(path, config, world, attend)
     scorer = Scorer(model, plan, val, world, Audit(config.seed) if config.audit else None)
     seq_len, stride = config.eval_seq_len, config.eval_stride
     sliding = sliding_windows(targets, seq_len, stride)
-    headline, score = "quantised", evaluate(scorer, sliding_windows(targets, seq_len, seq_len))
-    log_score(log, headline, "quantized", score)
+    evaluations = [("quantised", "quantized", sliding_windows(targets, seq_len, seq_len))]
     if config.sliding_window_enabled:
-        headline, score = "sliding", evaluate(scorer, sliding)
-        log_score(log, headline, "quantized_sliding_window", score)
-    if config.ttt_mode == "documents":
+        evaluations.append(("sliding", "quantized_sliding_window", sliding))
+    if by_document:
         windows = document_windows(val, seq_len, stride)
-        headline, score = "documents", evaluate(scorer, windows, by_document=True)
-        log_score(log, headline, "quantized_documents", score)
+        evaluations.append(("documents", "quantized_documents", windows))
+    for headline, label, windows in evaluations:
+        score = evaluate_with_less(scorer, windows, headline == "documents", log)
+        log_score(log, headline, label, score)
+        check_gap(config, log)
     if config.ttt_enabled:
         headline = f"ttt_{config.ttt_mode}"
-        if config.ttt_mode == "documents":
+        if by_document:
             full, score = project_documents(scorer), evaluate_documents(scorer, log.folder)
         else:
-            log.line(f"ttt:start chunks={-(-targets // config.ttt_chunk_tokens)} "
-                     f"ttt_lr={config.ttt_lr} ttt_epochs={config.ttt_epochs}")
             score = evaluate_adapting(scorer, sliding)
         log_score(log, headline, "quantized_ttt", score)
     if headline != "ttt_documents":
         full = score.seconds * OFFICIAL_VAL_TARGETS / RECORD_RANKS * world.size / targets
+    # The strict clock runs from opening the file on, the lenient one in the headline alone.
     strict = time.perf_counter() - begin + scorer.earlier_seconds
-    log.put("clocks", eval_seconds_strict=round(strict, 2),
-            eval_seconds_lenient=round(score.seconds, 2),
+    log.put("clocks", eval_seconds_strict=strict, eval_seconds_lenient=score.seconds,
             eval_budget_seconds=config.max_eval_seconds,
-            projected_full_eval_seconds_8gpu=round(strict - score.seconds + full, 1))
+            projected_full_eval_seconds_8gpu=strict - score.seconds + full)
     if scorer.audit:
         log.result["audit"] = record = scorer.audit.report(world)
         failed = [f"{name} {facts}" for name, facts in record.items() if not facts["passed"]]
         if failed:
-            raise LegalityError(f"audit: no headline, because of {'; '.join(failed)}")
+            raise LegalityError(f"audit: {'; '.join(failed)}")
     log.result |= {"headline": headline, "val_bpb": score.bits, "val_loss": score.nats}
 
 
-def report_outcome(log: RunLog) -> None:
-    """Adds the quantisation gap and prints the result table."""
-    bpb, nats, seconds = (log.section(name) for name in ("bpb", "nats", "eval_seconds"))
+def evaluate_with_less(scorer: Scorer, windows: Windows, by_document: bool, log: RunLog) -> Score:
+    """The score on all windows; out of memory halves the batches, as far as there is a half."""
+    while True:
+        try:
+            return evaluate(scorer, windows, by_document)
+        except torch.OutOfMemoryError:
+            tokens = scorer.model.config.val_batch_tokens // 2
+            log.warn(f"out of memory: VAL_BATCH_TOKENS={tokens} from here on")
+            scorer.model.config = replace(scorer.model.config, val_batch_tokens=tokens)
+
+
+def check_gap(config: Config, log: RunLog) -> None:
+    """Notes what quantisation lost. Raises: TrainingError if it is more than the limit."""
+    bpb = log.result["bpb"]
     if "averaged" in bpb:
-        log.put("quantisation", gap_bpb=bpb["quantised"] - bpb["averaged"])
-    log.line(f"{'evaluation':<14}{'BPB':>10}{'nats':>10}{'seconds':>10}")
-    for key in bpb:
-        mark = "  <- headline" if key == log.result["headline"] else ""
-        log.line(f"{key:<14}{bpb[key]:>10.5f}{nats[key]:>10.5f}{seconds[key]:>10.1f}{mark}")
-    log.line(f"clocks: {log.section('clocks')}")
+        gap = bpb["quantised"] - bpb["averaged"]
+        log.put("quantisation", gap_bpb=gap)
+        if not gap <= config.max_quant_gap_bpb:
+            raise TrainingError(f"quantisation lost {gap:.4f} BPB, over MAX_QUANT_GAP_BPB; "
+                                f"{log.folder} keeps the weights")
+
+
+def report_outcome(log: RunLog) -> None:
+    """Prints the result table."""
+    result = log.result
+    for key, bits in result["bpb"].items():
+        mark = "  <- headline" if key == result["headline"] else ""
+        log.line(f"{key:<14}{bits:>9.5f} BPB{result['nats'][key]:>9.5f} nats"
+                 f"{result['eval_seconds'][key]:>9.1f} s{mark}")
     log.line(f"result: {log.result_path}")
-
-
-def crossed_budget(config: Config, log: RunLog) -> str:
-    """The budget that the run did not keep, or nothing."""
-    for name, clock, budget in (
-            ("MAX_WALLCLOCK_SECONDS", "training_seconds", config.max_wallclock_seconds),
-            ("MAX_EVAL_SECONDS", "eval_seconds_strict", config.max_eval_seconds)):
-        seconds = log.section("clocks").get(clock, 0.0)
-        if 0 < budget < seconds:
-            return f"{name}={budget:g} was crossed: {seconds:.1f}s"
-    return ""
 
 
 def describe_config(config: Config, world: World) -> str:
@@ -2867,7 +3001,7 @@ def describe_config(config: Config, world: World) -> str:
     lines.append(f"config hash {config.config_hash}, differs: {config.differs() or 'nothing'}")
     for plan in depth_plans(config):
         lines.append(f"plan {plan.name}: {plan.describe()} "
-                     f"{flops_per_token(config, plan) / 1e6:.1f} MFLOP per training token")
+                     f"{flops_per_token(config, plan) / 1e6:.1f} MFLOP per token")
         for number, (block, pass_number, skip_row, skip_from) in enumerate(plan.visits):
             form = block_form(config, block)
             skip = f", skip {skip_row} from visit {skip_from}" if skip_row >= 0 else ""
@@ -2892,21 +3026,31 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
     if config.print_config:
         print(describe_config(config, world))
         return {}
-    with world.process_group():
-        setup = prepare(config, world)
-        log = setup.log
+    with world.process_group(config.rank_timeout_seconds):
+        _, _, log, _, _, (state, _) = setup = prepare(config, world)
         try:
-            path = Path(config.eval_only) if config.eval_only else train_to_artifact(setup)
+            path = Path(config.eval_only or log.folder / "artifact.bin")
+            done = state.trained and "averaged" in log.result.get("bpb", {})
+            if not (config.eval_only or done):
+                train_to_artifact(setup, path)
             # From here on only the artifact exists.
             evaluate_artifact(setup, path)
             report_outcome(log)
+            world.deferring = True  # nothing is lost any more
         except BaseException as error:
-            log.finish("partial", f"{type(error).__name__}: {error}")
+            if any(log.folder.glob("*.ckpt")):
+                log.line(f"RUN_ID={log.run_id} RESUME=auto continues")
+            with contextlib.suppress(OSError):
+                log.write_result("partial", world.explain(error))
             raise
-        crossed = crossed_budget(config, log)
-        result = log.finish("complete", crossed or "finished")
-        if crossed and log.result["track"] == "10min_16mb":
-            raise LegalityError(crossed)
+        clocks = log.result["clocks"]
+        crossed = [f"{name.upper()}={getattr(config, name)} was crossed: {clocks[clock]:.1f}s"
+                   for name, clock in (("max_wallclock_seconds", "training_seconds"),
+                                       ("max_eval_seconds", "eval_seconds_strict"))
+                   if 0 < getattr(config, name) < clocks.get(clock, 0)]
+        result = log.write_result("complete", "; ".join(crossed) or "finished")
+        if crossed and result["track"] == "10min_16mb":
+            raise LegalityError(result["exit_reason"])
         return result
 
 
@@ -2918,14 +3062,12 @@ def command_line(arguments: Sequence[str]) -> int:
             write_atomically(Path(arguments[1]), packed)
             print(f"{arguments[1]}: {len(packed):,} bytes, {hashlib.sha256(packed).hexdigest()}")
         elif arguments:
-            print("usage: train_gpt.py [pack OUT]; settings are environment variables, "
-                  "PRINT_CONFIG=1 shows them", file=sys.stderr)
-            return 2
+            raise ConfigError("usage: train_gpt.py [pack OUT], settings as environment variables")
         else:
             main()
-    except (GolfError, OSError) as error:
+    except (GolfError, OSError, KeyboardInterrupt) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 75 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 

@@ -462,7 +462,7 @@ def test_saving_reports_bytes_as_a_directory_listing_would(
     log, model = golf.RunLog(config, world), random_model(config)
     contents, path = random_contents(config, 0), tmp_path / "artifact.bin"
     golf.save_artifact(path, encode(config), contents, model, log)
-    artifact = log.section("artifact")
+    artifact = log.result["artifact"]
     assert artifact["model_bytes"] == path.stat().st_size
     assert artifact["code_bytes"] == len(golf.packed_program())
     assert artifact["total_bytes"] == artifact["model_bytes"] + artifact["code_bytes"]

@@ -304,8 +304,8 @@ def test_score_is_logged_under_its_key_and_its_published_label(config: golf.Conf
     golf.log_score(log, "sliding", "quantized_sliding_window", score)
     assert log.lines == ["quantized_sliding_window val_loss:2.50000000 val_bpb:1.08123457 "
                          "eval_time:12346ms"]
-    assert log.section("bpb") == {"sliding": 1.0812345678}
-    assert log.section("nats") == {"sliding": 2.5}
+    assert log.result["bpb"] == {"sliding": 1.0812345678}
+    assert log.result["nats"] == {"sliding": 2.5}
     assert log.events[0]["event"] == "eval"
     assert log.events[0]["label"] == "sliding"
 
@@ -337,7 +337,7 @@ def test_record_track_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("size", "official", "changes", "attention", "named"), [
-    (4, True, {}, "fa3", "WORLD_SIZE=4"), (8, False, {}, "fa3", "validation"),
+    (4, True, {}, "fa3", "WORLD_SIZE=4"), (8, False, {}, "fa3", "VAL_TARGETS"),
     (8, True, {"compile": False}, "fa3", "COMPILE"), (8, True, {}, "math", "ATTENTION=math"),
     (8, True, {"max_wallclock_seconds": 601.0}, "fa3", "MAX_WALLCLOCK_SECONDS=601"),
     (8, True, {"max_wallclock_seconds": 0.0}, "fa3", "MAX_WALLCLOCK_SECONDS=0"),

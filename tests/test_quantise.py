@@ -331,7 +331,7 @@ def program_bytes() -> int:
 
 def test_artifact_that_fits_keeps_the_preset_widths(config: golf.Config, log: SilentLog) -> None:
     quantised, blob = fit(config, log)
-    assert log.section("quantisation")["clip_widening"] == 1.0
+    assert log.result["quantisation"]["clip_widening"] == 1.0
     assert not any("warning" in line for line in log.lines)
     model = random_model(config)
     wanted = golf.quantise(model, measured_hessians(model), golf.World())
@@ -348,7 +348,7 @@ def test_clips_widen_until_the_artifact_fits_and_the_log_says_so(
     small, tight = SilentLog(config), replace(config, artifact_cap_bytes=cap)
     quantised, blob = fit(tight, small)
     assert cap - 4000 < program_bytes + len(blob) <= cap
-    widening = small.section("quantisation")["clip_widening"]
+    widening = small.result["quantisation"]["clip_widening"]
     assert widening > 1.05
     warnings = [line for line in small.lines if line.startswith("warning")]
     said = [float(number) for line in warnings for number in re.findall(r"x(\d+\.\d+)", line)]

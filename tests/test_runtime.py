@@ -47,7 +47,7 @@ def test_log_writes_text_events_and_result(
     log.warn("careful")
     log.put("train", steps=3)
     log.put("train", seconds=1.5)
-    log.finish("complete", "finished")
+    log.write_result("complete", "finished")
     assert capsys.readouterr().out == "seen by people\nwarning: careful\n"
     text = (tmp_path / "logs" / "toy.txt").read_text().splitlines()
     assert text == ["seen by people", "only in the file", "warning: careful"]
@@ -72,23 +72,13 @@ def test_events_are_on_disk_before_the_run_ends(make_config: MakeConfig, world: 
     assert json.loads((tmp_path / "logs" / "toy.jsonl").read_text())["event"] == "b"
 
 
-def test_phase_logs_its_seconds(make_config: MakeConfig, world: golf.World, tmp_path: Path) -> None:
-    log = golf.RunLog(make_config(), world)
-    with log.phase("rest"):
-        pass
-    event = json.loads((tmp_path / "logs" / "toy.jsonl").read_text())
-    assert event["event"] == "phase"
-    assert "rest" in event.values()
-    assert 0 <= event["seconds"] < 1
-
-
 def test_other_ranks_write_and_print_nothing(make_config: MakeConfig, tmp_path: Path,
                                              capsys: pytest.CaptureFixture[str]) -> None:
     log = golf.RunLog(make_config(), golf.World(rank=1, size=2))
     log.line("a")
     log.event("b")
     log.warn("c")
-    log.finish("complete", "finished")
+    log.write_result("complete", "finished")
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == ""
 
@@ -97,7 +87,7 @@ def test_run_id_is_never_used_twice(make_config: MakeConfig, world: golf.World,
                                     tmp_path: Path) -> None:
     first = golf.RunLog(make_config(), world)
     first.line("precious")
-    first.finish("complete", "finished")
+    first.write_result("complete", "finished")
     def contents() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
@@ -179,7 +169,7 @@ def test_pack_command_writes_what_counts(tmp_path: Path,
 @pytest.mark.parametrize("arguments", [["unpack"], ["pack"], ["pack", "a", "b"], ["--help"]])
 def test_unknown_command_explains_the_program(arguments: list[str],
                                               capsys: pytest.CaptureFixture[str]) -> None:
-    assert golf.command_line(arguments) == 2
+    assert golf.command_line(arguments) == 1
     assert "pack OUT" in capsys.readouterr().err
 
 

@@ -127,11 +127,11 @@ def train(env: Mapping[str, str], *, whole: bool) -> Path:
             golf.main(env)
         else:
             with world.process_group():
-                setup = golf.prepare(config, world)
-                trainer = golf.Trainer(config, world, setup.log, setup.attend)
+                _, _, log, attend, *_ = golf.prepare(config, world)
+                trainer = golf.Trainer(config, world, log, attend)
                 plan, hessians = trainer.run(lambda step, plan, is_last: None)
-                keeper.save(trainer.model, hessians, plan, setup.log)
-                setup.log.finish("partial", "trained for the quantiser curve")
+                keeper.save(trainer.model, hessians, plan, log)
+                log.finish("partial", "trained for the quantiser curve")
     finally:
         golf.collect, golf.fit_to_cap = keeper.collect, keeper.fit_to_cap
     if keeper.path is None:
