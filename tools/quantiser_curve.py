@@ -131,7 +131,7 @@ def train(env: Mapping[str, str], *, whole: bool) -> Path:
                 trainer = golf.Trainer(config, world, log, attend)
                 plan, hessians = trainer.run(lambda step, plan, is_last: None)
                 keeper.save(trainer.model, hessians, plan, log)
-                log.finish("partial", "trained for the quantiser curve")
+                log.write_result("partial", "trained for the quantiser curve")
     finally:
         golf.collect, golf.fit_to_cap = keeper.collect, keeper.fit_to_cap
     if keeper.path is None:
