@@ -439,8 +439,8 @@ class World:
             store.set(f"rank {self.rank}", "")
             if not isinstance(error, GolfError | KeyboardInterrupt):  # another may be stuck
                 time.sleep(1)
-                well = [r for r in range(self.size) if not store.check([f"rank {r}"])]
-                text += f"; ranks without error: {well}"
+                silent = [r for r in range(self.size) if not store.check([f"rank {r}"])]
+                text += f"; silent ranks: {silent}"
             text = store.compare_set("failure", "", text).decode()
         return text
 

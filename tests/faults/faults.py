@@ -259,7 +259,8 @@ class Suite:
             processes[1].kill()
             processes[1].wait()
             before, words = run.logs(), run.words(0) + run.words(1)
-            once = (words.count("Traceback") <= 1 and "Error: " in words) or code == 75
+            named = words.count("Traceback") == 1 and "; silent ranks: [1]" in words
+            once = code == 75 or named
             row.add(code in codes and once and not any(self.finish_ranks(run, RESUME="auto"))
                     and run.outcome() == twin.outcome(), run.lost(before))
             row.note = f"the other rank ended after {seconds:.1f} s"
