@@ -1112,8 +1112,9 @@ class GPT(nn.Module):
         """Normalised output of the last block, (B, T, D) in the compute type."""
         weights, rotary = self.block_weights(), Rotary(self.cos, self.sin)
         skips = self.skip_weights.unbind(), self.skip_gates.sigmoid().unbind()
-        x = x0 = self.embed_tokens(ids_BT, self.embed, self.dtype)
-        runner = block_runner or (run_block if adapter else self.run_block)
+        embedder, runner, norm = ((embed_tokens, block_runner or run_block, rms_norm) if adapter else
+                                  (self.embed_tokens, self.run_block, self.norm))
+        x = x0 = embedder(ids_BT, self.embed, self.dtype)
         outputs: list[Tensor] = []
         for number, visit in enumerate(plan.visits):
             row, block = visit.skip_row, visit.block
@@ -1122,7 +1123,7 @@ class GPT(nn.Module):
             stream = Stream(x.view_as(x), x0, skip)  # one tensor twice would be another graph
             x = runner(stream, weights[block], self.forms[block], rotary, self.attend, tap)
             outputs.append(x)
-        return self.norm(x)
+        return norm(x)
 
     def forward(self, ids_BT: Tensor, target_BT: Tensor, plan: DepthPlan,
                 adapter: Adapter | None = None,
