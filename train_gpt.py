@@ -62,52 +62,41 @@ if typing.TYPE_CHECKING:
 
 # ==================================================================================================
 # 1  Config
-#
 # Enters: environment variables. Leaves: one frozen `Config`, complete and checked. A preset is a
 # table of differences from the defaults; a variable named like a field, in capitals, overrides it.
 # What looks like a setting of ours but is none is an error: a misspelt setting costs a paid run.
 # ==================================================================================================
 
-
 class GolfError(Exception):
     """An error to act on: the message names the variable or file, the value and the bound."""
-
 
 class ConfigError(GolfError):
     """A setting is unknown, malformed, out of range, or contradicts another one."""
 
-
 class DataError(GolfError):
     """A shard, tokenizer or token stream is not what it has to be."""
-
 
 class ArtifactError(GolfError):
     """An artifact is damaged, foreign, or larger than allowed."""
 
-
 class LegalityError(GolfError):
     """A score or a clock would break the rules of the competition."""
 
-
 class TrainingError(GolfError):
     """Training or quantisation produced what nothing later can recover from."""
-
 
 def require(holds: object, name: str, value: object, bound: object) -> None:
     """Raises ConfigError with what the setting has to be, unless that holds."""
     if not holds:
         raise ConfigError(f"{name.upper()}={value} must be {bound}")
 
-
 def within(default: float, low: float, high: float) -> typing.Any:
     """A setting with its range, both ends included."""
     return field(default=default, metadata={"range": (low, high)})
 
-
 @dataclass(frozen=True, slots=True)
 class Config:
     """Every setting of a run, under the names that the competition published, in lower case."""
-
     # Run
     preset: str = "record"
     track: Literal["auto", "10min_16mb", "non_record"] = "auto"
@@ -283,7 +272,6 @@ class Config:
         base = Config.from_env({"PRESET": self.preset})
         return {k: v for k, v in asdict(self).items() if v != getattr(base, k)}
 
-
 NOT_METHOD = {"seed", "run_id", "log_dir", "run_dir", "print_config", "eval_only", "data_dir",
               "data_path", "tokenizer_path", "audit", "resume", "checkpoint_every",
               "rank_timeout_seconds", "max_quant_gap_bpb"}
@@ -317,8 +305,6 @@ RETIRED = {
 # A variable with one of these words between underscores can only be meant for this program.
 OWNED_WORDS = "TTT MUON GPTQ EMA SWA WARMDOWN LOOPS XSA ROPE WALLCLOCK EMBED CLIP LORA MLP QK LR"
 
-
-
 def parse_setting(name: str, text: str, kind: typing.Any) -> object:
     """The value of `text` as a type or as one of the literals. Raises: ConfigError."""
     choices = ("0", "1") if kind is bool else typing.get_args(kind) or (text,)
@@ -330,12 +316,10 @@ def parse_setting(name: str, text: str, kind: typing.Any) -> object:
     except ValueError:
         raise ConfigError(f"{name}={text!r} must be a {'whole ' * (kind is int)}number") from None
 
-
 # Relations between settings in words, and what contradicts them.
 RELATIONS: dict[str, tuple[str, Callable]] = {
     "%": ("a multiple of", operator.mod), "<=": ("at most", operator.gt),
     "<": ("below", operator.ge)}
-
 
 def check_consistency(config: Config) -> None:
     """Raises ConfigError for the first two settings that contradict each other."""
@@ -360,18 +344,14 @@ def check_consistency(config: Config) -> None:
     require(set(sites.split(",")) <= set(SITES), "ttt_lora_sites", sites,
             f"some of {','.join(SITES)}")
 
-
 # ==================================================================================================
 # 2  Runtime
-#
 # Enters: the variables that torchrun sets. Leaves: a `World` (who we are, which device, how ranks
 # talk) and a `RunLog` (text for people, JSON lines for programs, one result file). All in seconds.
 # ==================================================================================================
 
-
 class World:
     """This process among its peers. At world size 1 every collective is the identity."""
-
     def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu") -> None:
         self.rank, self.size, self.device = rank, size, torch.device(device)
         self.is_main, self.is_cuda = rank == 0, self.device.type == "cuda"
@@ -499,10 +479,8 @@ class World:
         if self.size > 1:
             dist.barrier(group=self.control)
 
-
 class RunLog:
     """The files of one run: text, JSON lines and the `result`. Ranks other than 0 are silent."""
-
     def __init__(self, config: Config, world: World) -> None:
         self.started = time.time()
         stamp = f"{config.preset}-{config.seed}-{utc_text('%Y%m%dT%H%M%S')}"
@@ -570,11 +548,9 @@ class RunLog:
             write_atomically(self.result_path, (json.dumps(self.result, indent=1) + "\n").encode())
         return self.result
 
-
 def utc_text(form: str = "%Y-%m-%dT%H:%M:%SZ") -> str:
     """The time now, as ISO 8601 text."""
     return time.strftime(form, time.gmtime())
-
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Writes `data` so that a reader, or a crash, never sees half of it, nor through a link."""
@@ -590,22 +566,18 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         partial.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error}") from None
 
-
 # The packed program that is running, or None for the plain script.
 ARCHIVE = getattr(globals().get("__loader__"), "archive", None)
-
 
 @functools.cache  # the file may be edited while a run goes on; what counts is what runs
 def program_source() -> str:
     """The text of the running program, also when it runs from its packed form."""
     return unpack_program(Path(ARCHIVE)) if ARCHIVE else Path(__file__).read_text(encoding="utf-8")
 
-
 @functools.cache
 def packed_program() -> bytes:
     """The packed form of the running program, which may be packed already."""
     return Path(ARCHIVE).read_bytes() if ARCHIVE else pack_program(program_source())
-
 
 def environment_facts(world: World) -> dict[str, object]:
     """Hardware and versions: everything outside the program whose change could move a number."""
@@ -623,10 +595,8 @@ def environment_facts(world: World) -> dict[str, object]:
             hardware["driver"] = text.split("  ")[1]  # follows the module's name
     return {"hardware": hardware, "versions": versions}
 
-
 # ==================================================================================================
 # 3  Data
-#
 # Enters: shards of uint16 token ids and a SentencePiece model. Leaves: training windows in an order
 # that only the seed decides, and the validation stream with the bytes every target stands for.
 # ==================================================================================================
@@ -634,7 +604,6 @@ def environment_facts(world: World) -> dict[str, object]:
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 BOS_ID = 1
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a leading space
-
 
 def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
     """The uint16 ids of a shard, mapped, below `vocab_size` if given. Raises: DataError."""
@@ -652,13 +621,11 @@ def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
         check_ids(tokens, vocab_size, str(path))
     return tokens
 
-
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
     """Raises DataError if a token id is not below `vocab_size`."""
     largest = int(tokens.max(initial=0))
     if largest >= vocab_size:
         raise DataError(f"{where}: token id {largest} must be below VOCAB_SIZE ({vocab_size})")
-
 
 def find_shards(folder: Path, split: str) -> list[Path]:
     """The shard files of `split`, in order. Raises: DataError if there are none."""
@@ -667,13 +634,11 @@ def find_shards(folder: Path, split: str) -> list[Path]:
         raise DataError(f"{folder}: no *_{split}_*.bin shards; tools/prepare_data.py provides them")
     return found
 
-
 class TrainLoader:
     """Windows of `seq_len + 1` tokens, without replacement, new boundaries and order every pass.
 
     Window number n depends on the seed and the shards alone, so a run can resume from a number.
     """
-
     def __init__(self, shards: Sequence[np.ndarray], config: Config) -> None:
         self.shards, self.config, self.seq_len = shards, config, config.train_seq_len
         self.offsets = np.cumsum([0] + [s.size for s in shards])
@@ -705,13 +670,10 @@ class TrainLoader:
         check_ids(windows, self.config.vocab_size, f"{self.config.dataset_dir}: training shards")
         return windows
 
-
 class BatchShape(NamedTuple):
     """How a rank's share of one optimizer step is divided."""
-
     micro_steps: int
     sequences: int  # per micro-step
-
 
 def batch_shape(config: Config, world_size: int) -> BatchShape:
     """The fewest micro-steps within MICRO_BATCH_TOKENS, same global batch. Raises: ConfigError."""
@@ -723,7 +685,6 @@ def batch_shape(config: Config, world_size: int) -> BatchShape:
     per_rank, most = total // world_size, config.micro_batch_tokens // config.train_seq_len
     sequences = next(n for n in range(most, 0, -1) if per_rank % n == 0)
     return BatchShape(per_rank // sequences, sequences)
-
 
 def batch_stream(loader: TrainLoader, shape: BatchShape, world: World, step: int = 0
                  ) -> Generator[list[Tensor], None, None]:
@@ -745,14 +706,11 @@ def batch_stream(loader: TrainLoader, shape: BatchShape, world: World, step: int
             step += 1
             yield [rows.to(world.device, non_blocking=True) for rows in pending.popleft().result()]
 
-
 class TokenBytes(NamedTuple):
     """What each token id adds to the byte count, as arrays over the vocabulary."""
-
     base: np.ndarray  # int16, bytes without the leading space
     leading_space: np.ndarray  # bool
     boundary: np.ndarray  # bool: control, unknown, unused; a leading space after it is no byte
-
 
 def load_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
     """The SentencePiece model at `path`. Raises: DataError if missing or of another size."""
@@ -766,7 +724,6 @@ def load_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
     if tokenizer.vocab_size() != vocab_size:
         raise DataError(f"{path}: {tokenizer.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
     return tokenizer
-
 
 def token_bytes(tokenizer: SentencePieceProcessor) -> TokenBytes:
     """Bytes of decoded text per token id, 0 for control tokens; `bytes_of_targets` adds the space.
@@ -788,15 +745,12 @@ def token_bytes(tokenizer: SentencePieceProcessor) -> TokenBytes:
     base = np.where(boundary, 0, np.where(tokenizer.is_byte(ids), 1, sizes)).astype(np.int16)
     return TokenBytes(base, np.char.startswith(pieces, SPACE_MARK) & ~boundary, boundary)
 
-
 def bytes_of_targets(previous: np.ndarray, target: np.ndarray, table: TokenBytes) -> np.ndarray:
     """Bytes each target stands for, int16, given the token before it."""
     return table.base[target] + (table.leading_space[target] & ~table.boundary[previous])
 
-
 class ValStream:
     """The validation tokens in order, and the bytes of every target: any token but the first."""
-
     def __init__(self, tokens: np.ndarray, table: TokenBytes, seq_len: int,
                  keep_tail: bool = False) -> None:
         whole = max(0, tokens.size - 1) // seq_len * seq_len  # the tail fills no sequence
@@ -821,10 +775,8 @@ class ValStream:
         tokens = np.concatenate([read_shard(path, config.vocab_size) for path in shards])
         return cls(tokens, table, config.eval_seq_len, config.val_tail)
 
-
 # ==================================================================================================
 # 4  Model
-#
 # Enters: token ids, a `DepthPlan`, perhaps an adapter. Leaves: hidden states, or nats per target.
 #
 #   B batch   T tokens   D model width   H query heads   G key/value heads   K head width
@@ -840,25 +792,19 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q_BTHK, k_BTGK, v_BTGK ->
 Result = typing.TypeVar("Result", Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor])
 Tap = Callable[[Site, Tensor, Tensor], Tensor]  # input and output of a layer -> output to use
 
-
 class Adapter(Protocol):
     """Sees every linear layer and may change its output. `visit` counts; the head is -1."""
-
     def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor: ...
-
 
 class Visit(NamedTuple):
     """One virtual layer: a physical block, which pass over it, and the skip that precedes it."""
-
     block: int
     pass_number: int
     skip_row: int = -1  # row of the skip weights; -1: none
     skip_from: int = -1  # visit whose output is mixed in
 
-
 class DepthPlan(NamedTuple):
     """The order in which the forward pass visits the physical blocks."""
-
     name: str
     visits: tuple[Visit, ...]
 
@@ -866,7 +812,6 @@ class DepthPlan(NamedTuple):
         """Encoder and decoder halves, as the published logs write them."""
         order, half = [v.block for v in self.visits], len(self.visits) // 2
         return f"encoder:{order[:half]} decoder:{order[half:]}"
-
 
 def plan_from_order(name: str, order: list[int]) -> DepthPlan:
     """A U-Net over `order`: decoder j, in the second half, takes the j-th last encoder's output.
@@ -880,7 +825,6 @@ def plan_from_order(name: str, order: list[int]) -> DepthPlan:
         visits.append(Visit(block, order[:position].count(block), *skip))
     return DepthPlan(name, tuple(visits))
 
-
 def depth_plans(config: Config) -> tuple[DepthPlan, ...]:
     """The plans of a run, in the order in which training reaches them."""
     blocks, first, last = list(range(config.num_layers)), config.loop_start, config.loop_end + 1
@@ -888,24 +832,19 @@ def depth_plans(config: Config) -> tuple[DepthPlan, ...]:
     plans = (plan_from_order("unlooped", blocks), plan_from_order("looped", looped))
     return plans if config.num_loops else plans[:1]
 
-
 def plan_at(config: Config, progress: float) -> DepthPlan:
     """The plan in force at `progress` (0 to 1)."""
     return depth_plans(config)[-1 if progress >= config.enable_looping_at else 0]
 
-
 class BlockForm(NamedTuple):
     """What is fixed about a block when it is compiled."""
-
     num_heads: int
     num_kv_heads: int
     residual: Literal["serial", "parallel"]
     exclusive: bool  # exclusive self attention
 
-
 class BlockWeights(NamedTuple):
     """Parameters of one physical block; matrices are in the compute type."""
-
     qkv: Tensor  # (H+2G)*K, D
     out: Tensor  # D, H*K, times attn_scale
     up: Tensor  # F, D
@@ -914,33 +853,26 @@ class BlockWeights(NamedTuple):
     q_gain: Tensor  # H
     norm_scale: Tensor  # 0-D
 
-
 class Stream(NamedTuple):
     """What enters a block: the residual stream, the embedding, and what a U-Net skip mixes in."""
-
     x: Tensor  # B, T, D
     x0: Tensor  # B, T, D
     skip: tuple[Tensor, ...] = ()  # (B, T, D), its weight (D), and the stream's share (D)
 
-
 class Rotary(NamedTuple):
     """Rotation tables, float32 (T, half the rotated dimensions)."""
-
     cos: Tensor
     sin: Tensor
-
 
 def rms_norm(x: Tensor) -> Tensor:
     """`x` over its root mean square along the last dimension, computed in float32."""
     return F.rms_norm(x.float(), (x.shape[-1],), eps=NORM_EPS).to(x.dtype)
-
 
 def rotary_tables(num_positions: int, rotated_dims: int, base: float) -> Rotary:
     """Tables for positions from 0; angles are float64, in which every position is exact."""
     exponent = -torch.arange(0, rotated_dims, 2, dtype=torch.float64) / rotated_dims
     angle = torch.outer(torch.arange(num_positions, dtype=torch.float64), base**exponent)
     return Rotary(angle.cos().float(), angle.sin().float())
-
 
 def rotate(x_BTHK: Tensor, rotary: Rotary) -> Tensor:
     """Rotates pairs (i, i + half) of every head by its position; other dimensions pass. Float32."""
@@ -949,13 +881,11 @@ def rotate(x_BTHK: Tensor, rotary: Rotary) -> Tensor:
     a, b, rest = x_BTHK.tensor_split((half, 2 * half), dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
-
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     """Attention output without its component along the value at the same position."""
     v = F.normalize(v_BTGK.float(), dim=-1, eps=1e-12).unsqueeze(3)
     y_BTGRK = y_BTHK.float().unflatten(2, (v.shape[2], -1))
     return (y_BTGRK - (y_BTGRK * v).sum(-1, keepdim=True) * v).flatten(2, 3).to(y_BTHK.dtype)
-
 
 def split_heads(qkv_BTNK: Tensor, gain_H: Tensor, cos: Tensor,
                 sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -966,12 +896,10 @@ def split_heads(qkv_BTNK: Tensor, gain_H: Tensor, cos: Tensor,
     q_BTHK = (qk[:, :, :H] * gain_H[:, None]).to(dtype)
     return q_BTHK, qk[:, :, H:].to(dtype), qkv_BTNK[:, :, H + G:]
 
-
 def linear(x: Tensor, w_OI: Tensor, site: Site, tap: Tap | None) -> Tensor:
     """`x` times the transpose of `w`, as seen or changed by an adapter."""
     y = F.linear(x, w_OI)
     return y if tap is None else tap(site, x, y)
-
 
 def attention(x_BTD: Tensor, w: BlockWeights, form: BlockForm, rotary: Rotary, attend: Attend,
               tap: Tap | None) -> Tensor:
@@ -984,13 +912,11 @@ def attention(x_BTD: Tensor, w: BlockWeights, form: BlockForm, rotary: Rotary, a
         y_BTHK = fused_exclude_self(y_BTHK, v_BTGK)
     return linear(y_BTHK.flatten(2), w.out, "out", tap)
 
-
 def mlp_parts(x_BTD: Tensor, up_FD: Tensor, down_DF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Output, hidden layer, and what the hidden layer is the square of the leaky ReLU of."""
     pre_BTF = F.linear(x_BTD, up_FD)
     hidden_BTF = F.leaky_relu(pre_BTF, LEAKY_SLOPE).square()
     return F.linear(hidden_BTF, down_DF), hidden_BTF, pre_BTF
-
 
 def mlp(x_BTD: Tensor, w: BlockWeights, tap: Tap | None) -> Tensor:
     """Two linear layers round the square of a leaky ReLU."""
@@ -998,7 +924,6 @@ def mlp(x_BTD: Tensor, w: BlockWeights, tap: Tap | None) -> Tensor:
         return fused_mlp(x_BTD, w.up, w.down)[0]
     hidden_BTF = F.leaky_relu(linear(x_BTD, w.up, "up", tap), LEAKY_SLOPE).square()
     return linear(hidden_BTF, w.down, "down", tap)
-
 
 def run_block(stream: Stream, w: BlockWeights, form: BlockForm, rotary: Rotary, attend: Attend,
               tap: Tap | None = None) -> Tensor:
@@ -1015,20 +940,16 @@ def run_block(stream: Stream, w: BlockWeights, form: BlockForm, rotary: Rotary, 
         z = rms_norm(after) * norm_scale
     return after + mlp(z, w, tap)
 
-
 def embed_tokens(ids_BT: Tensor, embed_VD: Tensor, dtype: torch.dtype) -> Tensor:
     """Normalised embeddings in the compute type."""
     return rms_norm(F.embedding(ids_BT, embed_VD).to(dtype))
-
 
 def softcapped_nll(logits_NV: Tensor, target_N: Tensor, cap: float) -> Tensor:
     """Negative log-likelihood in nats, float32 (N,), of logits squashed to (-cap, cap)."""
     return F.cross_entropy(cap * torch.tanh(logits_NV.float() / cap), target_N, reduction="none")
 
-
 class Matrix(NamedTuple):
     """The matrices of one role in all blocks: rows of a parameter stacked over blocks."""
-
     role: Literal["q", "k", "v", "out", "up", "down"]
     parameter: nn.Parameter
     rows: slice
@@ -1037,10 +958,8 @@ class Matrix(NamedTuple):
         """This role's share (L, rows, columns) of the parameter's values, gradient or integers."""
         return stack[:, self.rows]
 
-
 class GPT(nn.Module):
     """The language model: float32 parameters stacked over blocks, and the only forward pass."""
-
     norm_scale: Tensor
     cos: Tensor
     sin: Tensor
@@ -1112,8 +1031,9 @@ class GPT(nn.Module):
         """Normalised output of the last block, (B, T, D) in the compute type."""
         weights, rotary = self.block_weights(), Rotary(self.cos, self.sin)
         skips = self.skip_weights.unbind(), self.skip_gates.sigmoid().unbind()
-        embedder, runner, norm = ((embed_tokens, block_runner or run_block, rms_norm) if adapter else
-                                  (self.embed_tokens, self.run_block, self.norm))
+        embedder, runner, norm = (
+            (embed_tokens, block_runner or run_block, rms_norm) if adapter else
+            (self.embed_tokens, self.run_block, self.norm))
         x = x0 = embedder(ids_BT, self.embed, self.dtype)
         outputs: list[Tensor] = []
         for number, visit in enumerate(plan.visits):
@@ -1138,13 +1058,11 @@ class GPT(nn.Module):
         target_N = target_BT.flatten().long()
         return fused_nll(logits_NV, target_N, self.config.logit_softcap).view(target_BT.shape)
 
-
 def block_form(config: Config, block: int) -> BlockForm:
     """The fixed part of one physical block."""
     parallel = 0 <= config.parallel_residual_start <= block
     return BlockForm(config.num_heads, config.num_kv_heads, "parallel" if parallel else "serial",
                      block >= config.num_layers - config.xsa_last_n)
-
 
 def count_parameters(model: GPT) -> dict[str, tuple[int, int]]:
     """(tensors, parameters) per optimizer group, counted as the published systems' tensors."""
@@ -1155,27 +1073,22 @@ def count_parameters(model: GPT) -> dict[str, tuple[int, int]]:
             "matrix": (blocks * len(matrices), sum(matrices)),
             "vector": (tensors, sum(v.numel() for v in vectors.values()))}
 
-
 def flops_per_token(config: Config, plan: DepthPlan) -> float:
     """Operations of one training token, forward and backward; attention counts its causal half."""
     matrices = 2 * (config.model_dim + config.kv_dim + config.mlp_dim)
     per_visit = 6 * matrices + 2 * 3.5 * config.train_seq_len  # backward is 2.5 times forward
     return config.model_dim * (len(plan.visits) * per_visit + 6 * config.vocab_size)
 
-
 class AttentionBackend(NamedTuple):
     """The attention kernel in use, and why the ones before it are not."""
-
     name: str
     attend: Attend
     rejected: dict[str, str]
-
 
 def sdpa_attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
     """Causal attention by PyTorch; `load_sdpa` decides which of its kernels runs."""
     q, k, v = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-
 
 def load_sdpa(device: torch.device, kernel: str) -> Attend:
     """PyTorch attention pinned to one kernel. Raises: GolfError without a CUDA device."""
@@ -1188,7 +1101,6 @@ def load_sdpa(device: torch.device, kernel: str) -> Attend:
     elif kernel != "math":
         raise GolfError("needs a CUDA device")
     return sdpa_attend
-
 
 def attention_error(attend: Attend, device: torch.device) -> float:
     """Largest relative error of output and gradients against float32, on random input."""
@@ -1206,7 +1118,6 @@ def attention_error(attend: Attend, device: torch.device) -> float:
     found = run(attend, device, compute_dtype(device))
     errors = [(f - w).norm() / w.norm() for f, w in zip(found, wanted, strict=True)]
     return float(torch.stack(errors).max())  # unlike Python's max, lets no NaN pass
-
 
 def choose_attention(name: str, device: torch.device) -> AttentionBackend:
     """The named back-end, or the first that loads and is exact enough. Raises: ConfigError."""
@@ -1226,20 +1137,16 @@ def choose_attention(name: str, device: torch.device) -> AttentionBackend:
             return AttentionBackend(candidate, attend, rejected)
     raise ConfigError(f"ATTENTION={name}: " + "; ".join(f"{k}: {v}" for k, v in rejected.items()))
 
-
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bf16 where matrix units exist, float32 elsewhere."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
-
 
 def maybe_compile(function: Callable[..., Tensor], config: Config) -> Callable[..., Tensor]:
     """`function`, compiled to one graph where the settings ask for it."""
     return torch.compile(function, fullgraph=True, dynamic=False) if config.compile else function
 
-
 # ==================================================================================================
 # 5  Optimizer
-#
 # Enters: gradients of this rank's share of a batch. Leaves: parameters, updated alike everywhere.
 # Matrices go to Muon, whose momentum and orthogonalisation are shared out over the ranks; the rest
 # goes to AdamW. Schedules are functions of progress (0 to 1) or of the step, and of nothing else.
@@ -1247,17 +1154,14 @@ def maybe_compile(function: Callable[..., Tensor], config: Config) -> Callable[.
 #   M matrices of one shape, laid wide   R rows   C columns (R <= C)
 # ==================================================================================================
 
-
 def lr_scale(progress: float, warmdown_frac: float, floor: float) -> float:
     """1 until the last `warmdown_frac` of the run, then linear down to `floor`."""
     return max(floor, min(1.0, (1.0 - progress) / warmdown_frac))
-
 
 def muon_momentum(step: int, config: Config) -> float:
     """Linear ramp from the warm-up start to the final momentum."""
     share, first = step / config.muon_momentum_warmup_steps, config.muon_momentum_warmup_start
     return first + min(share, 1.0) * (config.muon_momentum - first)
-
 
 def orthogonalise(update_MRC: Tensor, iterations: int) -> Tensor:
     """Each matrix of a stack moved towards the nearest semi-orthogonal one, in bf16.
@@ -1272,10 +1176,8 @@ def orthogonalise(update_MRC: Tensor, iterations: int) -> Tensor:
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
-
 class MatrixGroup:
     """All matrices of one shape, laid wide, in one stack padded to a multiple of the world size."""
-
     def __init__(self, matrices: Sequence[Matrix], world: World) -> None:
         self.matrices, self.world = matrices, world
         views = [m.view(m.parameter.data) for m in matrices]
@@ -1309,15 +1211,12 @@ class MatrixGroup:
             scale = lr * math.sqrt(max(1.0, w.shape[1] / w.shape[2]))
             w.mul_(1 - lr * config.muon_wd).sub_(scale * (part.mT if tall else part).float())
 
-
 def gradient_of(parameter: nn.Parameter) -> Tensor:
     """The gradient, which must be there."""
     return typing.cast(Tensor, parameter.grad)
 
-
 class Optimizer:
     """Muon for the matrices, AdamW for the rest, one global gradient clip for all."""
-
     def __init__(self, model: GPT, config: Config, world: World) -> None:
         self.model, self.config, self.world = model, config, world
         shapes: dict[tuple[int, ...], list[Matrix]] = {}
@@ -1366,10 +1265,8 @@ class Optimizer:
         """AdamW's live state; there is none before the first step."""
         return [t for state in self.adam.state.values() for t in state.values()]
 
-
 class WeightAverage:
     """Exponential moving average of every parameter, updated once a step."""
-
     def __init__(self, model: GPT, decay: float) -> None:
         self.decay = decay
         self.weights = [p.data for p in model.parameters()]
@@ -1383,19 +1280,15 @@ class WeightAverage:
         """Replaces the model's weights by their average."""
         torch._foreach_copy_(self.weights, self.shadow)
 
-
 # ==================================================================================================
 # 6  Training
-#
 # Enters: model, batches, clock. Leaves: averaged weights and calibration statistics, in the time
 # budget. The host runs two steps ahead of the device and never waits for a value it does not need.
 # ==================================================================================================
 
-
 @dataclass
 class TrainState:
     """Where a run stands. With a checkpoint's tensors and the settings, it decides what follows."""
-
     facts: dict[str, object]  # settings, data, world and source, which must be equal
     step: int = 0
     plan: int = 0
@@ -1421,9 +1314,7 @@ class TrainState:
         except Exception as error:  # whatever a foreign file provokes
             raise ArtifactError(f"{path}: no checkpoint: {error}") from None
 
-
 Start = tuple[TrainState, list[Tensor]]  # where training starts, and with what
-
 
 def find_start(config: Config, facts: dict[str, object], log: RunLog) -> Start:
     """The newest whole checkpoint that RESUME means, if any. Raises: ArtifactError, ConfigError."""
@@ -1447,10 +1338,8 @@ def find_start(config: Config, facts: dict[str, object], log: RunLog) -> Start:
         raise ArtifactError(f"RESUME={config.resume}: no checkpoint is whole")
     return TrainState(facts), []
 
-
 class TrainingClock:
     """Budget from the first step to the last read of training data. Rank 0's decides for all."""
-
     def __init__(self, config: Config, world: World, reserve_seconds: float) -> None:
         budget = config.max_wallclock_seconds
         self.world, self.iterations = world, config.iterations
@@ -1479,10 +1368,8 @@ class TrainingClock:
         progress = max(self.agreed / self.limit, step / self.iterations)
         return min(1.0, progress), bool(stopped)
 
-
 class Trainer:
     """The training loop and everything it keeps between steps."""
-
     def __init__(self, config: Config, world: World, log: RunLog, attend: Attend,
                  start: Start | None = None) -> None:
         self.config, self.world, self.log = config, world, log
@@ -1712,10 +1599,8 @@ class Trainer:
         log.line(f"training: {steps} steps, {seconds:.1f}s, {tokens / seconds:.0f} tok/s, "
                  f"micro-steps only {by_plan}, peak memory {peak} MiB")
 
-
 # ==================================================================================================
 # 7  Quantisation
-#
 # Enters: averaged weights and Hessians (second moments of every linear layer's inputs). Leaves:
 # integers with one scale per row. "6 bits" names a range; what decides the size is the step, a
 # multiple of the row's standard deviation, because the integers are entropy coded.
@@ -1723,10 +1608,8 @@ class Trainer:
 #   L blocks   R rows (outputs)   C columns (inputs)
 # ==================================================================================================
 
-
 class Hessians:
     """An adapter that changes nothing and sums x x^T of every linear layer over all visits."""
-
     def __init__(self, model: GPT) -> None:
         self.model = model
         self.moments: dict[str, Tensor] = {}
@@ -1741,11 +1624,9 @@ class Hessians:
         """Adds to a sum that begins at zero."""
         self.moments[name] = self.moments.get(name, 0) + moment
 
-
 def hessian_name(stack: str, block: int) -> str:
     """The site that feeds a block of a stack; the embedding is the head."""
     return "head" if block < 0 or stack == "embed" else f"{stack}.{block}"
-
 
 def collect(hessians: Hessians, rows: Tensor, plan: DepthPlan) -> None:
     """One calibration batch (sequences, seq_len + 1); an eighth of it also gives gradients."""
@@ -1770,15 +1651,12 @@ def collect(hessians: Hessians, rows: Tensor, plan: DepthPlan) -> None:
             mean_1R *= scales[site][int(block)].detach().square()
         hessians.add(name, mean_1R * (rows[:, 1:].numel() / names.count(name)))
 
-
 def calibration_share(config: Config, world: World, shape: BatchShape) -> int:
     """Calibration batches of one rank, so that all ranks together read the configured tokens."""
     per_batch = config.micro_batch_tokens // config.train_seq_len
     return -(-config.gptq_calibration_batches * per_batch // (shape.sequences * world.size))
 
-
 Solver = tuple[Tensor, Tensor]
-
 
 def prepare_solver(hessian_CC: Tensor, damp: float) -> Solver:
     """Columns by descending diagonal, and so ordered the upper factor of the damped inverse."""
@@ -1794,7 +1672,6 @@ def prepare_solver(hessian_CC: Tensor, damp: float) -> Solver:
         damp *= 10
     return order_C, torch.linalg.solve_triangular(lower_CC.flip(0, 1), eye_CC, upper=True)
 
-
 def quant_rule(config: Config, stack: str) -> tuple[int, float]:
     """The largest integer of a stacked tensor, and its step in standard deviations of the row."""
     bits, sigmas = ((config.embed_bits, config.embed_clip_sigmas) if stack == "embed" else
@@ -1802,18 +1679,15 @@ def quant_rule(config: Config, stack: str) -> tuple[int, float]:
     most = 127 if config.quantiser == "rate" else 2**(bits - 1) - 1
     return most, sigmas / most
 
-
 def row_scales(w_RC: Tensor, sigmas: float) -> Tensor:
     """Steps of rows, float16 (R,): larger ones mean fewer bytes and more error."""
     return (sigmas * w_RC.float().std(1)).nan_to_num(0.0).clamp(2**-24, 65_504).half()
-
 
 def coarse(values: Tensor, bits: int, dither: Tensor | int) -> Tensor:
     """Float16 of few mantissa bits, which cost little to store; dither keeps the mean."""
     step = 1 << 10 - bits
     rounded = (values.half().view(torch.int16) + dither % step) & -step
     return rounded.to(torch.int16).view(torch.float16)
-
 
 def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str, solver: Solver,
                    unit: float) -> tuple[Tensor, Tensor]:
@@ -1833,7 +1707,6 @@ def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str, solver: 
     row_R *= 1e-3 * unit / row_R.log().mean().exp() * (mean.sqrt() * middle) ** -0.8
     row_R = row_R.maximum((w_RC / column_C).abs().amax(1) / 127).clamp(2**-20, 60_000)
     return coarse(row_R, 3, 79 * torch.arange(len(row_R), device=row_R.device)), column_C
-
 
 def gptq(w_LCR: Tensor, factor_LCC: Tensor, max_level: int, bit_cost: float = 0.0,
          block: int = 128) -> Tensor:
@@ -1861,13 +1734,10 @@ def gptq(w_LCR: Tensor, factor_LCC: Tensor, max_level: int, bit_cost: float = 0.
             w_CR[last:].addmm_(factor_CC[first:last, last:].T, error_CR[first:last], alpha=-1)
     return q_LCR
 
-
 class QuantisedModel(NamedTuple):
     """Everything an artifact holds, on the CPU."""
-
     integers: dict[str, Tensor]  # int8 (..., R, C)
     floats: dict[str, Tensor]  # float16: scales of rows and columns, and the small parameters
-
 
 @torch.no_grad()
 def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float = 1.0,
@@ -1905,12 +1775,10 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
         floats[f"{name}.column"] = world.sum_(columns).view(stack[..., 0, :].shape)
     return QuantisedModel(integers, {name: t.half().cpu() for name, t in floats.items()})
 
-
 def stored_weights(quantised: QuantisedModel, name: str) -> Tensor:
     """The float32 stack that the integers, row scales and column scales of `name` stand for."""
     scale, column = (quantised.floats[f"{name}.{kind}"].float() for kind in ("scale", "column"))
     return quantised.integers[name] * scale[..., None] * column[..., None, :]
-
 
 @torch.no_grad()
 def restore_weights(model: GPT, quantised: QuantisedModel) -> None:
@@ -1919,7 +1787,6 @@ def restore_weights(model: GPT, quantised: QuantisedModel) -> None:
         parameter.copy_(stored_weights(quantised, name))
     for name, vector in model.vectors().items():
         vector.copy_(quantised.floats[name])
-
 
 def tensor_report(model: GPT, quantised: QuantisedModel) -> list[dict[str, object]]:
     """Entropy in bits per weight and relative error of every stack."""
@@ -1930,7 +1797,6 @@ def tensor_report(model: GPT, quantised: QuantisedModel) -> list[dict[str, objec
         rows.append(dict(name=name, bits=round(entropy_bits(q) / q.numel(), 4), error=error))
     return rows
 
-
 def entropy_bits(levels: Tensor) -> float:
     """Order-0 entropy of a stack of integers in bits, with one histogram per matrix."""
     total = 0.0
@@ -1939,7 +1805,6 @@ def entropy_bits(levels: Tensor) -> float:
         counts = counts[counts > 0]
         total += float(counts @ np.log2(matrix.size / counts))
     return total
-
 
 def estimate_artifact_bytes(config: Config) -> int:
     """Bytes of program and model to expect before training, as if rows were Gaussian."""
@@ -1952,10 +1817,8 @@ def estimate_artifact_bytes(config: Config) -> int:
         total += 1.01 * shape.numel() * max(bits, 0.05) / 8
     return int(total)
 
-
 # ==================================================================================================
 # 8  Artifact
-#
 # Enters: a `QuantisedModel`. Leaves: one flat file, and back. Nothing in it is executed, it is
 # compared with the settings before memory is taken, and a checksum covers every byte. Here too is
 # the packed program, whose bytes count beside the model's.
@@ -1979,7 +1842,6 @@ MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_
                   "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "parallel_residual_start",
                   "logit_softcap", "num_loops", "loop_start", "loop_end")
 
-
 def require_compressor(config: Config) -> None:
     """Raises ConfigError where the codec is missing, before time goes into a model for it."""
     try:
@@ -1990,12 +1852,10 @@ def require_compressor(config: Config) -> None:
         raise ConfigError(f"COMPRESSOR={config.compressor} needs brotli 1.2: "
                           "pip install -U 'brotli>=1.2'")
 
-
 def compress(data: np.ndarray | bytes) -> bytes:
     """Bytes, or those of an array, as a brotli stream."""
     import brotli
     return brotli.compress(bytes(data), quality=11, lgwin=24)
-
 
 def decompress(data: bytes, shape: Sequence[int]) -> np.ndarray:
     """The inverse of `compress`, int8. Raises: ArtifactError unless just the shape comes out."""
@@ -2008,7 +1868,6 @@ def decompress(data: bytes, shape: Sequence[int]) -> np.ndarray:
         raise ArtifactError(f"a brotli stream does not decode to {size} bytes")
     return np.frombuffer(out, np.int8).reshape(shape)
 
-
 def expected_shapes(config: Config) -> tuple[Shapes, Shapes]:
     """Shapes of a file's integers and float16 tensors, in order; takes no memory."""
     with torch.device("meta"):
@@ -2019,7 +1878,6 @@ def expected_shapes(config: Config) -> tuple[Shapes, Shapes]:
         floats |= {f"{name}.scale": shape[:-1], f"{name}.column": shape[:-2] + shape[-1:]}
     return integers, floats
 
-
 def stream_shapes(integers: Shapes, codec: str) -> list[tuple[int, ...]]:
     """Shapes of the levels in each stream: whole stacks for the adaptive coder, else pieces."""
     if codec == "ans":
@@ -2027,16 +1885,13 @@ def stream_shapes(integers: Shapes, codec: str) -> list[tuple[int, ...]]:
     total = sum(shape.numel() for shape in integers.values())
     return [(min(PIECE, total - first),) for first in range(0, total, PIECE)]
 
-
 def class_magnitude(classes: np.ndarray, shift: int) -> np.ndarray:
     """The float32 magnitudes at which classes begin, 2**(23 - shift) of them per octave."""
     return (classes.astype(np.int32) * (1 << shift) + FIRST_MAGNITUDE).view(np.float32)
 
-
 def magnitude_class(magnitude: np.ndarray, shift: int) -> np.ndarray:
     """The class in which a float32 magnitude lies."""
     return np.clip((magnitude.view(np.int32) - FIRST_MAGNITUDE) >> shift, 0, CONTEXTS - 1)
-
 
 def level_tables(counts: np.ndarray) -> LevelTables:
     """By context: frequency and start of every level, packed, and the level of every slot."""
@@ -2045,7 +1900,6 @@ def level_tables(counts: np.ndarray) -> LevelTables:
     numbers = np.tile(np.arange(counts.shape[1], dtype=np.uint8), CONTEXTS)
     return ((freq << 16 | freq.cumsum(1) - freq).astype(np.uint32),
             np.repeat(numbers, freq.ravel()).reshape(CONTEXTS, SLOTS))
-
 
 def walk_levels(levels_LRC: np.ndarray, row_LR: np.ndarray, limits: Sequence[int],
                 visit: Visitor) -> None:
@@ -2075,11 +1929,9 @@ def walk_levels(levels_LRC: np.ndarray, row_LR: np.ndarray, limits: Sequence[int
             counts += 64 * found.reshape(counts.shape)
             tables, patience, fresh = level_tables(counts), min(2 * patience, 1 << 20), []
 
-
 def num_lanes(shape: Sequence[int]) -> int:
     """Coder states that advance together: more are faster, and each costs two bytes."""
     return max(16, min(512, math.prod(shape) >> 14))
-
 
 def encode_levels(levels_LRC: np.ndarray) -> bytes:
     """A stack of int8 as one stream: limits, classes of rows, the coder's states, its words.
@@ -2108,7 +1960,6 @@ def encode_levels(levels_LRC: np.ndarray) -> bytes:
     tail = np.concatenate(words[::-1]).astype("<u2")
     return b"".join([limits.tobytes(), len(classes).to_bytes(4, "little"), classes,
                      states.astype("<u4").tobytes(), tail.tobytes()])
-
 
 def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
     """The inverse of `encode_levels`. Raises: ArtifactError unless the stream ends as it began."""
@@ -2142,9 +1993,7 @@ def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
         raise ArtifactError("a stream of levels does not end where it began") from None
     return levels_LRC
 
-
 CODERS = {"brotli": (compress, decompress), "ans": (encode_levels, decode_levels)}
-
 
 def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) -> bytes:
     """The artifact file: streams of levels, and one of brotli for float16 values."""
@@ -2163,7 +2012,6 @@ def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) 
     frames = [json.dumps(header, separators=(",", ":")).encode(), *streams]
     body = ARTIFACT_MAGIC + b"".join(len(f).to_bytes(4, "little") + f for f in frames)
     return body + hashlib.sha256(body).digest()[:16]
-
 
 def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedModel]:
     """Plan and contents of a whole file of this model. Raises: ArtifactError for anything else."""
@@ -2188,7 +2036,6 @@ def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedMo
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ArtifactError(f"malformed: {error!r}") from None
 
-
 def decode_streams(streams: list[bytes], config: Config, codec: str) -> QuantisedModel:
     """The model in a file's streams. Raises: ArtifactError, ValueError, LookupError."""
     integers, floats = expected_shapes(config)
@@ -2202,14 +2049,12 @@ def decode_streams(streams: list[bytes], config: Config, codec: str) -> Quantise
                in zip(parts, (integers | floats).items(), strict=True)}
     return QuantisedModel({name: tensors.pop(name) for name in integers}, tensors)
 
-
 def open_artifact(path: Path, config: Config) -> tuple[DepthPlan, QuantisedModel]:
     """Plan and contents of the file at `path`. Raises: ArtifactError unless of this model."""
     try:
         return decode_artifact(path.read_bytes(), config)
     except (OSError, ArtifactError) as error:
         raise ArtifactError(f"{path}: {error}") from None
-
 
 def load_artifact(path: Path, config: Config, world: World,
                   attend: Attend) -> tuple[GPT, DepthPlan]:
@@ -2218,7 +2063,6 @@ def load_artifact(path: Path, config: Config, world: World,
     model = GPT(config, attend, compute_dtype(world.device)).to(world.device)
     restore_weights(model, quantised)
     return model, plan
-
 
 def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: World,
                log: RunLog) -> tuple[QuantisedModel, bytes]:
@@ -2260,7 +2104,6 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
     log.put("quantisation", clip_widening=round(2**high, 5))
     return best
 
-
 def save_artifact(path: Path, blob: bytes, quantised: QuantisedModel, model: GPT,
                   log: RunLog) -> None:
     """Writes the artifact and says where its bytes go."""
@@ -2276,7 +2119,6 @@ def save_artifact(path: Path, blob: bytes, quantised: QuantisedModel, model: GPT
     log.event("artifact", **sizes)
     log.line(f"artifact_bytes = {code_bytes:,} code + {len(blob):,} model = {total:,} / {cap:,}")
 
-
 # Runs the program inside its archive. The line cache gets the text, because tracebacks,
 # torch.compile and Triton read the source of what they compile.
 PACKED_STUB = """import brotli, linecache
@@ -2284,7 +2126,6 @@ s = brotli.decompress(__loader__.get_data("source")).decode()
 linecache.cache["<train_gpt>"] = len(s), None, s.splitlines(True), "<train_gpt>"
 exec(compile(s, "<train_gpt>", "exec"))
 """
-
 
 def strip_source(source: str) -> str:
     """The same program without comments, docstrings and annotations nobody reads, indented by one.
@@ -2307,7 +2148,6 @@ def strip_source(source: str) -> str:
     lines = [(line, line.lstrip(" ")) for line in ast.unparse(tree).split("\n")]
     return "".join(" " * ((len(line) - len(text)) // 4) + text + "\n" for line, text in lines)
 
-
 def pack_program(source: str) -> bytes:
     """A zip that Python runs like the script. Equal sources give equal bytes."""
     data = compress(strip_source(source).encode())
@@ -2319,25 +2159,20 @@ def pack_program(source: str) -> bytes:
             archive.writestr(member, content, zipfile.ZIP_DEFLATED, 9)
     return buffer.getvalue()
 
-
 def unpack_program(path: Path) -> str:
     """The source inside a packed program."""
     import brotli
     with zipfile.ZipFile(path) as archive:
         return brotli.decompress(archive.read("source")).decode()
 
-
 # ==================================================================================================
 # 9  Evaluation
-#
 # Enters: a model and the validation stream. Leaves: nats per target in a ledger, and their total in
 # bits per byte. Target t is token t+1 of the stream, predicted from tokens up to t.
 # ==================================================================================================
 
-
 class Windows(NamedTuple):
     """Stretches of the stream to run through the model, and which targets each of them scores."""
-
     starts: np.ndarray  # first input position
     first_scored: np.ndarray  # first target that counts
     stops: np.ndarray  # one past the last target
@@ -2362,10 +2197,8 @@ class Windows(NamedTuple):
         kept = np.flatnonzero(np.arange(nats_BS.shape[1]) < counts)
         return nats_BS.flatten()[torch.from_numpy(kept).to(nats_BS.device, non_blocking=True)]
 
-
 class ScoreLedger:
     """Every target's score, taken exactly once; nothing is released before it is scored."""
-
     def __init__(self, stream: ValStream, world: World, by_document: bool = False) -> None:
         self.stream, self.world, self.by_document = stream, world, by_document
         self.begin, self.num_commits, self.num_releases = time.perf_counter(), 0, 0
@@ -2421,7 +2254,6 @@ class ScoreLedger:
         self.released(0, self.scored.size)
         return float(self.world.sum_(self.nats.double().sum()))
 
-
 def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
     """Windows every `stride` targets; the first scores all of its own, the others the last ones.
 
@@ -2432,7 +2264,6 @@ def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
     first_scored = np.where(starts == 0, 0, starts + context)
     return Windows(starts, first_scored, np.minimum(starts + seq_len, num_targets))
 
-
 def document_windows(stream: ValStream, seq_len: int, stride: int) -> Windows:
     """The sliding windows of every document; its last target is the next one's first token."""
     spans = zip(stream.document_starts, stream.document_stops, strict=True)
@@ -2440,10 +2271,8 @@ def document_windows(stream: ValStream, seq_len: int, stride: int) -> Windows:
              for start, stop in spans]
     return Windows(*np.concatenate(parts, axis=1))
 
-
 class Scorer:
     """Runs windows through a model: the one way from a model to a number."""
-
     def __init__(self, model: GPT, plan: DepthPlan, stream: ValStream, world: World,
                  audit: Audit | None = None) -> None:
         self.model, self.plan, self.stream, self.world = model, plan, stream, world
@@ -2484,15 +2313,12 @@ class Scorer:
         runner = adapter.run_block if adapter else None
         return self.model.hidden(rows[:, :-1], self.plan, adapter, runner)[:, skip:]
 
-
 AUDIT_EVERY = 100  # batches, from the first on: what keeps the overhead at a few percent
 AUDIT_TOLERANCE = 1e-4  # nats, or probability
 CONDITIONS = "c1_causal", "c2_normalised", "c3_score_first", "c4_single_pass", "documents_isolated"
 
-
 class Audit:
     """Checks evaluations while they run: order in every batch, distributions in sampled ones."""
-
     def __init__(self, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.checked, self.worst = torch.zeros(2, len(CONDITIONS), dtype=torch.float64)
@@ -2549,21 +2375,17 @@ class Audit:
         return {name: {"passed": worst <= AUDIT_TOLERANCE, "checked": int(count), "worst": worst}
                 for name, count, worst in facts if count}
 
-
 class Score(NamedTuple):
     """The outcome of one evaluation."""
-
     nats: float  # per target
     bits: float  # per byte
     seconds: float
-
 
 def evaluate(scorer: Scorer, windows: Windows, by_document: bool = False) -> Score:
     """The score of a fixed model on all windows."""
     ledger = ScoreLedger(scorer.stream, scorer.world, by_document)
     scorer.score(windows, ledger)
     return finish_score(scorer, ledger)
-
 
 def finish_score(scorer: Scorer, ledger: ScoreLedger) -> Score:
     """The score of a complete ledger."""
@@ -2573,7 +2395,6 @@ def finish_score(scorer: Scorer, ledger: ScoreLedger) -> Score:
     return Score(nats / stream.num_targets, nats / math.log(2) / stream.num_bytes,
                  time.perf_counter() - ledger.begin)
 
-
 def log_score(log: RunLog, key: str, label: str, score: Score) -> None:
     """Writes a score under its key, and in the text under the label that published logs use."""
     nats, bits, seconds = score
@@ -2582,18 +2403,14 @@ def log_score(log: RunLog, key: str, label: str, score: Score) -> None:
     log.event("eval", label=key, val_loss=nats, val_bpb=bits, seconds=round(seconds, 3))
     log.line(f"{label} val_loss:{nats:.8f} val_bpb:{bits:.8f} eval_time:{1e3 * seconds:.0f}ms")
 
-
 # ==================================================================================================
 # 10  Test-time training
-#
 # Enters: a model from an artifact and the validation stream. Leaves: its score when it learns from
 # every chunk after, and only after, that chunk was scored. The ledger enforces the order.
 # ==================================================================================================
 
-
 class ChunkLearner:
     """Full-weight SGD on tokens that the ledger released."""
-
     def __init__(self, scorer: Scorer) -> None:
         self.scorer, self.config, self.world = scorer, scorer.model.config, scorer.world
         self.parameters = list(scorer.model.parameters())
@@ -2621,7 +2438,6 @@ class ChunkLearner:
         self.sgd.step()
         self.sgd.zero_grad()
 
-
 def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     """The score of a model that learns, along a cosine, from every chunk but the last."""
     config, num_targets = scorer.model.config, scorer.stream.num_targets
@@ -2638,9 +2454,7 @@ def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
             learner.adapt(tokens, lr)  # 3. learn from final tokens only
     return finish_score(scorer, ledger)
 
-
 Factors = dict[str, tuple[Tensor, Tensor]]  # by site: (B, inputs, R), (B, R, outputs); R is rank
-
 
 def low_rank(factors: Factors, scale: float, site: Site, x: Tensor, y: Tensor) -> Tensor:
     """`y` plus, row by row of the batch, a scaled low-rank map of `x`."""
@@ -2649,10 +2463,8 @@ def low_rank(factors: Factors, scale: float, site: Site, x: Tensor, y: Tensor) -
     a, b = (t.to(x.dtype) for t in factors[site])
     return y + scale * (x @ a @ b)
 
-
 class LowRank:
     """Adapters of a frozen model for a batch of documents: each row has its own in every layer."""
-
     def __init__(self, model: GPT, plan: DepthPlan) -> None:
         c, shapes = model.requires_grad_(False).config, {**model.stacks(), "head": model.embed}
 
@@ -2705,9 +2517,7 @@ class LowRank:
         self.adam.step()
         self.adam.zero_grad()
 
-
 RECORD_RANKS, SAVE_SECONDS = 8, 60.0
-
 
 def document_passes(starts: np.ndarray, stops: np.ndarray, config: Config
                     ) -> list[list[tuple[Windows, int]]]:
@@ -2731,7 +2541,6 @@ def document_passes(starts: np.ndarray, stops: np.ndarray, config: Config
         groups.append(passes)
     return groups
 
-
 def share_out(costs: Sequence[float], ranks: int) -> np.ndarray:
     """The rank of every piece of work: each goes to the rank with the least so far."""
     totals, owners = np.zeros(ranks), np.zeros(len(costs), dtype=int)
@@ -2739,7 +2548,6 @@ def share_out(costs: Sequence[float], ranks: int) -> np.ndarray:
         owners[piece] = totals.argmin()
         totals[owners[piece]] += cost
     return owners
-
 
 def evaluate_documents(scorer: Scorer, folder: Path | None = None) -> Score:
     """The score when each document, chunk by chunk, is learned from by adapters of its own.
@@ -2769,14 +2577,12 @@ def evaluate_documents(scorer: Scorer, folder: Path | None = None) -> Score:
             saved = time.perf_counter()
     return finish_score(scorer, ledger)
 
-
 def official_lengths(count: int = 50_000) -> np.ndarray:
     """Document lengths like the official ones: mean 957, 59 % of targets in those up to 2,048."""
     quantiles = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
     lengths = np.exp(6.33 + 1.022 * quantiles.numpy()).astype(np.int64)
     lengths[-16:] = np.geomspace(30_000, 97_000, 16)
     return lengths
-
 
 def project_documents(scorer: Scorer) -> float:
     """Compiles on random tokens; seconds of the official text on eight ranks, at measured steps."""
@@ -2794,10 +2600,8 @@ def project_documents(scorer: Scorer) -> float:
              for passes in groups]
     return float(np.bincount(share_out(costs, RECORD_RANKS), costs).max())
 
-
 # ==================================================================================================
 # 11  Main
-#
 # The story: checks before any paid time, training, quantisation, one file, and from there on only
 # that file. Every error that a user can act on ends the program with one line.
 # ==================================================================================================
@@ -2806,11 +2610,9 @@ OFFICIAL_VAL_TARGETS = 40_540_160  # whole sequences of 2,048
 OFFICIAL_VAL_BYTES = range(151_070_000, 151_090_000)  # tokenizers truncate at different places
 Setup = tuple[Config, World, RunLog, Attend, ValStream, Start]  # known before the clock starts
 
-
 def is_official(val: ValStream) -> bool:
     """Whether these are the competition's targets, with the tail that fills no sequence or not."""
     return val.num_targets // 2048 * 2048 == OFFICIAL_VAL_TARGETS
-
 
 def resolve_track(config: Config, world: World, val: ValStream, attention_name: str) -> str:
     """The track of the run. Raises: ConfigError if it claims 10min_16mb and cannot be on it."""
@@ -2829,7 +2631,6 @@ def resolve_track(config: Config, world: World, val: ValStream, attention_name: 
         value = getattr(config, name)
         require(0 < value <= most, name, value, f"at most {most}{claim}")
     return "10min_16mb"
-
 
 def prepare(config: Config, world: World) -> Setup:
     """Everything that can fail before paid time: files, packages, attention, logs."""
@@ -2868,7 +2669,6 @@ def prepare(config: Config, world: World) -> Setup:
     start = find_start(config, {**config.method(), **identity, **data}, log)
     return config, world, log, backend.attend, val, start
 
-
 def data_facts(config: Config, val: ValStream) -> dict[str, object]:
     """The data section of the result. Raises: DataError if tokenizer and shards do not match."""
     path, digest = config.dataset_dir / "manifest.json", hashlib.sha256
@@ -2887,7 +2687,6 @@ def data_facts(config: Config, val: ValStream) -> dict[str, object]:
             "val_documents": val.num_documents, "val_targets": val.num_targets,
             "fingerprint": digest(val.tokens.tobytes()).hexdigest()[:16],
             "val_bytes": val.num_bytes, "val_raw_bytes": manifest.get("val_raw_bytes")}
-
 
 def train_to_artifact(setup: Setup, path: Path) -> None:
     """Trains, quantises and writes the artifact to `path`."""
@@ -2920,7 +2719,6 @@ def train_to_artifact(setup: Setup, path: Path) -> None:
     log.put("clocks", train_to_artifact_seconds=whole)
     log_score(log, "averaged", "pre-quantization post-ema", score(plan))
     log.write_result("partial", "evaluating")
-
 
 def evaluate_artifact(setup: Setup, path: Path) -> None:
     """Scores what the file at `path` stands for; the last evaluation is the headline."""
@@ -2962,7 +2760,6 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
             raise LegalityError(f"audit: {'; '.join(failed)}")
     log.result |= {"headline": headline, "val_bpb": score.bits, "val_loss": score.nats}
 
-
 def evaluate_with_less(scorer: Scorer, windows: Windows, by_document: bool, log: RunLog) -> Score:
     """The score on all windows; out of memory halves the batches, as far as there is a half."""
     while True:
@@ -2972,7 +2769,6 @@ def evaluate_with_less(scorer: Scorer, windows: Windows, by_document: bool, log:
             tokens = scorer.model.config.val_batch_tokens // 2
             log.warn(f"out of memory: VAL_BATCH_TOKENS={tokens} from here on")
             scorer.model.config = replace(scorer.model.config, val_batch_tokens=tokens)
-
 
 def check_gap(config: Config, log: RunLog) -> None:
     """Notes what quantisation lost. Raises: TrainingError if it is more than the limit."""
@@ -2984,7 +2780,6 @@ def check_gap(config: Config, log: RunLog) -> None:
             raise TrainingError(f"quantisation lost {gap:.4f} BPB, over MAX_QUANT_GAP_BPB; "
                                 f"{log.folder} keeps the weights")
 
-
 def report_outcome(log: RunLog) -> None:
     """Prints the result table."""
     result = log.result
@@ -2993,7 +2788,6 @@ def report_outcome(log: RunLog) -> None:
         log.line(f"{key:<14}{bits:>9.5f} BPB{result['nats'][key]:>9.5f} nats"
                  f"{result['eval_seconds'][key]:>9.1f} s{mark}")
     log.line(f"result: {log.result_path}")
-
 
 def describe_config(config: Config, world: World) -> str:
     """Settings, topology, parameters, operations and expected bytes, as text."""
@@ -3019,7 +2813,6 @@ def describe_config(config: Config, world: World) -> str:
               f"expected artifact: {estimate_artifact_bytes(config):,} of "
               f"{config.artifact_cap_bytes:,} bytes"]
     return "\n".join(lines)
-
 
 def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
     """One run from settings to result. Raises: GolfError."""
@@ -3054,7 +2847,6 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
             raise LegalityError(result["exit_reason"])
         return result
 
-
 def command_line(arguments: Sequence[str]) -> int:
     """Runs the program or its sub-command; the exit code."""
     try:
@@ -3071,22 +2863,18 @@ def command_line(arguments: Sequence[str]) -> int:
         return 75 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
-
 # ==================================================================================================
 # 12  Kernels
-#
 # Attention libraries, each imported by its loader: a machine without one only loses the choice.
 # Then Triton kernels for what torch.compile would move more often than necessary, each bound to its
 # PyTorch reference by `fused`; rows and heads are padded to powers of two in registers only.
 # Tolerance: against float32, twice the error of the reference in bf16.
 # ==================================================================================================
 
-
 def require_capability(device: torch.device, *majors: int) -> None:
     """Raises GolfError unless the device is a GPU of one of these compute-capability majors."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in majors:
         raise GolfError(f"needs a GPU of compute capability {' or '.join(map(str, majors))}")
-
 
 def load_fa3(device: torch.device) -> Attend:
     """flash-attn-3, whose package registers operators that torch.compile knows."""
@@ -3099,13 +2887,11 @@ def load_fa3(device: torch.device) -> Attend:
 
     return attend
 
-
 def load_fa4(device: torch.device) -> Attend:
     """flash-attn-4, as an operator of our own, because the package registers none."""
     require_capability(device, 9, 10)
     attend = fa4_operator()
     return lambda q_BTHK, k_BTGK, v_BTGK: attend(q_BTHK, k_BTGK, v_BTGK)[0]
-
 
 @functools.cache
 def fa4_operator() -> Callable[..., tuple[Tensor, Tensor]]:
@@ -3128,16 +2914,13 @@ def fa4_operator() -> Callable[..., tuple[Tensor, Tensor]]:
     return register("fa4", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)", shapes, forward,
                     backward, 3)
 
-
 def jit(function: Callable[..., object]) -> typing.Any:
     """A kernel, where Triton can compile it."""
     return triton.jit(function) if HAS_TRITON else function
 
-
 def launch(kernel: typing.Any, count: int, items: int, *arguments: object, warps: int = 4) -> None:
     """Runs a kernel over `count` items, so many per program, their number its last argument."""
     kernel[(-(-count // items),)](*arguments, items, num_warps=warps)
-
 
 def register(name: str, schema: str, shapes: Callable[..., Result],
              forward: Callable[..., Result], backward: Callable[..., list[Tensor]],
@@ -3170,7 +2953,6 @@ def register(name: str, schema: str, shapes: Callable[..., Result],
     run.register_autograd(differentiate, setup_context=save)
     return run
 
-
 def fused(name: str, schema: str, reference: Callable[..., Result],
           forward: Callable[..., Result], backward: Callable[..., list[Tensor]],
           num_gradients: int) -> Callable[..., Result]:
@@ -3180,10 +2962,8 @@ def fused(name: str, schema: str, reference: Callable[..., Result],
     fast = register(name, schema, reference, forward, backward, num_gradients)
     return lambda *arguments: (fast if arguments[0].is_cuda else reference)(*arguments)
 
-
 # Splitting heads. An item is one head of one row; in the packed projection they lie side by side.
 # The backward pass owns the whole gradient of the projection, so nothing is concatenated.
-
 
 @jit
 def split_heads_kernel(qkv, gain, cos, sin, q, k, v, dqkv, dgain, N, T,  # type: ignore # noqa: PLR0913
@@ -3227,7 +3007,6 @@ def split_heads_kernel(qkv, gain, cos, sin, q, k, v, dqkv, dgain, N, T,  # type:
         tl.store(at_k + column, y, mask=inside & is_k)
         tl.store(at_v + column, y, mask=inside & is_v)
 
-
 def split_heads_forward(qkv: Tensor, gain: Tensor, cos: Tensor,
                         sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The results of `split_heads`, contiguous."""
@@ -3236,7 +3015,6 @@ def split_heads_forward(qkv: Tensor, gain: Tensor, cos: Tensor,
                for n in (H, *[(qkv.shape[2] - H) // 2] * 2))
     run_split_heads([qkv, gain, cos, sin], [q, k, v], [q, q])
     return q, k, v
-
 
 def split_heads_backward(gradients: list[Tensor], tensors: list[Tensor],
                          numbers: list[float]) -> list[Tensor]:
@@ -3247,7 +3025,6 @@ def split_heads_backward(gradients: list[Tensor], tensors: list[Tensor],
     run_split_heads(tensors[:4], gradients, [dqkv, dgain], backward=True)
     return [dqkv, dgain.sum((0, 1)).to(gain.dtype)]
 
-
 def run_split_heads(inputs: list[Tensor], heads: list[Tensor], gradients: list[Tensor], *,
                     backward: bool = False) -> None:
     """Fills heads from inputs; or the gradients of the inputs from those of the heads."""
@@ -3256,14 +3033,11 @@ def run_split_heads(inputs: list[Tensor], heads: list[Tensor], gradients: list[T
            *gradients, B * T, T, NORM_EPS, H, (num_heads - H) // 2, K, half,
            triton.next_power_of_2(K), backward)
 
-
 fused_split_heads = fused(
     "split_heads", "(Tensor qkv, Tensor gain, Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)",
     split_heads, split_heads_forward, split_heads_backward, 2)
 
-
 # Excluding the own value. An item is one value head of one row and its REPEAT query heads.
-
 
 @jit
 def exclude_self_kernel(y, v, d, out, dv, N, REPEAT: tl.constexpr,  # type: ignore # noqa: PLR0913
@@ -3293,11 +3067,9 @@ def exclude_self_kernel(y, v, d, out, dv, N, REPEAT: tl.constexpr,  # type: igno
     if BACKWARD:
         tl.store(dv + item * K + column, total, mask=inside)
 
-
 def exclude_self_forward(y: Tensor, v: Tensor) -> Tensor:
     """The result of `exclude_self`."""
     return exclude_self_backward([], [y, v], [])[0]
-
 
 def exclude_self_backward(gradients: list[Tensor], tensors: list[Tensor],
                           numbers: list[float]) -> list[Tensor]:
@@ -3309,15 +3081,12 @@ def exclude_self_backward(gradients: list[Tensor], tensors: list[Tensor],
            bool(gradients))
     return [out, dv]
 
-
 fused_exclude_self = fused("exclude_self", "(Tensor y, Tensor v) -> Tensor", exclude_self,
                            exclude_self_forward, exclude_self_backward, 2)
-
 
 # MLP. The activation is the epilogue of the product with `up`, its derivative that of the product
 # which gives the hidden layer's gradient; the other products are cuBLAS. Tiles are stored in halves
 # by the copy engine; tensors start and rows continue at multiples of 16 bytes.
-
 
 @jit
 def activation_product_kernel(left, right, pre, out, N, WIDE: tl.constexpr,  # type: ignore # noqa: PLR0913
@@ -3351,7 +3120,6 @@ def activation_product_kernel(left, right, pre, out, N, WIDE: tl.constexpr,  # t
                 y = p * p
             out.store(place, y.to(out.dtype))
 
-
 def activation_product(left: Tensor, right: Tensor, pre: Tensor, out: Tensor, *,
                        backward: bool) -> None:
     """Fills `out` (N, F), and forward `pre`. Tiles and programs per processor are measured."""
@@ -3368,14 +3136,12 @@ def activation_product(left: Tensor, right: Tensor, pre: Tensor, out: Tensor, *,
         described(pre, [rows, columns // 2]), described(out, [rows, columns // 2]), N, F,
         left.shape[1], LEAKY_SLOPE, backward, rows, columns, depth, num_warps=warps, num_stages=3)
 
-
 def mlp_forward(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The results of `mlp_parts`."""
     pre, hidden = (x.new_empty(*x.shape[:-1], len(up)) for _ in range(2))
     activation_product(x.contiguous().flatten(0, -2), up.contiguous(), pre.flatten(0, -2),
                        hidden.flatten(0, -2), backward=False)
     return F.linear(hidden, down), hidden, pre
-
 
 def mlp_backward(gradients: list[Tensor], tensors: list[Tensor],
                  numbers: list[float]) -> list[Tensor]:
@@ -3385,13 +3151,10 @@ def mlp_backward(gradients: list[Tensor], tensors: list[Tensor],
     activation_product(dy, down, pre, dpre, backward=True)
     return [(dpre @ up).view(tensors[0].shape), dpre.T @ x, dy.T @ hidden]
 
-
 fused_mlp = fused("mlp", "(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor, Tensor)",
                   mlp_parts, mlp_forward, mlp_backward, 3)
 
-
 # Loss. An item is one row of logits, read once each way.
-
 
 @jit
 def nll_kernel(logits, target, weight, out, V, CAP: tl.constexpr, WIDTH: tl.constexpr,  # type: ignore # noqa: PLR0913
@@ -3419,11 +3182,9 @@ def nll_kernel(logits, target, weight, out, V, CAP: tl.constexpr, WIDTH: tl.cons
         chosen = tl.sum(tl.where(is_target, x, 0.0), axis=0)
         tl.store(out + row, CAP * (top - chosen) + tl.log(total))
 
-
 def nll_forward(logits: Tensor, target: Tensor, cap: float) -> Tensor:
     """The result of `softcapped_nll`."""
     return nll_backward([], [logits, target], [cap])[0]
-
 
 def nll_backward(gradients: list[Tensor], tensors: list[Tensor],
                  numbers: list[float]) -> list[Tensor]:
@@ -3435,11 +3196,8 @@ def nll_backward(gradients: list[Tensor], tensors: list[Tensor],
            numbers[0], triton.next_power_of_2(V), bool(gradients), logits.is_cuda, warps=16)
     return [out]
 
-
 fused_nll = fused("nll", "(Tensor logits, Tensor target, float cap) -> Tensor", softcapped_nll,
                   nll_forward, nll_backward, 1)
-
-
 
 if __name__ == "__main__":
     sys.exit(command_line(sys.argv[1:]))
