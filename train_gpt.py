@@ -23,19 +23,22 @@ import difflib
 import functools
 import hashlib
 import io
+import itertools
 import json
+import keyword
 import math
 import operator
 import os
 import platform
 import re
 import signal
+import string
 import sys
 import time
 import typing
 import warnings
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -2128,11 +2131,13 @@ exec(compile(s, "<train_gpt>", "exec"))
 """
 
 def strip_source(source: str) -> str:
-    """The same program without comments, docstrings and annotations nobody reads, indented by one.
+    """The same program without what only people read: comments, docstrings, annotations, names.
 
-    Config reads the types of its fields, operators and kernels those of their arguments.
+    Config reads the types of its fields, kernels those of their arguments. Tests compare what the
+    packed and the plain program do.
     """
     tree, read = ast.parse(source), set[ast.AST]()
+    keywords = {n.arg or "" for n in ast.walk(tree) if isinstance(n, ast.keyword)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             node.body = node.body[bool(ast.get_docstring(node)):] or [ast.Pass()]
@@ -2140,13 +2145,34 @@ def strip_source(source: str) -> str:
             read.update(node.body)
         if isinstance(node, ast.AnnAssign) and node not in read:
             node.annotation = ast.Constant(0)
-        if isinstance(node, ast.FunctionDef) and not re.search(
-                "_op|jit", " ".join(map(ast.unparse, node.decorator_list))):
+        if isinstance(node, ast.FunctionDef):
             node.returns = None
-            for argument in [*node.args.args, *node.args.kwonlyargs]:
+            for argument in [*node.args.args, *node.args.kwonlyargs] * (not node.decorator_list):
                 argument.annotation = None
+        if isinstance(node, ast.Module | ast.ClassDef):
+            for function in (n for n in node.body if isinstance(n, ast.FunctionDef)):
+                shorten_names(function, keywords)
     lines = [(line, line.lstrip(" ")) for line in ast.unparse(tree).split("\n")]
     return "".join(" " * ((len(line) - len(text)) // 4) + text + "\n" for line, text in lines)
+
+def shorten_names(function: ast.FunctionDef, keywords: set[str]) -> None:
+    """Gives what a function binds the shortest free names, but for what callers name."""
+    nodes = list(ast.walk(function))
+    names = [n for n in nodes if isinstance(n, ast.Name)]
+    own = [a for a in [*function.args.args, *function.args.kwonlyargs] if a.arg not in keywords]
+    kept = {n.arg for n in nodes if isinstance(n, ast.arg) and n not in own}
+    kept |= {n.name or "" for n in nodes if isinstance(n, ast.FunctionDef | ast.ExceptHandler)}
+    kept |= {name for n in nodes if isinstance(n, ast.Nonlocal) for name in n.names}
+    bound = [n.id for n in names if isinstance(n.ctx, ast.Store)] + [a.arg for a in own]
+    counts = Counter(n.id for n in names if n.id in {*bound} - kept)
+    taken, letters = kept | {n.id for n in names} - counts.keys(), string.ascii_lowercase
+    free = (c for c in (*letters, *map("".join, itertools.product(letters, letters)))
+            if c not in taken and not keyword.iskeyword(c))
+    short = dict(zip((name for name, _ in counts.most_common()), free, strict=False))
+    for n in names:
+        n.id = short.get(n.id, n.id)
+    for a in own:
+        a.arg = short.get(a.arg, a.arg)
 
 def pack_program(source: str) -> bytes:
     """A zip that Python runs like the script. Equal sources give equal bytes."""
@@ -2900,19 +2926,18 @@ def fa4_operator() -> Callable[..., tuple[Tensor, Tensor]]:
 
     warnings.filterwarnings("ignore", "Argument aux_data")  # of its compiler, at every new shape
 
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        y, log_sum, *_ = _flash_attn_fwd(q, k, v, causal=True, return_lse=True)
-        return y, log_sum
-
-    def backward(gradients: list[Tensor], tensors: list[Tensor],
-                 numbers: list[float]) -> list[Tensor]:
-        return list(_flash_attn_bwd(*tensors[:4], gradients[0], tensors[4], causal=True)[:3])
+    def run(gradients: list[Tensor], tensors: list[Tensor], numbers: list[float]) -> list[Tensor]:
+        if not gradients:
+            return list(_flash_attn_fwd(*tensors, causal=True, return_lse=True)[:2])
+        *inputs, log_sum = tensors
+        return list(_flash_attn_bwd(*inputs, gradients[0], log_sum, causal=True)[:3])
 
     def shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return q, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
-    return register("fa4", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)", shapes, forward,
-                    backward, 3)
+    return register("fa4", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)", shapes, run, 3)
+
+Runner = Callable[[list[Tensor], list[Tensor], list[float]], list[Tensor]]
 
 def jit(function: Callable[..., object]) -> typing.Any:
     """A kernel, where Triton can compile it."""
@@ -2922,21 +2947,25 @@ def launch(kernel: typing.Any, count: int, items: int, *arguments: object, warps
     """Runs a kernel over `count` items, so many per program, their number its last argument."""
     kernel[(-(-count // items),)](*arguments, items, num_warps=warps)
 
-def register(name: str, schema: str, shapes: Callable[..., Result],
-             forward: Callable[..., Result], backward: Callable[..., list[Tensor]],
+def register(name: str, schema: str, shapes: Callable[..., Result], run: Runner,
              num_gradients: int) -> Callable[..., Result]:
-    """An operator that torch.compile and autograd know; results are like those of `shapes`.
+    """An operator that torch.compile and autograd know; its results are like those of `shapes`.
 
-    `backward` takes the gradients of the results, then arguments and results that are tensors,
-    then arguments that are numbers; it returns gradients of the first `num_gradients` arguments.
+    `run` returns them, given no gradients and the arguments: tensors, then numbers. Given gradients
+    of results, and arguments followed by results, it returns gradients of the first arguments.
     """
-    run = torch.library.custom_op(f"golf::{name}", forward, mutates_args=(), schema=schema)
+    def forward(*arguments: typing.Any) -> typing.Any:
+        tensors = [t.contiguous() for t in arguments if isinstance(t, Tensor)]
+        results = run([], tensors, list(arguments[len(tensors):]))
+        return tuple(results) if len(results) > 1 else results[0]
+
+    operator = torch.library.custom_op(f"golf::{name}", forward, mutates_args=(), schema=schema)
     gradient = torch.library.custom_op(
-        f"golf::{name}_backward", backward, mutates_args=(),
+        f"golf::{name}_backward", run, mutates_args=(),
         schema="(Tensor[] gradients, Tensor[] tensors, float[] numbers) -> Tensor[]")
     gradient.register_fake(
         lambda _, tensors, numbers: [t.new_empty(t.shape) for t in tensors[:num_gradients]])
-    run.register_fake(lambda *arguments: torch.utils._pytree.tree_map(
+    operator.register_fake(lambda *arguments: torch.utils._pytree.tree_map(
         lambda t: t.new_empty(t.shape), shapes(*arguments)))
 
     def save(ctx: typing.Any, inputs: tuple[object, ...], output: Result) -> None:
@@ -2946,20 +2975,20 @@ def register(name: str, schema: str, shapes: Callable[..., Result],
         ctx.set_materialize_grads(False)  # results only kept for the backward pass have none
 
     def differentiate(ctx: typing.Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        given: list[Tensor] = [g.contiguous() for g in gradients if g is not None]
-        found: list[Tensor] = gradient(given, list(ctx.saved_tensors), ctx.numbers)
+        given = [g.contiguous() for g in gradients if g is not None]
+        tensors = [t.contiguous() for t in ctx.saved_tensors]
+        found: list[Tensor] = gradient(given, tensors, ctx.numbers)
         return (*found, *[None] * (ctx.num_inputs - num_gradients))
 
-    run.register_autograd(differentiate, setup_context=save)
-    return run
+    operator.register_autograd(differentiate, setup_context=save)
+    return operator
 
-def fused(name: str, schema: str, reference: Callable[..., Result],
-          forward: Callable[..., Result], backward: Callable[..., list[Tensor]],
+def fused(name: str, schema: str, reference: Callable[..., Result], run: Runner,
           num_gradients: int) -> Callable[..., Result]:
     """`reference`, but on a GPU the operator that does the same with kernels."""
     if not HAS_TRITON:
         return reference
-    fast = register(name, schema, reference, forward, backward, num_gradients)
+    fast = register(name, schema, reference, run, num_gradients)
     return lambda *arguments: (fast if arguments[0].is_cuda else reference)(*arguments)
 
 # Splitting heads. An item is one head of one row; in the packed projection they lie side by side.
@@ -3007,35 +3036,21 @@ def split_heads_kernel(qkv, gain, cos, sin, q, k, v, dqkv, dgain, N, T,  # type:
         tl.store(at_k + column, y, mask=inside & is_k)
         tl.store(at_v + column, y, mask=inside & is_v)
 
-def split_heads_forward(qkv: Tensor, gain: Tensor, cos: Tensor,
-                        sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The results of `split_heads`, contiguous."""
-    H = len(gain)
-    q, k, v = (qkv.new_empty(*qkv.shape[:2], n, qkv.shape[3])
-               for n in (H, *[(qkv.shape[2] - H) // 2] * 2))
-    run_split_heads([qkv, gain, cos, sin], [q, k, v], [q, q])
-    return q, k, v
-
-def split_heads_backward(gradients: list[Tensor], tensors: list[Tensor],
-                         numbers: list[float]) -> list[Tensor]:
-    """Gradients of projection and gain."""
-    qkv, gain = tensors[:2]
-    dqkv = qkv.new_empty(qkv.shape)
-    dgain = gain.new_empty(*qkv.shape[:2], len(gain), dtype=torch.float32)
-    run_split_heads(tensors[:4], gradients, [dqkv, dgain], backward=True)
-    return [dqkv, dgain.sum((0, 1)).to(gain.dtype)]
-
-def run_split_heads(inputs: list[Tensor], heads: list[Tensor], gradients: list[Tensor], *,
-                    backward: bool = False) -> None:
-    """Fills heads from inputs; or the gradients of the inputs from those of the heads."""
-    (B, T, num_heads, K), H, half = inputs[0].shape, len(inputs[1]), inputs[2].shape[1]
-    launch(split_heads_kernel, B * T * num_heads, 32, *(t.contiguous() for t in inputs), *heads,
-           *gradients, B * T, T, NORM_EPS, H, (num_heads - H) // 2, K, half,
-           triton.next_power_of_2(K), backward)
+def run_split_heads(gradients: list[Tensor], tensors: list[Tensor],
+                    numbers: list[float]) -> list[Tensor]:
+    """Contiguous heads, or the gradients of projection and gain."""
+    qkv, gain, cos, sin = tensors[:4]
+    (B, T, num_heads, K), H = qkv.shape, len(gain)
+    G = (num_heads - H) // 2
+    heads = gradients or [qkv.new_empty(B, T, n, K) for n in (H, G, G)]
+    dqkv, dgain = torch.empty_like(qkv), gain.new_empty(B * T, H, dtype=torch.float32)
+    launch(split_heads_kernel, B * T * num_heads, 32, qkv, gain, cos, sin, *heads, dqkv, dgain,
+           B * T, T, NORM_EPS, H, G, K, cos.shape[1], triton.next_power_of_2(K), bool(gradients))
+    return [dqkv, dgain.sum(0).to(gain.dtype)] if gradients else heads
 
 fused_split_heads = fused(
     "split_heads", "(Tensor qkv, Tensor gain, Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)",
-    split_heads, split_heads_forward, split_heads_backward, 2)
+    split_heads, run_split_heads, 2)
 
 # Excluding the own value. An item is one value head of one row and its REPEAT query heads.
 
@@ -3067,22 +3082,17 @@ def exclude_self_kernel(y, v, d, out, dv, N, REPEAT: tl.constexpr,  # type: igno
     if BACKWARD:
         tl.store(dv + item * K + column, total, mask=inside)
 
-def exclude_self_forward(y: Tensor, v: Tensor) -> Tensor:
-    """The result of `exclude_self`."""
-    return exclude_self_backward([], [y, v], [])[0]
-
-def exclude_self_backward(gradients: list[Tensor], tensors: list[Tensor],
-                          numbers: list[float]) -> list[Tensor]:
-    """Gradients of attention output and value; without a gradient of the result, the result."""
-    y, v = (t.contiguous() for t in tensors[:2])
+def run_exclude_self(gradients: list[Tensor], tensors: list[Tensor],
+                     numbers: list[float]) -> list[Tensor]:
+    """The remaining output, or the gradients of output and value."""
+    y, v = tensors[:2]
     K, out, dv = v.shape[-1], torch.empty_like(y), torch.empty_like(v)
-    launch(exclude_self_kernel, v.numel() // K, 16, y, v, gradients[0] if gradients else y, out,
-           dv, v.numel() // K, y.numel() // v.numel(), K, triton.next_power_of_2(K),
-           bool(gradients))
-    return [out, dv]
+    launch(exclude_self_kernel, v.numel() // K, 16, y, v, *(gradients or [y]), out, dv,
+           v.numel() // K, y.numel() // v.numel(), K, triton.next_power_of_2(K), bool(gradients))
+    return [out, dv] if gradients else [out]
 
 fused_exclude_self = fused("exclude_self", "(Tensor y, Tensor v) -> Tensor", exclude_self,
-                           exclude_self_forward, exclude_self_backward, 2)
+                           run_exclude_self, 2)
 
 # MLP. The activation is the epilogue of the product with `up`, its derivative that of the product
 # which gives the hidden layer's gradient; the other products are cuBLAS. Tiles are stored in halves
@@ -3136,23 +3146,20 @@ def activation_product(left: Tensor, right: Tensor, pre: Tensor, out: Tensor, *,
         described(pre, [rows, columns // 2]), described(out, [rows, columns // 2]), N, F,
         left.shape[1], LEAKY_SLOPE, backward, rows, columns, depth, num_warps=warps, num_stages=3)
 
-def mlp_forward(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The results of `mlp_parts`."""
-    pre, hidden = (x.new_empty(*x.shape[:-1], len(up)) for _ in range(2))
-    activation_product(x.contiguous().flatten(0, -2), up.contiguous(), pre.flatten(0, -2),
-                       hidden.flatten(0, -2), backward=False)
-    return F.linear(hidden, down), hidden, pre
-
-def mlp_backward(gradients: list[Tensor], tensors: list[Tensor],
-                 numbers: list[float]) -> list[Tensor]:
-    """Gradients of input and both matrices."""
-    dy, x, up, down, _, hidden, pre = (t.contiguous().flatten(0, -2) for t in gradients + tensors)
+def run_mlp(gradients: list[Tensor], tensors: list[Tensor], numbers: list[float]) -> list[Tensor]:
+    """The results of `mlp_parts`, or the gradients of input and both matrices."""
+    x, up, down, *results = (t.flatten(0, -2) for t in tensors)
+    if not gradients:
+        pre, hidden = (x.new_empty(*tensors[0].shape[:-1], len(up)) for _ in range(2))
+        activation_product(x, up, pre.flatten(0, -2), hidden.flatten(0, -2), backward=False)
+        return [F.linear(hidden, down), hidden, pre]
+    (_, hidden, pre), dy = results, gradients[0].flatten(0, -2)
     dpre = torch.empty_like(pre)
     activation_product(dy, down, pre, dpre, backward=True)
     return [(dpre @ up).view(tensors[0].shape), dpre.T @ x, dy.T @ hidden]
 
 fused_mlp = fused("mlp", "(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor, Tensor)",
-                  mlp_parts, mlp_forward, mlp_backward, 3)
+                  mlp_parts, run_mlp, 3)
 
 # Loss. An item is one row of logits, read once each way.
 
@@ -3182,22 +3189,17 @@ def nll_kernel(logits, target, weight, out, V, CAP: tl.constexpr, WIDTH: tl.cons
         chosen = tl.sum(tl.where(is_target, x, 0.0), axis=0)
         tl.store(out + row, CAP * (top - chosen) + tl.log(total))
 
-def nll_forward(logits: Tensor, target: Tensor, cap: float) -> Tensor:
-    """The result of `softcapped_nll`."""
-    return nll_backward([], [logits, target], [cap])[0]
-
-def nll_backward(gradients: list[Tensor], tensors: list[Tensor],
-                 numbers: list[float]) -> list[Tensor]:
-    """The gradient of the logits; without a gradient of the result, the result."""
-    logits, target = (t.contiguous() for t in tensors[:2])
+def run_nll(gradients: list[Tensor], tensors: list[Tensor], numbers: list[float]) -> list[Tensor]:
+    """Nats of every row, or the gradient of the logits."""
+    (logits, target, *_), (cap,) = tensors, numbers
     N, V = logits.shape
     out = torch.empty_like(logits) if gradients else logits.new_empty(N, dtype=torch.float32)
-    launch(nll_kernel, N, 1, logits, target, gradients[0] if gradients else out, out, V,
-           numbers[0], triton.next_power_of_2(V), bool(gradients), logits.is_cuda, warps=16)
+    launch(nll_kernel, N, 1, logits, target, *(gradients or [out]), out, V, cap,
+           triton.next_power_of_2(V), bool(gradients), logits.is_cuda, warps=16)
     return [out]
 
 fused_nll = fused("nll", "(Tensor logits, Tensor target, float cap) -> Tensor", softcapped_nll,
-                  nll_forward, nll_backward, 1)
+                  run_nll, 1)
 
 if __name__ == "__main__":
     sys.exit(command_line(sys.argv[1:]))
