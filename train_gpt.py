@@ -2161,7 +2161,8 @@ def shorten_names(function: ast.FunctionDef, keywords: set[str]) -> None:
     names = [n for n in nodes if isinstance(n, ast.Name)]
     own = [a for a in [*function.args.args, *function.args.kwonlyargs] if a.arg not in keywords]
     kept = {n.arg for n in nodes if isinstance(n, ast.arg) and n not in own}
-    kept |= {n.name or "" for n in nodes if isinstance(n, ast.FunctionDef | ast.ExceptHandler)}
+    kept |= {n.name or "" for n in nodes
+             if isinstance(n, ast.FunctionDef | ast.ExceptHandler | ast.alias)}
     kept |= {name for n in nodes if isinstance(n, ast.Nonlocal) for name in n.names}
     bound = [n.id for n in names if isinstance(n.ctx, ast.Store)] + [a.arg for a in own]
     counts = Counter(n.id for n in names if n.id in {*bound} - kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import hashlib
 import io
 import zipfile
@@ -73,21 +74,50 @@ class Bare(ast.NodeTransformer):
     visit_Module = visit_ClassDef = visit_FunctionDef = strip  # noqa: N815
 
 
-def meaning(source: str) -> str:
-    return ast.dump(Bare().visit(ast.parse(source)))
+def shapes_of(node: object, names: list[str]) -> object:
+    """A tree without its names, which are listed in the order of reading."""
+    if isinstance(node, ast.Name | ast.arg):
+        names.append(node.id if isinstance(node, ast.Name) else node.arg)
+        rest = [shapes_of(child, names) for child in ast.iter_child_nodes(node)]
+        return [type(node).__name__, rest]
+    if isinstance(node, ast.AST):
+        return [type(node).__name__, *(shapes_of(v, names) for _, v in ast.iter_fields(node))]
+    return [shapes_of(child, names) for child in node] if isinstance(node, list) else repr(node)
 
 
-def test_packed_source_is_the_program_without_docstrings(program: Path) -> None:
-    found = golf.unpack_program(program)
-    same = meaning(found) == meaning(PROGRAM.read_text())
-    assert same  # pytest would take minutes to show how two such texts differ
+def scopes(source: str) -> list[ast.stmt]:
+    """The statements of a program and of its classes, without what packing may drop."""
+    tree = Bare().visit(ast.parse(source))
+    return [inner for outer in tree.body
+            for inner in (outer.body if isinstance(outer, ast.ClassDef) else [outer])]
+
+
+def test_packed_source_is_the_program_but_for_docstrings_and_names(program: Path) -> None:
+    """Renaming is one to one in every function, and touches nothing that lives outside of it."""
+    source, found = PROGRAM.read_text(), golf.unpack_program(program)
+    public = {word for word in dir(golf)} | set(dir(builtins))
+    pairs = list(zip(scopes(source), scopes(found), strict=True))
+    assert len(pairs) > 300
+    for plain, packed_form in pairs:
+        old: list[str] = []
+        new: list[str] = []
+        same = shapes_of(plain, old) == shapes_of(packed_form, new)
+        assert same, ast.unparse(plain)[:200]
+        assert len(set(zip(old, new, strict=True))) == len(set(old)) == len(set(new))
+        renamed = {a for a, b in zip(old, new, strict=True) if a != b}
+        bound = {n.id for n in ast.walk(plain)
+                 if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        bound |= {n.arg for n in ast.walk(plain) if isinstance(n, ast.arg)}
+        assert renamed <= bound
+        assert not {b for a, b in zip(old, new, strict=True) if a != b} & public
     assert '"""' not in found
     assert "#" not in "".join(line for line in found.splitlines() if line.strip().startswith("#"))
 
 
 def signatures(source: str) -> dict[str, str]:
     """Operators and kernels with the types of their arguments."""
-    return {node.name: ast.unparse(node.args) for node in ast.walk(ast.parse(source))
+    return {node.name: str([a.annotation and ast.unparse(a.annotation) for a in node.args.args])
+            for node in ast.walk(ast.parse(source))
             if isinstance(node, ast.FunctionDef) and any(
                 word in ast.unparse(decorator) for decorator in node.decorator_list
                 for word in ("custom_op", "triton_op", "jit"))}
