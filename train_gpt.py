@@ -204,7 +204,6 @@ class Config:
     ttt_beta1: float = within(0.0, 0, 0.9999)
     ttt_beta2: float = within(0.99, 0, 0.9999)
     ttt_weight_decay: float = within(0.5, 0, 100)
-    ttt_warm_start_a: bool = False  # input factors survive from one batch of documents to the next
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -1095,12 +1094,9 @@ def sdpa_attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
 
 def load_sdpa(device: torch.device, kernel: str) -> Attend:
     """PyTorch attention pinned to one kernel. Raises: GolfError without a CUDA device."""
-    if device.type == "cuda":
-        # Process-wide flags, because a context manager would break the compiled graph.
-        torch.backends.cuda.enable_cudnn_sdp(kernel == "cudnn")
-        torch.backends.cuda.enable_flash_sdp(kernel == "flash")
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
-        torch.backends.cuda.enable_math_sdp(kernel == "math")
+    if device.type == "cuda":  # process-wide: a context manager would break the compiled graph
+        for name in ("cudnn", "flash", "mem_efficient", "math"):
+            getattr(torch.backends.cuda, f"enable_{name}_sdp")(kernel == name)
     elif kernel != "math":
         raise GolfError("needs a CUDA device")
     return sdpa_attend
@@ -1126,18 +1122,15 @@ def choose_attention(name: str, device: torch.device) -> AttentionBackend:
     """The named back-end, or the first that loads and is exact enough. Raises: ConfigError."""
     loaders: dict[str, Callable[[torch.device], Attend]] = {"fa3": load_fa3, "fa4": load_fa4}
     loaders |= {k: functools.partial(load_sdpa, kernel=k) for k in ("cudnn", "flash", "math")}
-    rejected: dict[str, str] = {}
-    tolerance = 0.02 if device.type == "cuda" else 1e-4
+    rejected, tolerance = dict[str, str](), 0.02 if device.type == "cuda" else 1e-4
     for candidate in loaders if name == "auto" else (name,):
         try:
-            attend = loaders[candidate](device)
-            error = attention_error(attend, device)
+            error = attention_error(attend := loaders[candidate](device), device)
             if not error <= tolerance:  # NaN is not
                 raise GolfError(f"error {error:.1e} against float32, at most {tolerance:g}")
+            return AttentionBackend(candidate, attend, rejected)
         except Exception as problem:  # whatever a foreign library raises only loses the choice
             rejected[candidate] = f"{type(problem).__name__}: {problem}".split("\n")[0][:160]
-        else:
-            return AttentionBackend(candidate, attend, rejected)
     raise ConfigError(f"ATTENTION={name}: " + "; ".join(f"{k}: {v}" for k, v in rejected.items()))
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -2206,17 +2199,13 @@ class Windows(NamedTuple):
 
     @property
     def skip(self) -> int:
-        """Positions before the first scored one, of every window if they form a batch."""
-        return int(self.first_scored[0] - self.starts[0])
+        return int(self.first_scored[0] - self.starts[0])  # of all windows, if they form a batch
 
     def select(self, chosen: slice | np.ndarray) -> Windows:
-        """Some of the windows."""
         return Windows(*(a[chosen] for a in self))
 
     def targets(self) -> np.ndarray:
-        """Positions of all scored targets, window by window."""
-        spans = zip(self.first_scored, self.stops, strict=True)
-        return np.concatenate([np.arange(*span) for span in spans])
+        return np.concatenate(list(map(np.arange, self.first_scored, self.stops)))
 
     def scores(self, nats_BS: Tensor) -> Tensor:
         """The nats of `targets`, from those of the positions from the first scored ones on."""
@@ -2237,8 +2226,7 @@ class ScoreLedger:
         targets = windows.targets()
         np.add.at(self.scored, targets, 1)
         if (self.scored[targets] > 1).any():
-            raise LegalityError(f"a target between {targets.min()} and {targets.max()} was scored "
-                                "before")
+            raise LegalityError(f"a target of {targets.min()} to {targets.max()} was scored before")
         place = torch.from_numpy(targets).to(self.nats.device, non_blocking=True)
         self.nats[place] = windows.scores(nats_BS.detach())
         self.num_commits += 1
@@ -2262,7 +2250,6 @@ class ScoreLedger:
         return windows.scores(nats_BS).sum()
 
     def save(self, path: Path) -> None:
-        """Writes this rank's scores and the time that they took."""
         buffer, place = io.BytesIO(), np.flatnonzero(self.scored)
         seconds = time.perf_counter() - self.begin
         np.savez(buffer, place=place, nats=self.nats.cpu().numpy()[place], seconds=seconds)
@@ -2283,19 +2270,15 @@ class ScoreLedger:
 
 def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
     """Windows every `stride` targets; the first scores all of its own, the others the last ones.
-
-    Example: 10 targets, seq_len 4, stride 2 -> windows at 0, 2, 4, 6 score 0-4, 4-6, 6-8, 8-10
-    """
-    context = seq_len - stride
-    starts = np.arange(0, max(num_targets - context, 1), stride)
-    first_scored = np.where(starts == 0, 0, starts + context)
+    Example: 10 targets, seq_len 4, stride 2 -> windows at 0, 2, 4, 6 score 0-4, 4-6, 6-8, 8-10"""
+    starts = np.arange(0, max(num_targets - seq_len + stride, 1), stride)
+    first_scored = np.where(starts == 0, 0, starts + seq_len - stride)
     return Windows(starts, first_scored, np.minimum(starts + seq_len, num_targets))
 
 def document_windows(stream: ValStream, seq_len: int, stride: int) -> Windows:
     """The sliding windows of every document; its last target is the next one's first token."""
-    spans = zip(stream.document_starts, stream.document_stops, strict=True)
-    parts = [start + np.array(sliding_windows(stop - start, seq_len, stride))
-             for start, stop in spans]
+    parts = [start + np.array(sliding_windows(stop - start, seq_len, stride)) for start, stop
+             in zip(stream.document_starts, stream.document_stops, strict=True)]
     return Windows(*np.concatenate(parts, axis=1))
 
 class Scorer:
@@ -2310,13 +2293,11 @@ class Scorer:
     @torch.no_grad()
     def score(self, windows: Windows, ledger: ScoreLedger) -> None:
         """Scores this rank's share; windows that skip equally many positions share batches."""
-        shares = np.array_split(np.arange(len(windows.starts)), self.world.size)
-        windows, config = windows.select(shares[self.world.rank]), self.model.config
-        skipped, rows = windows.first_scored - windows.starts, config.eval_rows
+        share = np.array_split(np.arange(len(windows.starts)), self.world.size)[self.world.rank]
+        skipped, config = (windows.first_scored - windows.starts)[share], self.model.config
         for skip in np.unique(skipped):
-            group = windows.select(skipped == skip)
-            for first in range(0, len(group.starts), rows):
-                part = group.select(slice(first, first + rows))
+            group, rows = share[skipped == skip], config.eval_rows
+            for part in map(windows.select, np.split(group, range(rows, len(group), rows))):
                 ledger.commit(part, self.predict(part, (rows, config.eval_seq_len), ledger))
 
     def predict(self, windows: Windows, shape: tuple[int, int], ledger: ScoreLedger,
@@ -2332,11 +2313,9 @@ class Scorer:
         return nats_BS
 
     def nats(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
-        """Nats (rows, width - skip) of the targets in token rows (rows, width + 1)."""
         return self.model.nats(self.states(rows, skip, adapter), rows[:, 1 + skip:], adapter)
 
     def states(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
-        """Hidden states at all positions but the first."""
         runner = adapter.run_block if adapter else None
         return self.model.hidden(rows[:, :-1], self.plan, adapter, runner)[:, skip:]
 
@@ -2352,7 +2331,6 @@ class Audit:
         self.state: tuple[int, list[int]] = 0, []
 
     def note(self, condition: str, checked: int, violation: float | Tensor) -> None:
-        """Counts checks of a condition and keeps the largest violation."""
         index = CONDITIONS.index(condition)
         self.checked[index] += checked
         self.worst[index] = self.worst[index].maximum(torch.as_tensor(violation).cpu())
@@ -2379,28 +2357,25 @@ class Audit:
                adapter: LowRank | None) -> None:
         """Scores up to a drawn target again, with it, all that follows and other rows replaced."""
         model, skip, counts = scorer.model, windows.skip, windows.stops - windows.first_scored
-        vocabulary = torch.arange(model.config.vocab_size).to(rows)
         drawn = int(torch.randint(int(counts.max()), (), generator=self.generator))
-        altered = torch.randint(len(vocabulary), rows.shape, generator=self.generator).to(rows)
+        altered = torch.randint(len(model.embed), rows.shape, generator=self.generator).to(rows)
         altered[::2, :skip + drawn + 1] = rows[::2, :skip + drawn + 1]
         with torch.set_grad_enabled(nats_BS.requires_grad):  # the graph that scored
             x_BSD = scorer.states(altered, skip, adapter).detach()
-        again_BS = model.nats(x_BSD, rows[:, 1 + skip:], adapter)
-        shift = (again_BS - nats_BS)[:len(counts):2, :drawn + 1].abs()
-        self.note("c1_causal", shift.numel(), shift.max())
+        gap = (model.nats(x_BSD, rows[:, 1 + skip:], adapter) - nats_BS)[:len(counts):2, :drawn + 1]
+        self.note("c1_causal", gap.numel(), gap.abs().max())
         mass_B = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-        for ids in vocabulary.split(64):
+        for ids in torch.arange(len(model.embed)).to(rows).split(64):
             x_BKD = x_BSD[:, drawn:drawn + 1].expand(-1, len(ids), -1)
             mass_B += (-model.nats(x_BKD, ids.expand(len(rows), -1), adapter).double()).exp().sum(1)
         self.note("c2_normalised", len(rows), (mass_B - 1).abs().max())
 
     def report(self, world: World) -> dict[str, dict[str, object]]:
         """Of every condition that any rank checked: whether it held, how often, the worst case."""
-        world.combine(self.checked, dist.ReduceOp.SUM)
-        world.combine(self.worst, dist.ReduceOp.MAX)
-        facts = zip(CONDITIONS, self.checked.tolist(), self.worst.tolist(), strict=True)
-        return {name: {"passed": worst <= AUDIT_TOLERANCE, "checked": int(count), "worst": worst}
-                for name, count, worst in facts if count}
+        counts, worst = world.combine(self.checked), world.combine(self.worst, dist.ReduceOp.MAX)
+        facts = zip(CONDITIONS, counts.tolist(), worst.tolist(), strict=True)
+        return {name: {"passed": most <= AUDIT_TOLERANCE, "checked": int(count), "worst": most}
+                for name, count, most in facts if count}
 
 class Score(NamedTuple):
     """The outcome of one evaluation."""
@@ -2467,17 +2442,14 @@ class ChunkLearner:
 
 def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     """The score of a model that learns, along a cosine, from every chunk but the last."""
-    config, num_targets = scorer.model.config, scorer.stream.num_targets
     ledger, learner = ScoreLedger(scorer.stream, scorer.world), ChunkLearner(scorer)
-    size = config.ttt_chunk_tokens
+    num_targets, size = scorer.stream.num_targets, learner.config.ttt_chunk_tokens
     last_chunk = (num_targets - 1) // size
     for chunk in range(last_chunk + 1):
-        first, last = chunk * size, min((chunk + 1) * size, num_targets)
-        of_chunk = windows.select(windows.first_scored // size == chunk)
-        scorer.score(of_chunk, ledger)  # 1. predict with the present weights
-        tokens = ledger.released(first, last)  # 2. final: a second score raises
+        scorer.score(windows.select(windows.first_scored // size == chunk), ledger)  # 1. predict
+        tokens = ledger.released(chunk * size, min((chunk + 1) * size, num_targets))  # 2. final
         if chunk < last_chunk:
-            lr = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
+            lr = learner.config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
             learner.adapt(tokens, lr)  # 3. learn from final tokens only
     return finish_score(scorer, ledger)
 
@@ -2494,17 +2466,13 @@ class LowRank:
     """Adapters of a frozen model for a batch of documents: each row has its own in every layer."""
     def __init__(self, model: GPT, plan: DepthPlan) -> None:
         c, shapes = model.requires_grad_(False).config, {**model.stacks(), "head": model.embed}
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(c.ttt_batch_size, *shape, device=model.embed.device,
-                               requires_grad=True)
-
-        self.config, self.scale = c, c.ttt_lora_alpha / c.ttt_lora_rank
+        zeros = functools.partial(torch.zeros, c.ttt_batch_size, device=model.embed.device,
+                                  requires_grad=True)
+        self.config, self.scale, rank = c, c.ttt_lora_alpha / c.ttt_lora_rank, c.ttt_lora_rank
         self.compiled = maybe_compile(run_block, c)
-        self.factors: dict[int, Factors] = {
-            visit: {site: (zeros(shapes[site].shape[-1], c.ttt_lora_rank),
-                           zeros(c.ttt_lora_rank, shapes[site].shape[-2]))
-                    for site in c.ttt_lora_sites.split(",") if (site == "head") == (visit < 0)}
+        self.factors: dict[int, Factors] = {visit: {
+            site: (zeros(shapes[site].shape[-1], rank), zeros(rank, shapes[site].shape[-2]))
+            for site in c.ttt_lora_sites.split(",") if (site == "head") == (visit < 0)}
             for visit in range(-1, len(plan.visits))}
         self.pairs = [pair for factors in self.factors.values() for pair in factors.values()]
         self.parameters = [factor for pair in self.pairs for factor in pair]
@@ -2513,7 +2481,6 @@ class LowRank:
             weight_decay=c.ttt_weight_decay, fused=model.embed.is_cuda)
 
     def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        """The adapted output of one layer."""
         return low_rank(self.factors[visit], self.scale, site, x, y)
 
     def run_block(self, stream: Stream, *others: typing.Any) -> Tensor:
@@ -2522,24 +2489,19 @@ class LowRank:
             stream = stream._replace(x=stream.x.detach().requires_grad_())
         for tensor in (stream.x, stream.x0, *stream.skip[:1]):
             torch._dynamo.maybe_mark_dynamic(tensor, 1)  # one graph for all widths
-        # The factors become inputs, so that one graph serves all visits.
         tap = functools.partial(low_rank, self.factors[others[-1].args[0]], self.scale)
-        return self.compiled(stream, *others[:-1], tap)
+        return self.compiled(stream, *others[:-1], tap)  # factors as inputs: one graph for all
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Makes all outputs zero; input factors that learned may stay as documents left them."""
         generator = torch.Generator(self.parameters[0].device).manual_seed(self.config.seed)
-        redraw = not (self.config.ttt_warm_start_a and self.adam.state)
         self.adam.state.clear()
         for a, b in self.pairs:
             b.zero_()
-            if redraw:
-                bound = a.shape[1] ** -0.5
-                a[:] = torch.empty_like(a[0]).uniform_(-bound, bound, generator=generator)
+            bound = a.shape[1] ** -0.5
+            a[:] = torch.empty_like(a[0]).uniform_(-bound, bound, generator=generator)
 
     def learn(self, loss: Tensor) -> None:
-        """One step of every row on its own share of the loss."""
         loss.backward()
         self.adam.step()
         self.adam.zero_grad()
@@ -2549,22 +2511,18 @@ RECORD_RANKS, SAVE_SECONDS = 8, 60.0
 def document_passes(starts: np.ndarray, stops: np.ndarray, config: Config
                     ) -> list[list[tuple[Windows, int]]]:
     """For groups of documents by falling length, their passes chunk by chunk, each with its width.
-
-    Short documents gain from early steps, and the longest must not hold up a rank, so chunks grow
-    with length. A pass sees all before its end that fits, in sixteenths of the longest width.
-    """
-    rows, longest, groups = config.ttt_batch_size, config.eval_seq_len, []
-    order, unit = np.argsort(starts - stops, kind="stable"), -(-longest // 16)
+    Chunks grow with length: short documents gain from early steps, long ones must not hold up a
+    rank. A pass sees all before its end that fits, in sixteenths of the widest."""
+    rows, widest, groups = config.ttt_batch_size, config.eval_seq_len, []
+    order, unit = np.argsort(starts - stops, kind="stable"), -(-widest // 16)
     for group in np.split(order, range(rows, len(order), rows)):
         start, stop = starts[group], stops[group]
         length, passes = stop[0] - start[0], []
-        chunk = config.ttt_chunk_size * min(max(length / 2048, 0.5), 8)
-        chunk = min(max(int(chunk), 1), longest // 2)
-        for first in range(0, length, chunk):
-            last = first + chunk
-            windows = Windows(start + max(0, last - longest), np.minimum(start + first, stop),
+        chunk = int(np.clip(config.ttt_chunk_size * np.clip(length / 2048, 0.5, 8), 1, widest // 2))
+        for last in range(chunk, length + chunk, chunk):
+            windows = Windows(start + max(0, last - widest), np.minimum(start + last - chunk, stop),
                               np.minimum(start + last, stop))
-            passes.append((windows, min(-(-last // unit) * unit, longest)))
+            passes.append((windows, min(-(-last // unit) * unit, widest)))
         groups.append(passes)
     return groups
 
@@ -2577,16 +2535,14 @@ def share_out(costs: Sequence[float], ranks: int) -> np.ndarray:
     return owners
 
 def evaluate_documents(scorer: Scorer, folder: Path | None = None) -> Score:
-    """The score when each document, chunk by chunk, is learned from by adapters of its own.
-
-    What a `folder` holds of an interrupted evaluation by as many ranks is not done again.
-    """
+    """The score when adapters of its own learn from each document, chunk by chunk.
+    What a `folder` holds of an interrupted evaluation by as many ranks is not done again."""
     stream, world, adapters = scorer.stream, scorer.world, LowRank(scorer.model, scorer.plan)
-    ledger, config = ScoreLedger(stream, world, by_document=True), adapters.config
+    ledger, rows = ScoreLedger(stream, world, by_document=True), adapters.config.ttt_batch_size
     path = folder / f"ledger_{world.rank}_of_{world.size}.npz" if folder else None
-    if path and path.is_file() and not config.ttt_warm_start_a:  # else groups are not independent
+    if path and path.is_file():
         scorer.earlier_seconds = ledger.resume(path)
-    groups = document_passes(stream.document_starts, stream.document_stops, config)
+    groups = document_passes(stream.document_starts, stream.document_stops, adapters.config)
     costs = [sum(width for _, width in passes) for passes in groups]  # on all ranks the same
     saved = time.perf_counter()
     for index in np.flatnonzero(share_out(costs, world.size) == world.rank):
@@ -2594,8 +2550,7 @@ def evaluate_documents(scorer: Scorer, folder: Path | None = None) -> Score:
             continue
         adapters.reset()
         for windows, width in groups[index]:
-            shape = config.ttt_batch_size, width
-            nats_BS = scorer.predict(windows, shape, ledger, adapters)  # 1. with what is known
+            nats_BS = scorer.predict(windows, (rows, width), ledger, adapters)  # 1. predict
             ledger.commit(windows, nats_BS)  # 2. final
             if windows is not groups[index][-1][0]:
                 adapters.learn(ledger.released_nats(windows, nats_BS))  # 3. from final scores
@@ -2607,9 +2562,8 @@ def evaluate_documents(scorer: Scorer, folder: Path | None = None) -> Score:
 def official_lengths(count: int = 50_000) -> np.ndarray:
     """Document lengths like the official ones: mean 957, 59 % of targets in those up to 2,048."""
     quantiles = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
-    lengths = np.exp(6.33 + 1.022 * quantiles.numpy()).astype(np.int64)
-    lengths[-16:] = np.geomspace(30_000, 97_000, 16)
-    return lengths
+    lengths = np.exp(6.33 + 1.022 * quantiles.numpy())
+    return np.append(lengths[:-16], np.geomspace(30_000, 97_000, 16)).astype(np.int64)
 
 def project_documents(scorer: Scorer) -> float:
     """Compiles on random tokens; seconds of the official text on eight ranks, at measured steps."""
