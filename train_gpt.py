@@ -196,7 +196,7 @@ class Config:
     ttt_chunk_tokens: int = within(32_768, 8, 1 << 24)
     ttt_grad_clip: float = within(1.0, 0, 1e7)
     ttt_batch_size: int = within(32, 1, 4096)  # documents that adapt side by side
-    ttt_chunk_size: int = within(48, 1, 1 << 16)  # targets between two steps; CHUNK_SCALES
+    ttt_chunk_size: int = within(48, 1, 1 << 16)  # targets between two steps
     ttt_lora_sites: str = "qkv,out,up,down,head"  # adapted layers, of every visit
     ttt_lora_rank: int = within(80, 1, 4096)
     ttt_lora_alpha: float = within(144.0, 0, 1e7)  # output is scaled by alpha / rank
