@@ -65,9 +65,8 @@ if typing.TYPE_CHECKING:
 
 # ==================================================================================================
 # 1  Config
-# Enters: environment variables. Leaves: one frozen `Config`, complete and checked. A preset is a
-# table of differences from the defaults; a variable named like a field, in capitals, overrides it.
-# What looks like a setting of ours but is none is an error: a misspelt setting costs a paid run.
+# Enters: environment variables named like fields. Leaves: one frozen `Config`, checked. A preset is
+# a table of differences from the defaults. A misspelt setting is an error: it costs a paid run.
 # ==================================================================================================
 
 class GolfError(Exception):
@@ -220,8 +219,7 @@ class Config:
             if variable in RETIRED:
                 raise ConfigError(f"{variable} has no effect; {RETIRED[variable]}")
             owned = set(OWNED_WORDS.split()).intersection(variable.split("_"))
-            near = difflib.get_close_matches(variable, known, n=1, cutoff=0.85 * (not owned))
-            if near:
+            if near := difflib.get_close_matches(variable, known, n=1, cutoff=0.85 * (not owned)):
                 raise ConfigError(f"{variable} is unknown; did you mean {near[0]}?")
         preset = env.get("PRESET", "record")
         require(preset in PRESETS, "preset", repr(preset), f"one of {', '.join(PRESETS)}")
@@ -231,42 +229,35 @@ class Config:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
         return self.model_dim // self.num_heads
 
     @property
     def kv_dim(self) -> int:
-        """Width of all keys, or of all values."""
-        return self.num_kv_heads * self.head_dim
+        return self.num_kv_heads * self.head_dim  # of all keys, or of all values
 
     @property
     def mlp_dim(self) -> int:
-        """Hidden width of the MLP."""
         return int(self.mlp_mult * self.model_dim)
 
     @property
     def eval_rows(self) -> int:
-        """Windows in one evaluation batch of one rank."""
-        return max(1, self.val_batch_tokens // (8 * self.eval_seq_len))
+        return max(1, self.val_batch_tokens // (8 * self.eval_seq_len))  # of one rank and batch
 
     @property
     def dataset_dir(self) -> Path:
-        """Folder with the shards."""
         return Path(self.data_path or f"{self.data_dir}/datasets/fineweb10B_sp{self.vocab_size}")
 
     @property
     def tokenizer_file(self) -> Path:
-        """The SentencePiece model."""
         default = f"{self.data_dir}/tokenizers/fineweb_{self.vocab_size}_bpe.model"
         return Path(self.tokenizer_path or default)
 
     def method(self) -> dict[str, object]:
         """The settings that define the method: equal for the seeds of one experiment."""
-        return {k: v for k, v in asdict(self).items() if k not in NOT_METHOD}
+        return {k: v for k, v in asdict(self).items() if k not in NOT_METHOD.split()}
 
     @property
     def config_hash(self) -> str:
-        """Fingerprint of the method."""
         return hashlib.sha256(json.dumps(self.method(), sort_keys=True).encode()).hexdigest()[:16]
 
     def differs(self) -> dict[str, object]:
@@ -274,9 +265,8 @@ class Config:
         base = Config.from_env({"PRESET": self.preset})
         return {k: v for k, v in asdict(self).items() if v != getattr(base, k)}
 
-NOT_METHOD = {"seed", "run_id", "log_dir", "run_dir", "print_config", "eval_only", "data_dir",
-              "data_path", "tokenizer_path", "audit", "resume", "checkpoint_every",
-              "rank_timeout_seconds", "max_quant_gap_bpb"}
+NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_path audit resume "
+              "tokenizer_path checkpoint_every rank_timeout_seconds max_quant_gap_bpb")
 
 PRESETS: dict[str, dict] = {
     "record": {},
@@ -287,22 +277,19 @@ PRESETS: dict[str, dict] = {
         compile=False, vocab_size=1024, train_seq_len=256, train_batch_tokens=6144,
         micro_batch_tokens=6144, num_layers=5, model_dim=128, num_heads=4, num_kv_heads=2,
         mlp_mult=3.0, rope_dims=8, xsa_last_n=5, parallel_residual_start=3, num_loops=1,
-        loop_start=1, loop_end=2, matrix_lr=0.03, muon_momentum=0.95,
-        muon_momentum_warmup_steps=40, grad_clip_norm=1.0, ema_decay=0.95,
-        max_wallclock_seconds=75.0, gptq_reserve_seconds=1.0, warmup_steps=1, train_log_every=10,
-        val_loss_every=0, gptq_calibration_batches=8, eval_seq_len=256, val_batch_tokens=65_536,
-        ttt_chunk_tokens=4096, ttt_batch_size=16, ttt_chunk_size=32, ttt_lora_rank=16,
-        ttt_lora_alpha=32.0, ttt_lora_lr=1e-3),
-}
+        loop_start=1, loop_end=2, matrix_lr=0.03, muon_momentum=0.95, muon_momentum_warmup_steps=40,
+        grad_clip_norm=1.0, ema_decay=0.95, max_wallclock_seconds=75.0, gptq_reserve_seconds=1.0,
+        warmup_steps=1, train_log_every=10, val_loss_every=0, gptq_calibration_batches=8,
+        eval_seq_len=256, val_batch_tokens=65_536, ttt_chunk_tokens=4096, ttt_batch_size=16,
+        ttt_chunk_size=32, ttt_lora_rank=16, ttt_lora_alpha=32.0, ttt_lora_lr=1e-3)}
 
 # Published variables without effect here, and what to do instead.
 RETIRED = {
     "MUON_BETA2": "use MUON_MOMENTUM", "ROPE_TRAIN_SEQ_LEN": "use TRAIN_SEQ_LEN",
-    "EMBEDDING_DIM": "use MODEL_DIM", **dict.fromkeys(("EMBED_LR", "HEAD_LR"), "use TIED_EMBED_LR"),
-    **dict.fromkeys(("ETLB_ENABLED", "ETLB_LR", "ETLB_STEPS", "ETLB_CLIP"), "use TTT_ENABLED"),
-    **dict.fromkeys(("TIE_EMBEDDINGS", "SKIP_GATES_ENABLED", "CONTROL_TENSOR_NAME_PATTERNS"),
-                    "remove it"),
-}
+    "EMBEDDING_DIM": "use MODEL_DIM", "CONTROL_TENSOR_NAME_PATTERNS": "remove it",
+    **dict.fromkeys(("EMBED_LR", "HEAD_LR"), "use TIED_EMBED_LR"),
+    **dict.fromkeys(("TIE_EMBEDDINGS", "SKIP_GATES_ENABLED"), "remove it"),
+    **dict.fromkeys(("ETLB_ENABLED", "ETLB_LR", "ETLB_STEPS", "ETLB_CLIP"), "use TTT_ENABLED")}
 
 # A variable with one of these words between underscores can only be meant for this program.
 OWNED_WORDS = "TTT MUON GPTQ EMA SWA WARMDOWN LOOPS XSA ROPE WALLCLOCK EMBED CLIP LORA MLP QK LR"
@@ -319,9 +306,8 @@ def parse_setting(name: str, text: str, kind: typing.Any) -> object:
         raise ConfigError(f"{name}={text!r} must be a {'whole ' * (kind is int)}number") from None
 
 # Relations between settings in words, and what contradicts them.
-RELATIONS: dict[str, tuple[str, Callable]] = {
-    "%": ("a multiple of", operator.mod), "<=": ("at most", operator.gt),
-    "<": ("below", operator.ge)}
+RELATIONS = {"%": ("a multiple of", operator.mod), "<=": ("at most", operator.gt),
+             "<": ("below", operator.ge)}
 
 def check_consistency(config: Config) -> None:
     """Raises ConfigError for the first two settings that contradict each other."""
@@ -329,10 +315,8 @@ def check_consistency(config: Config) -> None:
              "rope_dims <= head_dim", "train_batch_tokens % train_seq_len",
              "train_seq_len <= micro_batch_tokens", "eval_stride <= eval_seq_len",
              "ttt_chunk_size <= eval_seq_len"]
-    if config.num_loops:
-        rules += ["loop_start <= loop_end", "loop_end < num_layers"]
-    if config.max_wallclock_seconds:
-        rules.append("gptq_reserve_seconds < max_wallclock_seconds")
+    rules += ["loop_start <= loop_end", "loop_end < num_layers"] * bool(config.num_loops)
+    rules += ["gptq_reserve_seconds < max_wallclock_seconds"] * bool(config.max_wallclock_seconds)
     if config.ttt_enabled and config.ttt_mode == "sgd":
         rules += ["ttt_enabled <= sliding_window_enabled", "ttt_chunk_tokens % eval_seq_len"]
     for name, sign, other in map(str.split, rules):
@@ -343,8 +327,7 @@ def check_consistency(config: Config) -> None:
             config.compressor, f"ans for QUANTISER={config.quantiser}")
     require(config.run_id or not config.resume, "run_id", "''", f"set for RESUME={config.resume}")
     sites = config.ttt_lora_sites
-    require(set(sites.split(",")) <= set(SITES), "ttt_lora_sites", sites,
-            f"some of {','.join(SITES)}")
+    require({*sites.split(",")} <= {*SITES}, "ttt_lora_sites", sites, f"some of {','.join(SITES)}")
 
 # ==================================================================================================
 # 2  Runtime
@@ -357,8 +340,7 @@ class World:
     def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu") -> None:
         self.rank, self.size, self.device = rank, size, torch.device(device)
         self.is_main, self.is_cuda = rank == 0, self.device.type == "cuda"
-        # Decisions of the host travel over a CPU group and never wait for the device.
-        self.control: dist.ProcessGroup | None = None
+        self.control: dist.ProcessGroup | None = None  # of CPUs: never waits for the device
         self.deferring = self.signalled = self.stopping = False
 
     @classmethod
@@ -371,8 +353,7 @@ class World:
         except ValueError:
             raise ConfigError(f"{', '.join(names)}={given} must be three numbers") from None
         require(0 <= rank < size, "rank", rank, f"below WORLD_SIZE ({size})")
-        require(local_rank < gpus or not gpus, "local_rank", local_rank,
-                f"below the number of visible GPUs ({gpus})")
+        require(local_rank < gpus or not gpus, "local_rank", local_rank, f"below the {gpus} GPUs")
         return cls(rank, size, f"cuda:{local_rank}" if gpus else "cpu")
 
     @contextlib.contextmanager
@@ -399,8 +380,7 @@ class World:
                     if not isinstance(error, GolfError | KeyboardInterrupt):
                         sys.excepthook(*sys.exc_info())
                     print(f"error: {reason}", file=sys.stderr, flush=True)
-                # An orderly end would wait for the others.
-                os._exit(75 if isinstance(error, KeyboardInterrupt) else 1)
+                os._exit(75 if isinstance(error, KeyboardInterrupt) else 1)  # waits for nobody
             raise
         finally:
             for number, handler in handlers.items():
@@ -462,13 +442,11 @@ class World:
     def decide(self, *values: float) -> tuple[float, ...]:
         """Rank 0's `values` on every rank, and in `stopping`, whether one was told to stop."""
         mine = values if self.is_main else [0.0] * len(values)
-        box = torch.tensor([*mine, self.signalled], dtype=torch.float64)
-        *decided, stopping = self.combine(box).tolist()
-        self.stopping = stopping > 0
+        box = self.combine(torch.tensor([*mine, self.signalled], dtype=torch.float64))
+        *decided, self.stopping = *box[:-1].tolist(), bool(box[-1])
         return tuple(decided)
 
-    def combine(self, tensor: Tensor,
-                operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    def combine(self, tensor: Tensor, operation: typing.Any = dist.ReduceOp.SUM) -> Tensor:
         """A CPU tensor, combined over ranks."""
         if self.size > 1:
             dist.all_reduce(tensor, operation, group=self.control)
@@ -485,9 +463,8 @@ class RunLog:
     """The files of one run: text, JSON lines and the `result`. Ranks other than 0 are silent."""
     def __init__(self, config: Config, world: World) -> None:
         self.started = time.time()
-        stamp = f"{config.preset}-{config.seed}-{utc_text('%Y%m%dT%H%M%S')}"
-        self.run_id = run_id = config.run_id or stamp
-        self.folder = Path(config.run_dir, run_id)
+        run_id = config.run_id or f"{config.preset}-{config.seed}-{utc_text('%Y%m%dT%H%M%S')}"
+        self.run_id, self.folder = run_id, Path(config.run_dir, run_id)
         self.result_path = Path(config.log_dir, run_id + ".json")
         self.result: dict = {}  # filled as its keys become known
         self.files: list[typing.TextIO] = []
@@ -523,18 +500,15 @@ class RunLog:
                 print(f"error: {self.files[number].name}: {error.strerror}", file=sys.stderr)
 
     def line(self, text: str, *, console: bool = True) -> None:
-        """Writes one line for people."""
         if self.files and console:
             print(text, flush=True)
         self.append(0, text)
 
     def event(self, kind: str, **values: object) -> None:
-        """Writes one JSON line for programs."""
         record = {"event": kind, "t": time.time() - self.started, **values}
         self.append(1, json.dumps(record))
 
     def warn(self, message: str) -> None:
-        """Says something the user should know, in both files."""
         self.line(f"warning: {message}")
         self.event("warning", message=message)
 
@@ -542,13 +516,11 @@ class RunLog:
         """Adds keys to a section of the result."""
         self.result.setdefault(title, {}).update(values)
 
-    def write_result(self, status: Literal["complete", "partial"], reason: str) -> dict:
-        """Writes the result as it stands."""
+    def write_result(self, status: Literal["complete", "partial"], reason: str) -> None:
         self.event("result", status=status, reason=reason)
         self.result |= {"status": status, "exit_reason": reason, "finished": utc_text()}
         if self.files:
             write_atomically(self.result_path, (json.dumps(self.result, indent=1) + "\n").encode())
-        return self.result
 
 def utc_text(form: str = "%Y-%m-%dT%H:%M:%SZ") -> str:
     """The time now, as ISO 8601 text."""
@@ -568,8 +540,7 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         partial.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error}") from None
 
-# The packed program that is running, or None for the plain script.
-ARCHIVE = getattr(globals().get("__loader__"), "archive", None)
+ARCHIVE = getattr(globals().get("__loader__"), "archive", None)  # what runs, if it is packed
 
 @functools.cache  # the file may be edited while a run goes on; what counts is what runs
 def program_source() -> str:
@@ -583,18 +554,15 @@ def packed_program() -> bytes:
 
 def environment_facts(world: World) -> dict[str, object]:
     """Hardware and versions: everything outside the program whose change could move a number."""
-    cuda, device = world.is_cuda, world.device
-    hardware: dict = {"gpu": torch.cuda.get_device_name(device) if cuda else "none",
-                      "gpus": world.size * cuda, "cpu_count": os.cpu_count()}
+    hardware: dict = {"gpu": torch.cuda.get_device_name(world.device) if world.is_cuda else "none",
+                      "gpus": world.size * world.is_cuda, "cpu_count": os.cpu_count()}
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__, "cuda": torch.version.cuda,
                 "cudnn": torch.backends.cudnn.version()}
-    if cuda:
-        with contextlib.suppress(ImportError):
-            versions["triton"] = __import__("triton").__version__
-        with contextlib.suppress(OSError):
-            text = Path("/proc/driver/nvidia/version").read_text()
-            hardware["driver"] = text.split("  ")[1]  # follows the module's name
+    if world.is_cuda:
+        versions["triton"] = triton.__version__
+        with contextlib.suppress(OSError):  # the version follows the module's name
+            hardware["driver"] = Path("/proc/driver/nvidia/version").read_text().split("  ")[1]
     return {"hardware": hardware, "versions": versions}
 
 # ==================================================================================================
@@ -625,34 +593,28 @@ def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
     """Raises DataError if a token id is not below `vocab_size`."""
-    largest = int(tokens.max(initial=0))
-    if largest >= vocab_size:
+    if (largest := int(tokens.max(initial=0))) >= vocab_size:
         raise DataError(f"{where}: token id {largest} must be below VOCAB_SIZE ({vocab_size})")
 
 def find_shards(folder: Path, split: str) -> list[Path]:
     """The shard files of `split`, in order. Raises: DataError if there are none."""
-    found = sorted(folder.glob(f"*_{split}_[0-9]*.bin"))
-    if not found:
+    if not (found := sorted(folder.glob(f"*_{split}_[0-9]*.bin"))):
         raise DataError(f"{folder}: no *_{split}_*.bin shards; tools/prepare_data.py provides them")
     return found
 
 class TrainLoader:
-    """Windows of `seq_len + 1` tokens, without replacement, new boundaries and order every pass.
-
-    Window number n depends on the seed and the shards alone, so a run can resume from a number.
-    """
+    """Windows of `seq_len + 1` tokens; number n depends on the seed and the shards alone."""
     def __init__(self, shards: Sequence[np.ndarray], config: Config) -> None:
         self.shards, self.config, self.seq_len = shards, config, config.train_seq_len
         self.offsets = np.cumsum([0] + [s.size for s in shards])
         self.num_tokens = int(self.offsets[-1])
         self.enter_epoch(0)
         if not self.starts.size:
-            raise DataError(
-                f"{config.dataset_dir}: {self.num_tokens} training tokens in {len(shards)} shards, "
-                f"none as long as TRAIN_SEQ_LEN ({self.seq_len}) + 1")
+            raise DataError(f"{config.dataset_dir}: {self.num_tokens} training tokens; shards need "
+                            f"TRAIN_SEQ_LEN ({self.seq_len}) + 1 at least")
 
     def enter_epoch(self, epoch: int) -> None:
-        """Draws the windows of one pass: start positions in the concatenation of all shards."""
+        """Draws boundaries and order of one pass: start positions in all shards, concatenated."""
         rng, starts = np.random.Generator(np.random.PCG64([self.config.seed, epoch])), []
         for shard, offset in zip(self.shards, self.offsets[:-1], strict=True):
             count, spare = divmod(max(0, shard.size - 1), self.seq_len)
@@ -690,10 +652,7 @@ def batch_shape(config: Config, world_size: int) -> BatchShape:
 
 def batch_stream(loader: TrainLoader, shape: BatchShape, world: World, step: int = 0
                  ) -> Generator[list[Tensor], None, None]:
-    """This rank's micro-batches (sequences, seq_len + 1) of each step, read two ahead by a thread.
-
-    Raises: what reading them raised.
-    """
+    """This rank's micro-batches (sequences, seq_len + 1) of each step; a thread reads two ahead."""
     per_rank = shape.micro_steps * shape.sequences
 
     def read(step: int) -> list[Tensor]:
@@ -717,12 +676,11 @@ class TokenBytes(NamedTuple):
 def load_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
     """The SentencePiece model at `path`. Raises: DataError if missing or of another size."""
     from sentencepiece import SentencePieceProcessor
-    if not path.is_file():
-        raise DataError(f"{path}: no tokenizer; set TOKENIZER_PATH or run tools/prepare_data.py")
     try:
         tokenizer = SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{path}: not a SentencePiece model: {error}") from None
+        raise DataError(f"{path}: no SentencePiece model; set TOKENIZER_PATH or run "
+                        f"tools/prepare_data.py: {error}") from None
     if tokenizer.vocab_size() != vocab_size:
         raise DataError(f"{path}: {tokenizer.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
     return tokenizer
@@ -730,17 +688,14 @@ def load_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
 def token_bytes(tokenizer: SentencePieceProcessor) -> TokenBytes:
     """Bytes of decoded text per token id, 0 for control tokens; `bytes_of_targets` adds the space.
 
-    Raises: DataError if U+2581 is no piece of its own (its fallback bytes would count it as 3), or
-    if a piece holds it anywhere but in front.
+    Raises: DataError if U+2581 is no piece (its fallback bytes would count as 3), or inside one.
     Example: pieces (U+2581)"caf", "<0xC3>", "<0xA9>" -> 3 and a leading space, 1, 1
     """
     if tokenizer.is_unknown(tokenizer.piece_to_id(SPACE_MARK)):
         raise DataError("tokenizer: U+2581 is no piece of its own; bytes would be wrong")
-    ids = list(range(tokenizer.vocab_size()))
-    pieces = tokenizer.id_to_piece(ids)
-    for piece in pieces:
-        if SPACE_MARK in piece[1:]:
-            raise DataError(f"tokenizer: piece {piece!r} holds U+2581 inside")
+    pieces = tokenizer.id_to_piece(ids := list(range(tokenizer.vocab_size())))
+    if inside := [piece for piece in pieces if SPACE_MARK in piece[1:]]:
+        raise DataError(f"tokenizer: piece {inside[0]!r} holds U+2581 inside")
     sizes = [len(piece.removeprefix(SPACE_MARK).encode()) for piece in pieces]
     tests = tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused
     boundary = np.any([test(ids) for test in tests], axis=0)
@@ -758,8 +713,7 @@ class ValStream:
         whole = max(0, tokens.size - 1) // seq_len * seq_len  # the tail fills no sequence
         self.num_targets = tokens.size - 1 if keep_tail else whole
         if not whole:
-            raise DataError(f"validation shards hold {tokens.size} tokens, fewer than EVAL_SEQ_LEN "
-                            f"({seq_len}) + 1")
+            raise DataError(f"validation: {tokens.size} tokens, not above EVAL_SEQ_LEN ({seq_len})")
         self.tokens = np.ascontiguousarray(tokens[:self.num_targets + 1], dtype=np.int32)
         self.num_documents = int((self.tokens == BOS_ID).sum())
         self.document_starts = np.union1d(0, np.flatnonzero(self.tokens[:-1] == BOS_ID))
@@ -2595,7 +2549,7 @@ def is_official(val: ValStream) -> bool:
     """Whether these are the competition's targets, with the tail that fills no sequence or not."""
     return val.num_targets // 2048 * 2048 == OFFICIAL_VAL_TARGETS
 
-def resolve_track(config: Config, world: World, val: ValStream, attention_name: str) -> str:
+def resolve_track(config: Config, world: World, val: ValStream, attention: str) -> str:
     """The track of the run. Raises: ConfigError if it claims 10min_16mb and cannot be on it."""
     official, claim = is_official(val), " for TRACK=10min_16mb"
     if config.track == "non_record" or (
@@ -2605,8 +2559,7 @@ def resolve_track(config: Config, world: World, val: ValStream, attention_name: 
     require(official, "val_targets", val.num_targets, f"{OFFICIAL_VAL_TARGETS}{claim}")
     compiled = config.compile and not os.environ.get("TORCH_COMPILE_DISABLE")
     require(compiled, "compile", 0, f"1{claim}")
-    slow = attention_name in ("flash", "math")
-    require(not slow, "attention", attention_name, f"fa3, fa4 or cudnn{claim}")
+    require(attention not in ("flash", "math"), "attention", attention, f"fa3, fa4 or cudnn{claim}")
     for name, most in (("max_wallclock_seconds", 600), ("max_eval_seconds", 600),
                        ("artifact_cap_bytes", 16_000_000)):
         value = getattr(config, name)
@@ -2631,13 +2584,12 @@ def prepare(config: Config, world: World) -> Setup:
         ends = b"".join(shard[-999:].tobytes() for shard in shards)
         data |= {"train_tokens": TrainLoader(shards, config).num_tokens,
                  "train_shards": len(shards), "train_ends_sha256": hashlib.sha256(ends).hexdigest()}
-    facts: dict = environment_facts(world)
     backend = choose_attention(config.attention, world.device)
     track, log = resolve_track(config, world, val, backend.name), RunLog(config, world)
+    facts: dict = {**environment_facts(world), "data": {**log.result.get("data", {}), **data}}
     facts["versions"] |= {"attention_backend": backend.name, "rejected": backend.rejected}
     identity = {"seed": config.seed, "world_size": world.size,
                 "source_sha256": hashlib.sha256(source.encode()).hexdigest()}
-    facts["data"] = {**log.result.get("data", {}), **data}
     log.result = {"started": utc_text(), **log.result, "run_id": log.run_id, "track": track,
                   "preset": config.preset, "config_hash": config.config_hash, **identity, **facts,
                   "packed_sha256": hashlib.sha256(packed).hexdigest(),
@@ -2658,12 +2610,10 @@ def data_facts(config: Config, val: ValStream) -> dict[str, object]:
     except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}") from None
     tokenizer = digest(config.tokenizer_file.read_bytes()).hexdigest()
-    written = manifest.get("tokenizer_sha256", tokenizer)
-    if written != tokenizer:
+    if (written := manifest.get("tokenizer_sha256", tokenizer)) != tokenizer:
         raise DataError(f"{config.tokenizer_file}: sha256 {tokenizer}, but {path} says {written}")
     if is_official(val) and val.num_bytes not in OFFICIAL_VAL_BYTES:
-        raise DataError(f"{config.dataset_dir}: {val.num_bytes} bytes must be in "
-                        f"{OFFICIAL_VAL_BYTES}")
+        raise DataError(f"{config.dataset_dir}: {val.num_bytes} bytes, not in {OFFICIAL_VAL_BYTES}")
     return {"name": config.dataset_dir.name, "tokenizer_sha256": tokenizer,
             "val_documents": val.num_documents, "val_targets": val.num_targets,
             "fingerprint": digest(val.tokens.tobytes()).hexdigest()[:16],
@@ -2674,9 +2624,8 @@ def train_to_artifact(setup: Setup, path: Path) -> None:
     config, world, log, attend, val, start = setup
     trainer = Trainer(config, world, log, attend, start)
     groups = count_parameters(trainer.model)
-    total = sum(count for _, count in groups.values())
-    log.put("model", parameters=total, groups=groups)
-    log.line(f"model_params:{total}")
+    log.put("model", parameters=sum(count for _, count in groups.values()), groups=groups)
+    log.line(f"model_params:{log.result['model']['parameters']}")
 
     def score(plan: DepthPlan) -> Score:
         windows = sliding_windows(val.num_targets, config.eval_seq_len, config.eval_seq_len)
@@ -2690,14 +2639,13 @@ def train_to_artifact(setup: Setup, path: Path) -> None:
             log_score(log, "raw", "final raw weights", result)
 
     plan, hessians = trainer.run(validate)
-    begin = time.perf_counter()
+    begin = time.perf_counter() - log.result["clocks"]["training_seconds"]
     # Full float32 products from here on: error feedback cancels too finely for tf32.
     torch.set_float32_matmul_precision("highest")
     quantised, blob = fit_to_cap(trainer.model, hessians, plan, world, log)
     if world.is_main:
         save_artifact(path, blob, quantised, trainer.model, log)
-    whole = log.result["clocks"]["training_seconds"] + time.perf_counter() - begin
-    log.put("clocks", train_to_artifact_seconds=whole)
+    log.put("clocks", train_to_artifact_seconds=time.perf_counter() - begin)
     log_score(log, "averaged", "pre-quantization post-ema", score(plan))
     log.write_result("partial", "evaluating")
 
@@ -2710,25 +2658,34 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     scorer = Scorer(model, plan, val, world, Audit(config.seed) if config.audit else None)
     seq_len, stride = config.eval_seq_len, config.eval_stride
     sliding = sliding_windows(targets, seq_len, stride)
-    evaluations = [("quantised", "quantized", sliding_windows(targets, seq_len, seq_len))]
+    plans = [("quantised", "quantized", sliding_windows(targets, seq_len, seq_len))]
     if config.sliding_window_enabled:
-        evaluations.append(("sliding", "quantized_sliding_window", sliding))
+        plans += [("sliding", "quantized_sliding_window", sliding)]
     if by_document:
-        windows = document_windows(val, seq_len, stride)
-        evaluations.append(("documents", "quantized_documents", windows))
-    for headline, label, windows in evaluations:
-        score = evaluate_with_less(scorer, windows, headline == "documents", log)
+        plans += [("documents", "quantized_documents", document_windows(val, seq_len, stride))]
+    for headline, label, windows in plans:
+        while True:
+            try:
+                score = evaluate(scorer, windows, headline == "documents")
+                break
+            except torch.OutOfMemoryError:
+                tokens = scorer.model.config.val_batch_tokens // 2
+                log.warn(f"out of memory: VAL_BATCH_TOKENS={tokens} from here on")
+                scorer.model.config = replace(scorer.model.config, val_batch_tokens=tokens)
         log_score(log, headline, label, score)
-        check_gap(config, log)
+        if headline == "quantised" and "averaged" in log.result["bpb"]:
+            gap = score.bits - log.result["bpb"]["averaged"]
+            log.put("quantisation", gap_bpb=gap)
+            if not gap <= config.max_quant_gap_bpb:
+                raise TrainingError(f"quantisation lost {gap:.4f} BPB, over MAX_QUANT_GAP_BPB; "
+                                    f"{log.folder} keeps the weights")
+    full = project_documents(scorer) if by_document and config.ttt_enabled else 0.0
     if config.ttt_enabled:
         headline = f"ttt_{config.ttt_mode}"
-        if by_document:
-            full, score = project_documents(scorer), evaluate_documents(scorer, log.folder)
-        else:
-            score = evaluate_adapting(scorer, sliding)
+        score = (evaluate_documents(scorer, log.folder) if by_document
+                 else evaluate_adapting(scorer, sliding))
         log_score(log, headline, "quantized_ttt", score)
-    if headline != "ttt_documents":
-        full = score.seconds * OFFICIAL_VAL_TARGETS / RECORD_RANKS * world.size / targets
+    full = full or score.seconds * OFFICIAL_VAL_TARGETS / RECORD_RANKS * world.size / targets
     # The strict clock runs from opening the file on, the lenient one in the headline alone.
     strict = time.perf_counter() - begin + scorer.earlier_seconds
     log.put("clocks", eval_seconds_strict=strict, eval_seconds_lenient=score.seconds,
@@ -2736,39 +2693,9 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
             projected_full_eval_seconds_8gpu=strict - score.seconds + full)
     if scorer.audit:
         log.result["audit"] = record = scorer.audit.report(world)
-        failed = [f"{name} {facts}" for name, facts in record.items() if not facts["passed"]]
-        if failed:
+        if failed := [f"{name} {facts}" for name, facts in record.items() if not facts["passed"]]:
             raise LegalityError(f"audit: {'; '.join(failed)}")
     log.result |= {"headline": headline, "val_bpb": score.bits, "val_loss": score.nats}
-
-def evaluate_with_less(scorer: Scorer, windows: Windows, by_document: bool, log: RunLog) -> Score:
-    """The score on all windows; out of memory halves the batches, as far as there is a half."""
-    while True:
-        try:
-            return evaluate(scorer, windows, by_document)
-        except torch.OutOfMemoryError:
-            tokens = scorer.model.config.val_batch_tokens // 2
-            log.warn(f"out of memory: VAL_BATCH_TOKENS={tokens} from here on")
-            scorer.model.config = replace(scorer.model.config, val_batch_tokens=tokens)
-
-def check_gap(config: Config, log: RunLog) -> None:
-    """Notes what quantisation lost. Raises: TrainingError if it is more than the limit."""
-    bpb = log.result["bpb"]
-    if "averaged" in bpb:
-        gap = bpb["quantised"] - bpb["averaged"]
-        log.put("quantisation", gap_bpb=gap)
-        if not gap <= config.max_quant_gap_bpb:
-            raise TrainingError(f"quantisation lost {gap:.4f} BPB, over MAX_QUANT_GAP_BPB; "
-                                f"{log.folder} keeps the weights")
-
-def report_outcome(log: RunLog) -> None:
-    """Prints the result table."""
-    result = log.result
-    for key, bits in result["bpb"].items():
-        mark = "  <- headline" if key == result["headline"] else ""
-        log.line(f"{key:<14}{bits:>9.5f} BPB{result['nats'][key]:>9.5f} nats"
-                 f"{result['eval_seconds'][key]:>9.1f} s{mark}")
-    log.line(f"result: {log.result_path}")
 
 def describe_config(config: Config, world: World) -> str:
     """Settings, topology, parameters, operations and expected bytes, as text."""
@@ -2804,13 +2731,16 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
     with world.process_group(config.rank_timeout_seconds):
         _, _, log, _, _, (state, _) = setup = prepare(config, world)
         try:
-            path = Path(config.eval_only or log.folder / "artifact.bin")
-            done = state.trained and "averaged" in log.result.get("bpb", {})
-            if not (config.eval_only or done):
+            path, result = Path(config.eval_only or log.folder / "artifact.bin"), log.result
+            scored = state.trained and "averaged" in result.get("bpb", {})
+            if not (config.eval_only or scored):
                 train_to_artifact(setup, path)
-            # From here on only the artifact exists.
-            evaluate_artifact(setup, path)
-            report_outcome(log)
+            evaluate_artifact(setup, path)  # from here on only the artifact exists
+            for key, bits in result["bpb"].items():
+                mark = "  <- headline" if key == result["headline"] else ""
+                log.line(f"{key:<14}{bits:>9.5f} BPB{result['nats'][key]:>9.5f} nats"
+                         f"{result['eval_seconds'][key]:>9.1f} s{mark}")
+            log.line(f"result: {log.result_path}")
             world.deferring = True  # nothing is lost any more
         except BaseException as error:
             if any(log.folder.glob("*.ckpt")):
@@ -2818,12 +2748,12 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
             with contextlib.suppress(OSError):
                 log.write_result("partial", world.explain(error))
             raise
-        clocks = log.result["clocks"]
+        clocks = result["clocks"]
         crossed = [f"{name.upper()}={getattr(config, name)} was crossed: {clocks[clock]:.1f}s"
                    for name, clock in (("max_wallclock_seconds", "training_seconds"),
                                        ("max_eval_seconds", "eval_seconds_strict"))
                    if 0 < getattr(config, name) < clocks.get(clock, 0)]
-        result = log.write_result("complete", "; ".join(crossed) or "finished")
+        log.write_result("complete", "; ".join(crossed) or "finished")
         if crossed and result["track"] == "10min_16mb":
             raise LegalityError(result["exit_reason"])
         return result

@@ -321,13 +321,13 @@ def test_crossed_budget_keeps_the_result_and_fails_a_record(
         make_env: MakeEnv, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         track: str, clock: str, setting: str) -> None:
     monkeypatch.setattr(golf, "resolve_track", lambda *_: track)
-    honest = golf.report_outcome
+    honest = golf.evaluate_artifact
 
-    def slow(log: golf.RunLog) -> None:
-        log.put("clocks", **{clock: 601.5})
-        honest(log)
+    def slow(setup: golf.Setup, path: Path) -> None:
+        honest(setup, path)
+        setup[2].put("clocks", **{clock: 601.5})
 
-    monkeypatch.setattr(golf, "report_outcome", slow)
+    monkeypatch.setattr(golf, "evaluate_artifact", slow)
     artifact = trained_run / "runs" / "toy" / "artifact.bin"
     env = make_env(EVAL_ONLY=artifact, TTT_ENABLED=0, MAX_WALLCLOCK_SECONDS=600)
     if track == "10min_16mb":
