@@ -1098,9 +1098,7 @@ def maybe_compile(function: Callable[..., Tensor], config: Config) -> Callable[.
 # ==================================================================================================
 # 5  Optimizer
 # Enters: gradients of this rank's share of a batch. Leaves: parameters, updated alike everywhere.
-# Matrices go to Muon, whose momentum and orthogonalisation are shared out over the ranks; the rest
-# goes to AdamW. Schedules are functions of progress (0 to 1) or of the step, and of nothing else.
-#
+# Matrices go to Muon, whose momentum and work are shared out over the ranks; the rest to AdamW.
 #   M matrices of one shape, laid wide   R rows   C columns (R <= C)
 # ==================================================================================================
 
@@ -1114,10 +1112,7 @@ def muon_momentum(step: int, config: Config) -> float:
     return first + min(share, 1.0) * (config.muon_momentum - first)
 
 def orthogonalise(update_MRC: Tensor, iterations: int) -> Tensor:
-    """Each matrix of a stack moved towards the nearest semi-orthogonal one, in bf16.
-
-    Source: Newton-Schulz iteration of Muon (Jordan et al. 2024), a quintic in three coefficients.
-    """
+    """Matrices made nearly orthogonal. Source: Newton-Schulz of Muon (Jordan et al. 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = update_MRC.bfloat16()
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
@@ -1170,20 +1165,19 @@ class Optimizer:
     def __init__(self, model: GPT, config: Config, world: World) -> None:
         self.model, self.config, self.world = model, config, world
         shapes: dict[tuple[int, ...], list[Matrix]] = {}
-        for matrix in model.matrices():
-            shape = tuple(sorted(matrix.view(matrix.parameter).shape[1:]))
-            shapes.setdefault(shape, []).append(matrix)
+        for m in model.matrices():
+            shapes.setdefault(tuple(sorted(m.view(m.parameter).shape[1:])), []).append(m)
         self.groups = [MatrixGroup(matrices, world) for matrices in shapes.values()]
-        vectors = list(model.vectors().values())
-        self.replicated = [model.embed, *vectors]
-        self.names = [*("/".join(m.role for m in group.matrices) for group in self.groups),
-                      "embed", *model.vectors()]
+        self.momenta = [group.momentum for group in self.groups]
+        self.replicated = [model.embed, *model.vectors().values()]
+        roles = ("/".join(m.role for m in group.matrices) for group in self.groups)
+        self.names = [*roles, "embed", *model.vectors()]
         stacked = {id(m.parameter) for m in model.matrices()}
         if sorted([*stacked, *map(id, self.replicated)]) != sorted(map(id, model.parameters())):
             raise TypeError("a parameter is in no optimizer group, or in two")
         self.adam = torch.optim.AdamW(
             [dict(params=[model.embed], base=config.tied_embed_lr, weight_decay=config.embed_wd),
-             dict(params=vectors, base=config.scalar_lr, weight_decay=config.adam_wd)],
+             dict(params=self.replicated[1:], base=config.scalar_lr, weight_decay=config.adam_wd)],
             lr=0.0, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
 
     @torch.no_grad()
@@ -1223,11 +1217,9 @@ class WeightAverage:
         self.shadow = [p.clone() for p in self.weights]
 
     def update(self) -> None:
-        """shadow = decay * shadow + (1 - decay) * weight."""
         torch._foreach_lerp_(self.shadow, self.weights, 1 - self.decay)
 
     def apply(self) -> None:
-        """Replaces the model's weights by their average."""
         torch._foreach_copy_(self.weights, self.shadow)
 
 # ==================================================================================================
@@ -1268,9 +1260,8 @@ Start = tuple[TrainState, list[Tensor]]  # where training starts, and with what
 
 def find_start(config: Config, facts: dict[str, object], log: RunLog) -> Start:
     """The newest whole checkpoint that RESUME means, if any. Raises: ArtifactError, ConfigError."""
-    paths = [Path(config.resume)]
-    if config.resume in ("", "auto"):  # names sort in the order in which a run writes them
-        paths = sorted(log.folder.glob("*.ckpt"), reverse=True)
+    newest = sorted(log.folder.glob("*.ckpt"), reverse=True)  # names sort in the order of writing
+    paths = newest if config.resume in ("", "auto") else [Path(config.resume)]
     for path in paths:
         try:
             state, tensors = TrainState.read(path)
@@ -1291,13 +1282,11 @@ def find_start(config: Config, facts: dict[str, object], log: RunLog) -> Start:
 class TrainingClock:
     """Budget from the first step to the last read of training data. Rank 0's decides for all."""
     def __init__(self, config: Config, world: World, reserve_seconds: float) -> None:
-        budget = config.max_wallclock_seconds
         self.world, self.iterations = world, config.iterations
-        self.limit = budget - reserve_seconds if budget else math.inf
-        self.begin, self.marks = time.perf_counter(), deque[float](maxlen=9)
+        self.limit = (config.max_wallclock_seconds or math.inf) - reserve_seconds
+        self.begin, self.marks = time.perf_counter(), deque[float](maxlen=9)  # of eight steps
 
     def elapsed(self) -> float:
-        """Seconds of training so far."""
         return time.perf_counter() - self.begin
 
     @contextlib.contextmanager
@@ -1311,12 +1300,9 @@ class TrainingClock:
         """Progress at which to run `step`, and whether to stop instead so as to keep the limit."""
         now = self.elapsed()
         self.marks.append(now)
-        slowest = float(max(np.diff(self.marks), default=0.0))  # of the last eight steps
-        ahead = now + 1.02 * slowest * (in_flight + 1)
-        stop = step >= self.iterations or ahead > self.limit
-        self.agreed, stopped = self.world.decide(now, stop)
-        progress = max(self.agreed / self.limit, step / self.iterations)
-        return min(1.0, progress), bool(stopped)
+        end = now + 1.02 * (in_flight + 1) * float(max(np.diff(self.marks), default=0.0))
+        self.agreed, stopped = self.world.decide(now, end > self.limit or step >= self.iterations)
+        return min(1.0, max(self.agreed / self.limit, step / self.iterations)), bool(stopped)
 
 class Trainer:
     """The training loop and everything it keeps between steps."""
@@ -1332,8 +1318,7 @@ class Trainer:
         self.model.to(world.device)
         self.optimizer = Optimizer(self.model, config, world)
         self.average = WeightAverage(self.model, config.ema_decay)
-        # Steps given to the device, whose numbers are on the host once the last mark is reached.
-        self.flight: deque[tuple] = deque()
+        self.flight: deque[tuple] = deque()  # steps whose numbers may not be on the host yet
         self.micro_seconds: dict[str, list[float]] = {}
         self.last_loss, self.skipped = math.nan, -1
 
@@ -1362,8 +1347,7 @@ class Trainer:
             self.log.event("phase", name=f"warm_up {plan.name}", seconds=seconds)
             self.log.line(f"warm_up {plan.name}: {seconds:.1f}s")
         self.average.apply()  # which holds the first weights
-        momenta = [group.momentum for group in self.optimizer.groups]
-        torch._foreach_zero_([*self.optimizer.moments(), *momenta])
+        torch._foreach_zero_([*self.optimizer.moments(), *self.optimizer.momenta])
         for _ in range(2):  # the second is warm
             begin = time.perf_counter()
             collect(Hessians(self.model), rows, depth_plans(config)[-1])
@@ -1387,8 +1371,8 @@ class Trainer:
         saved = iter(self.saved)  # of trained weights, nothing else
         for tensor, value in zip(self.replicated(), saved, strict=False):
             tensor.copy_(value.view_as(tensor))
-        for group, whole in zip(self.optimizer.groups, saved, strict=False):
-            group.momentum.copy_(whole.chunk(self.world.size)[self.world.rank])
+        for share, whole in zip(self.optimizer.momenta, saved, strict=False):
+            share.copy_(whole.chunk(self.world.size)[self.world.rank])
         self.world.synchronize()
         self.clock = TrainingClock(config, self.world, reserve)
         self.clock.begin -= state.seconds
@@ -1401,10 +1385,7 @@ class Trainer:
         return plan, hessians
 
     def train(self, validate: Callable[[int, DepthPlan, bool], None]) -> None:
-        """The loop, until averaged weights, or after a signal a checkpoint, are on disk.
-
-        `validate(step, plan, is_last)` scores the model as it stands, off the clock.
-        """
+        """The loop, until averaged weights, or after a signal a checkpoint, are on disk."""
         config, log, clock, world = self.config, self.log, self.clock, self.world
         state, plans = self.state, depth_plans(config)
         stream = batch_stream(self.loader, self.shape, world, state.step)
@@ -1452,8 +1433,7 @@ class Trainer:
         log, state, begin = self.log, self.state, time.perf_counter()
         state.seconds, name = self.clock.elapsed(), f"step-{state.step:08}.ckpt"
         with self.clock.paused():
-            tensors = [*self.replicated(), *(self.world.gather(g.momentum)
-                                             for g in self.optimizer.groups)]
+            tensors = [*self.replicated(), *map(self.world.gather, self.optimizer.momenta)]
             if state.trained:
                 name, tensors = "weights.ckpt", self.average.weights
             try:
@@ -1470,12 +1450,9 @@ class Trainer:
         """When the device gets to what it is given from now on; on CPU, the time."""
         if not self.world.is_cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
 
     def take_step(self, step: int, plan: DepthPlan, progress: float, batches: list[Tensor]) -> None:
-        """Gives one optimizer step to the device."""
         scale = lr_scale(progress, self.config.warmdown_frac, self.config.min_lr)
         begin = self.mark()
         with torch._dynamo.config.patch(error_on_recompile=True):  # the error names the guard
@@ -1485,7 +1462,6 @@ class Trainer:
         self.flight.append((step + 1, plan, progress, scale, values, begin, middle, self.mark()))
 
     def drain(self, most_in_flight: int) -> None:
-        """Leaves at most that many steps unfinished."""
         log, config = self.log, self.config
         while len(self.flight) > most_in_flight:
             step, plan, progress, scale, values, begin, middle, end = self.flight.popleft()
@@ -1514,8 +1490,7 @@ class Trainer:
         losses = self.world.combine(mine).tolist()
         values = zip(self.optimizer.names, self.optimizer.squares.tolist(), strict=True)
         names = [name for name, value in values if not math.isfinite(value)]
-        text = (f"step {step}: gradient norm={norm}, losses by rank: {losses}, "
-                f"gradients not finite: {names}")
+        text = f"step {step}: gradient norm={norm}, losses by rank: {losses}, not finite in {names}"
         if self.skipped == step - 1:
             raise TrainingError(f"{text}, as in the step before")
         self.skipped = step
@@ -1523,8 +1498,7 @@ class Trainer:
 
     def calibrate(self, plan: DepthPlan) -> dict[str, Tensor]:
         """Second moments of every linear layer's input over training windows and all ranks."""
-        begin = time.perf_counter()
-        hessians = Hessians(self.model)
+        begin, hessians = time.perf_counter(), Hessians(self.model)
         for number in range(calibration_share(self.config, self.world, self.shape)):
             first = (number * self.world.size + self.world.rank) * self.shape.sequences
             rows = torch.from_numpy(self.loader.read(first, self.shape.sequences))
@@ -1537,7 +1511,6 @@ class Trainer:
         return moments
 
     def summarise(self, seconds: float) -> None:
-        """Writes the training section of the result."""
         log, per_step, steps = self.log, self.config.train_batch_tokens, self.state.step
         tokens, peak = steps * per_step, torch.cuda.max_memory_allocated() >> 20  # 0 on CPU
         by_plan = {name: round(per_step / float(np.median(times)))
@@ -1552,26 +1525,21 @@ class Trainer:
 # ==================================================================================================
 # 7  Quantisation
 # Enters: averaged weights and Hessians (second moments of every linear layer's inputs). Leaves:
-# integers with one scale per row. "6 bits" names a range; what decides the size is the step, a
-# multiple of the row's standard deviation, because the integers are entropy coded.
-#
-#   L blocks   R rows (outputs)   C columns (inputs)
+# integers with scales of rows and columns. "6 bits" names a range; entropy coded as they are, the
+# step decides the size.   L blocks   R rows (outputs)   C columns (inputs)
 # ==================================================================================================
 
 class Hessians:
     """An adapter that changes nothing and sums x x^T of every linear layer over all visits."""
     def __init__(self, model: GPT) -> None:
-        self.model = model
-        self.moments: dict[str, Tensor] = {}
+        self.model, self.moments = model, dict[str, Tensor]()
 
     def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        """Adds the second moments of `x` and returns `y`."""
         x_NC = x.flatten(0, -2).float()
         self.add(hessian_name(site, block), x_NC.T @ x_NC)
         return y
 
     def add(self, name: str, moment: Tensor) -> None:
-        """Adds to a sum that begins at zero."""
         self.moments[name] = self.moments.get(name, 0) + moment
 
 def hessian_name(stack: str, block: int) -> str:
@@ -1606,9 +1574,7 @@ def calibration_share(config: Config, world: World, shape: BatchShape) -> int:
     per_batch = config.micro_batch_tokens // config.train_seq_len
     return -(-config.gptq_calibration_batches * per_batch // (shape.sequences * world.size))
 
-Solver = tuple[Tensor, Tensor]
-
-def prepare_solver(hessian_CC: Tensor, damp: float) -> Solver:
+def prepare_solver(hessian_CC: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     """Columns by descending diagonal, and so ordered the upper factor of the damped inverse."""
     if not torch.isfinite(hessian_CC).all():
         raise TrainingError("a calibration Hessian is not finite")
@@ -1636,17 +1602,13 @@ def row_scales(w_RC: Tensor, sigmas: float) -> Tensor:
 def coarse(values: Tensor, bits: int, dither: Tensor | int) -> Tensor:
     """Float16 of few mantissa bits, which cost little to store; dither keeps the mean."""
     step = 1 << 10 - bits
-    rounded = (values.half().view(torch.int16) + dither % step) & -step
-    return rounded.to(torch.int16).view(torch.float16)
+    return ((values.half().view(torch.int16) + dither % step) & -step).short().view(torch.float16)
 
-def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str, solver: Solver,
-                   unit: float) -> tuple[Tensor, Tensor]:
+def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str,
+                   solver: tuple[Tensor, Tensor], unit: float) -> tuple[Tensor, Tensor]:
     """Steps of rows and of columns, float16, at which one more bit buys the same everywhere.
-
-    Feedback leaves a column the error of its pivot, the part of the input that later columns cannot
-    make up for: steps are in inverse proportion to it. An output's error costs its mean squared
-    gradient; that estimate is noisy, so powers below one were measured to be better.
-    """
+    Feedback leaves a column the error of its pivot, for which later columns cannot make up. An
+    output's costs its mean squared gradient, whose noise makes powers below one better."""
     tokens = hessians["head"].trace() / len(hessians["head"])  # of normalised inputs
     gradient_R, (order_C, factor_CC) = hessians[key + ".rows"][0] / tokens, solver
     pivot_C = (factor_CC.diagonal() * tokens.sqrt()).reciprocal()[order_C.argsort()]
@@ -1660,12 +1622,8 @@ def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str, solver: 
 
 def gptq(w_LCR: Tensor, factor_LCC: Tensor, max_level: int, bit_cost: float = 0.0,
          block: int = 128) -> Tensor:
-    """Integers (L, C, R) that keep the outputs of matrices close; all in units of steps.
-
-    Columns, which lie as rows, are rounded one by one; the error of each is spread over those to
-    come. Bits are taken to grow with the level over its expected magnitude: their cost moves the
-    rounding threshold. Source: GPTQ (Frantar et al. 2022).
-    """
+    """Integers (L, C, R) that keep outputs close, in steps. Source: GPTQ (Frantar et al. 2022).
+    Columns lie as rows; later ones take up the error of each. A level's bits move its threshold."""
     # What adds up is done matrix by matrix, so that it is equal at every world size.
     sizes = [w_CR.abs() + 1e-6 for w_CR in w_LCR]
     sizes = [size.mean(1, keepdim=True) * (size.mean(0) / size.mean()) for size in sizes]
@@ -1691,11 +1649,10 @@ class QuantisedModel(NamedTuple):
 
 @torch.no_grad()
 def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float = 1.0,
-             known: dict[str, Solver] | None = None) -> QuantisedModel:
+             known: dict[str, tuple[Tensor, Tensor]] | None = None) -> QuantisedModel:
     """Quantises every stack, each rank its share of the blocks; `known` serves later passes."""
     config, integers, known = model.config, {}, {} if known is None else known
-    floats: dict[str, Tensor] = {**model.vectors()}
-    balanced = config.quantiser == "rate"
+    floats, balanced = dict[str, Tensor](model.vectors()), config.quantiser == "rate"
     for name, stack in model.stacks().items():
         most, sigmas = quant_rule(config, name)
         stack_LRC, weights, factors = stack.view(-1, *stack.shape[-2:]), [], []
@@ -1707,10 +1664,8 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
             if key not in known:
                 known[key] = prepare_solver(hessians[key], config.gptq_damp)
             order_C, factor_CC = known[key]
-            if balanced:
-                scales[block], column_C[:] = balanced_steps(w_RC, hessians, key, known[key], widen)
-            else:
-                scales[block], column_C[:] = row_scales(w_RC, widen * sigmas), 1.0
+            scales[block], column_C[:] = (balanced_steps(w_RC, hessians, key, known[key], widen)
+                                          if balanced else (row_scales(w_RC, widen * sigmas), 1.0))
             # An input that never occurs gets no weight.
             w_RC = w_RC / scales[block, :, None] / column_C * (hessians[key].diagonal() > 0)
             weights.append(w_RC.T[order_C])
@@ -1718,8 +1673,7 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
         if own:
             solved = gptq(torch.stack(weights), torch.stack(factors), most, 0.04 * balanced)
             for block, q_CR in zip(own, solved, strict=True):
-                order_C, _ = known[hessian_name(name, block)]
-                levels[block][:, order_C] = q_CR.T.to(torch.int8)
+                levels[block][:, known[hessian_name(name, block)][0]] = q_CR.T.to(torch.int8)
         integers[name] = world.sum_(levels).view(stack.shape).cpu()
         floats[f"{name}.scale"] = world.sum_(scales).view(stack.shape[:-1])
         floats[f"{name}.column"] = world.sum_(columns).view(stack[..., 0, :].shape)
@@ -1738,23 +1692,18 @@ def restore_weights(model: GPT, quantised: QuantisedModel) -> None:
     for name, vector in model.vectors().items():
         vector.copy_(quantised.floats[name])
 
-def tensor_report(model: GPT, quantised: QuantisedModel) -> list[dict[str, object]]:
+def tensor_report(model: GPT, quantised: QuantisedModel) -> Iterator[dict[str, object]]:
     """Entropy in bits per weight and relative error of every stack."""
-    rows: list[dict[str, object]] = []
     for name, q in quantised.integers.items():
         w = model.get_parameter(name).detach().cpu()
         error = float((w - stored_weights(quantised, name)).norm() / w.norm())
-        rows.append(dict(name=name, bits=round(entropy_bits(q) / q.numel(), 4), error=error))
-    return rows
+        yield dict(name=name, bits=round(entropy_bits(q) / q.numel(), 4), error=error)
 
 def entropy_bits(levels: Tensor) -> float:
     """Order-0 entropy of a stack of integers in bits, with one histogram per matrix."""
-    total = 0.0
-    for matrix in levels.view(-1, *levels.shape[-2:]).numpy():
-        counts = np.bincount(matrix.ravel().view(np.uint8))
-        counts = counts[counts > 0]
-        total += float(counts @ np.log2(matrix.size / counts))
-    return total
+    matrices = levels.view(-1, levels.shape[-2:].numel()).numpy().view(np.uint8)
+    counts = np.stack([np.bincount(matrix, minlength=256) for matrix in matrices])
+    return float((counts * np.log2(matrices.shape[1] / counts.clip(1))).sum())
 
 def estimate_artifact_bytes(config: Config) -> int:
     """Bytes of program and model to expect before training, as if rows were Gaussian."""
@@ -1770,22 +1719,18 @@ def estimate_artifact_bytes(config: Config) -> int:
 # ==================================================================================================
 # 8  Artifact
 # Enters: a `QuantisedModel`. Leaves: one flat file, and back. Nothing in it is executed, it is
-# compared with the settings before memory is taken, and a checksum covers every byte. Here too is
-# the packed program, whose bytes count beside the model's.
-#
+# compared with the settings before memory is taken. The packed program, too, is made here.
 #   magic | JSON header, streams, each behind its length | start of the SHA-256 of it all
 # ==================================================================================================
 
 ARTIFACT_MAGIC = b"GOLF\x00\x02\r\n"
 PIECE = 1 << 19  # of a brotli stream: many small ones share out among cores
-
 SLOTS = 1 << 15  # the sum of a context's frequencies
 CONTEXTS = 64
 FIRST_MAGNITUDE = 0x3D800000  # the bits of 1/16 as float32
 
 Shapes = dict[str, torch.Size]
 LevelTables = tuple[np.ndarray, np.ndarray]
-Visitor = Callable[[np.ndarray, np.ndarray, LevelTables], np.ndarray]
 
 # Settings without which the weights mean something else.
 MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
@@ -1794,13 +1739,11 @@ MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_
 
 def require_compressor(config: Config) -> None:
     """Raises ConfigError where the codec is missing, before time goes into a model for it."""
-    try:
+    with contextlib.suppress(ImportError):
         from brotli import Decompressor
-    except ImportError:
-        Decompressor = None
-    if not hasattr(Decompressor, "can_accept_more_data"):
-        raise ConfigError(f"COMPRESSOR={config.compressor} needs brotli 1.2: "
-                          "pip install -U 'brotli>=1.2'")
+        if hasattr(Decompressor, "can_accept_more_data"):
+            return
+    raise ConfigError(f"COMPRESSOR={config.compressor} needs: pip install -U 'brotli>=1.2'")
 
 def compress(data: np.ndarray | bytes) -> bytes:
     """Bytes, or those of an array, as a brotli stream."""
@@ -1812,8 +1755,7 @@ def decompress(data: bytes, shape: Sequence[int]) -> np.ndarray:
     import brotli
     decoder, size, out = brotli.Decompressor(), math.prod(shape), b""
     with contextlib.suppress(brotli.error):
-        # Never over one byte more, whatever the stream would expand to.
-        out = decoder.process(data, output_buffer_limit=size + 1)
+        out = decoder.process(data, output_buffer_limit=size + 1)  # whatever it would expand to
     if len(out) != size or not decoder.is_finished():
         raise ArtifactError(f"a brotli stream does not decode to {size} bytes")
     return np.frombuffer(out, np.int8).reshape(shape)
@@ -1852,18 +1794,15 @@ def level_tables(counts: np.ndarray) -> LevelTables:
             np.repeat(numbers, freq.ravel()).reshape(CONTEXTS, SLOTS))
 
 def walk_levels(levels_LRC: np.ndarray, row_LR: np.ndarray, limits: Sequence[int],
-                visit: Visitor) -> None:
+                visit: Callable[[np.ndarray, np.ndarray, LevelTables], np.ndarray]) -> None:
     """Lets `visit` see, or set, a stack row after row, given what a decoder knows by then.
-
-    The context of a level is the magnitude to expect: that of its row's class times what its column
-    has shown so far. Frequencies begin as bells and follow what comes. Integers and single float32
-    operations give the same on every machine.
-    """
+    A level's context is its expected magnitude: its row's class times what its column has shown.
+    Integers and single float32 operations give the same on every machine."""
     low, size = limits[0], max(3, limits[1] - limits[0] + 1)
     ratio = np.arange(low, low + size) / class_magnitude(np.arange(CONTEXTS), 20)[:, None]
     tail = np.square(np.square(1 + np.square(ratio.astype(np.float64)) / 23))
     counts = (4096 / np.square(tail)).astype(np.int64) + 1
-    tables, patience, fresh = level_tables(counts), 2048, []
+    tables, patience, new = level_tables(counts), 2048, []
     row_RL1 = class_magnitude(row_LR.T, 21)[..., None]
     rows_L1 = 8 * row_RL1[0]
     shown_LC = rows_L1.repeat(levels_LRC.shape[2], 1)
@@ -1873,11 +1812,10 @@ def walk_levels(levels_LRC: np.ndarray, row_LR: np.ndarray, limits: Sequence[int
         levels_LRC[:, number] = symbol_LC + low
         shown_LC += np.abs(symbol_LC + low)
         rows_L1 += row_L1
-        fresh.append((context_LC * size + symbol_LC).ravel())
-        if len(fresh) * symbol_LC.size > patience:
-            found = np.bincount(np.concatenate(fresh), minlength=counts.size)
-            counts += 64 * found.reshape(counts.shape)
-            tables, patience, fresh = level_tables(counts), min(2 * patience, 1 << 20), []
+        new.append((context_LC * size + symbol_LC).ravel())
+        if len(new) * symbol_LC.size > patience:
+            counts += 64 * np.bincount(np.concatenate(new), None, counts.size).reshape(counts.shape)
+            tables, patience, new = level_tables(counts), min(2 * patience, 1 << 20), []
 
 def num_lanes(shape: Sequence[int]) -> int:
     """Coder states that advance together: more are faster, and each costs two bytes."""
@@ -1885,19 +1823,16 @@ def num_lanes(shape: Sequence[int]) -> int:
 
 def encode_levels(levels_LRC: np.ndarray) -> bytes:
     """A stack of int8 as one stream: limits, classes of rows, the coder's states, its words.
-
-    Source: asymmetric numeral systems (Duda 2013), many of them interleaved (Giesen 2014).
-    """
+    Source: asymmetric numeral systems (Duda 2013), many of them interleaved (Giesen 2014)."""
     row_LR = magnitude_class(np.abs(levels_LRC, dtype=np.float32).mean(2), 21).astype(np.int8)
     limits, classes = np.array([levels_LRC.min(), levels_LRC.max()]), compress(row_LR)
-    rows: list[np.ndarray] = []
+    lanes, rows = num_lanes(levels_LRC.shape), list[np.ndarray]()
 
     def record(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
         rows.append(tables[0][context, symbols].ravel())
         return symbols
 
     walk_levels(levels_LRC.copy(), row_LR, limits.tolist(), record)
-    lanes = num_lanes(levels_LRC.shape)
     states, words = np.full(lanes, 1 << 16, np.uint32), [np.empty(0, np.uint16)]
     for row in reversed(rows):
         for begin in reversed(range(0, len(row), lanes)):
@@ -1913,8 +1848,7 @@ def encode_levels(levels_LRC: np.ndarray) -> bytes:
 
 def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
     """The inverse of `encode_levels`. Raises: ArtifactError unless the stream ends as it began."""
-    levels_LRC, lanes = np.zeros(shape, np.int8), num_lanes(shape)
-    position = 0
+    levels_LRC, lanes, position = np.zeros(shape, np.int8), num_lanes(shape), 0
 
     def take(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
         nonlocal position
@@ -1952,13 +1886,12 @@ def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) 
     levels = np.concatenate([quantised.integers[name].numpy().ravel() for name in integers])
     shapes = stream_shapes(integers, config.compressor)
     parts = np.split(levels, np.cumsum([math.prod(shape) for shape in shapes[:-1]]))
-    arrays = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # both coders let go of the interpreter
-        streams = list(pool.map(CODERS[config.compressor][0], arrays))
+        streams = [*pool.map(CODERS[config.compressor][0], map(np.reshape, parts, shapes))]
     # Low bytes apart from high bytes: exponents compress, mantissas do not.
     streams.append(compress(values.astype("<f2").view(np.int8).reshape(-1, 2).T))
-    settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
-    header = dict(preset=config.preset, plan=plan.name, codec=config.compressor, settings=settings)
+    header = dict(preset=config.preset, plan=plan.name, codec=config.compressor,
+                  settings={name: getattr(config, name) for name in MODEL_SETTINGS})
     frames = [json.dumps(header, separators=(",", ":")).encode(), *streams]
     body = ARTIFACT_MAGIC + b"".join(len(f).to_bytes(4, "little") + f for f in frames)
     return body + hashlib.sha256(body).digest()[:16]
@@ -1966,8 +1899,7 @@ def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) 
 def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedModel]:
     """Plan and contents of a whole file of this model. Raises: ArtifactError for anything else."""
     position, body, streams = len(ARTIFACT_MAGIC), data[:-16], []
-    intact = hashlib.sha256(body).digest()[:16] == data[len(body):]
-    if not intact or not data.startswith(ARTIFACT_MAGIC):
+    if not data.startswith(ARTIFACT_MAGIC) or hashlib.sha256(body).digest()[:16] != data[-16:]:
         raise ArtifactError(f"{len(data)} bytes that begin with {data[:8]!r}: not an artifact of "
                             "this version, or damaged (checksum)")
     try:
@@ -2016,14 +1948,9 @@ def load_artifact(path: Path, config: Config, world: World,
 
 def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: World,
                log: RunLog) -> tuple[QuantisedModel, bytes]:
-    """Integers and file such that program and model fit ARTIFACT_CAP_BYTES.
-
-    With FIT, one factor on all steps is searched on the measured size, along the slope so far and
-    within what is known. Clips are only ever widened; balanced steps shrink too, within reason.
-    Raises: ArtifactError if the artifact does not fit.
-    """
-    config, code_bytes = model.config, len(packed_program())
-    known: dict[str, Solver] = {}
+    """Integers and file that fit ARTIFACT_CAP_BYTES with the program. Raises: ArtifactError.
+    FIT searches one factor on all steps: clips are only ever widened, balanced steps shrink too."""
+    config, known, code_bytes = model.config, dict[str, tuple](), len(packed_program())
     cap, floor = config.artifact_cap_bytes, -3.0 if config.quantiser == "rate" else 0.0
     margin, low, high, at = min(5000, cap // 200), floor - 1, math.inf, 0.0
     slope, last = -sum(p.numel() for p in model.stacks().values()) / 8, (math.inf, 0)
@@ -2054,8 +1981,7 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
     log.put("quantisation", clip_widening=round(2**high, 5))
     return best
 
-def save_artifact(path: Path, blob: bytes, quantised: QuantisedModel, model: GPT,
-                  log: RunLog) -> None:
+def save_artifact(path: Path, blob: bytes, found: QuantisedModel, model: GPT, log: RunLog) -> None:
     """Writes the artifact and says where its bytes go."""
     write_atomically(path, blob)
     cap, code_bytes = model.config.artifact_cap_bytes, len(packed_program())
@@ -2063,9 +1989,9 @@ def save_artifact(path: Path, blob: bytes, quantised: QuantisedModel, model: GPT
     sizes = {"code_bytes": code_bytes, "model_bytes": len(blob), "total_bytes": total}
     log.put("artifact", **sizes, cap_bytes=cap, unused_bytes=cap - total, path=str(path),
             sha256=hashlib.sha256(blob).hexdigest(), codec=model.config.compressor)
-    weights = sum(q.numel() for q in quantised.integers.values())
+    weights = sum(q.numel() for q in found.integers.values())
     log.put("quantisation", bits_per_weight=round(8 * len(blob) / weights, 4),
-            by_tensor=tensor_report(model, quantised))
+            by_tensor=[*tensor_report(model, found)])
     log.event("artifact", **sizes)
     log.line(f"artifact_bytes = {code_bytes:,} code + {len(blob):,} model = {total:,} / {cap:,}")
 

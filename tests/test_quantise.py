@@ -365,7 +365,7 @@ def test_fitting_takes_few_passes(config: golf.Config, log: SilentLog, program_b
     whole, passes, honest = len(fit(config, log)[1]), 0, golf.quantise
 
     def count(model: golf.GPT, hessians: dict[str, Tensor], world: golf.World,
-              widen: float, known: dict[str, golf.Solver]) -> golf.QuantisedModel:
+              widen: float, known: dict[str, tuple]) -> golf.QuantisedModel:
         nonlocal passes
         passes += 1
         return honest(model, hessians, world, widen, known)

@@ -232,7 +232,7 @@ class Curve:
         self.lock = threading.Lock()  # one thread at a time has the device
         config = checkpoint.config
         self.val = golf.ValStream.load(config)
-        self.known: dict[str, golf.Solver] = {}
+        self.known: dict[str, tuple] = {}
         backend = golf.choose_attention(config.attention, world.device)
         self.scorer = golf.Scorer(checkpoint.model(config, world.device, backend.attend),
                                   checkpoint.plan, self.val, world)
