@@ -9,10 +9,9 @@ scores held-out text in bits per byte (BPB), with and without test-time training
     EVAL_ONLY=runs/<run_id>/artifact.bin python train_gpt.py     score an existing artifact
     python train_gpt.py pack OUT                                 write the program whose bytes count
 
-Settings are environment variables; PRINT_CONFIG=1 shows them and what they build.
-
-Sections, in the order the data flows: 1 Config, 2 Runtime, 3 Data, 4 Model, 5 Optimizer,
-6 Training, 7 Quantisation, 8 Artifact, 9 Evaluation, 10 Test-time training, 11 Main, 12 Kernels.
+Settings are environment variables; PRINT_CONFIG=1 shows them and what they build. Sections, in the
+order the data flows: 1 Config, 2 Runtime, 3 Data, 4 Model, 5 Optimizer, 6 Training,
+7 Quantisation, 8 Artifact, 9 Evaluation, 10 Test-time training, 11 Main, 12 Kernels.
 """
 
 from __future__ import annotations
@@ -23,16 +22,13 @@ import difflib
 import functools
 import hashlib
 import io
-import itertools
 import json
-import keyword
 import math
 import operator
 import os
 import platform
 import re
 import signal
-import string
 import sys
 import time
 import typing
@@ -513,7 +509,6 @@ class RunLog:
         self.event("warning", message=message)
 
     def put(self, title: str, **values: typing.Any) -> None:
-        """Adds keys to a section of the result."""
         self.result.setdefault(title, {}).update(values)
 
     def write_result(self, status: Literal["complete", "partial"], reason: str) -> None:
@@ -734,7 +729,6 @@ class ValStream:
 # ==================================================================================================
 # 4  Model
 # Enters: token ids, a `DepthPlan`, perhaps an adapter. Leaves: hidden states, or nats per target.
-#
 #   B batch   T tokens   D model width   H query heads   G key/value heads   K head width
 #   F hidden width of the MLP   V vocabulary   L physical blocks   N rows (B*T)
 # ==================================================================================================
@@ -964,7 +958,6 @@ class GPT(nn.Module):
                 Matrix("up", self.up, slice(None)), Matrix("down", self.down, slice(None))]
 
     def vectors(self) -> dict[str, nn.Parameter]:
-        """The small parameters, by name."""
         names = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "skip_gates")
         return {name: getattr(self, name) for name in names}
 
@@ -973,7 +966,6 @@ class GPT(nn.Module):
         return {name: getattr(self, name) for name in ("embed", "qkv", "out", "up", "down")}
 
     def block_weights(self) -> list[BlockWeights]:
-        """The parameters of every block."""
         # A scale of outputs goes into the weights: rows of them are few, rows of a batch are many.
         out, down = (w * scale[:, :, None] for w, scale in (
             (self.out, self.attn_scale), (self.down, self.mlp_scale)))
@@ -1002,10 +994,9 @@ class GPT(nn.Module):
         return norm(x)
 
     def forward(self, ids_BT: Tensor, target_BT: Tensor, plan: DepthPlan,
-                adapter: Adapter | None = None,
-                block_runner: Callable[..., Tensor] | None = None) -> Tensor:
+                adapter: Adapter | None = None) -> Tensor:
         """Nats of all targets, float32 (B, T)."""
-        return self.nats(self.hidden(ids_BT, plan, adapter, block_runner), target_BT, adapter)
+        return self.nats(self.hidden(ids_BT, plan, adapter), target_BT, adapter)
 
     def nats(self, x_BTD: Tensor, target_BT: Tensor, adapter: Adapter | None = None) -> Tensor:
         """Nats of targets, float32 (B, T), given the hidden states that predict them."""
@@ -2039,14 +2030,13 @@ def shorten_names(function: ast.FunctionDef, keywords: set[str]) -> None:
     kept |= {name for n in nodes if isinstance(n, ast.Nonlocal) for name in n.names}
     bound = [n.id for n in names if isinstance(n.ctx, ast.Store)] + [a.arg for a in own]
     counts = Counter(n.id for n in names if n.id in {*bound} - kept)
-    taken, letters = kept | {n.id for n in names} - counts.keys(), string.ascii_lowercase
-    free = (c for c in (*letters, *map("".join, itertools.product(letters, letters)))
-            if c not in taken and not keyword.iskeyword(c))
+    taken, letters = kept | {n.id for n in names} - counts.keys(), "abcdefghijklmnopqrstuvwxyz"
+    free = (a + b for b in ("", *"0123456789") for a in letters if a + b not in taken)
     short = dict(zip((name for name, _ in counts.most_common()), free, strict=False))
-    for n in names:
-        n.id = short.get(n.id, n.id)
-    for a in own:
-        a.arg = short.get(a.arg, a.arg)
+    for name in names:
+        name.id = short.get(name.id, name.id)
+    for argument in own:
+        argument.arg = short.get(argument.arg, argument.arg)
 
 def pack_program(source: str) -> bytes:
     """A zip that Python runs like the script. Equal sources give equal bytes."""
@@ -2746,25 +2736,25 @@ def fa4_operator() -> Callable[..., tuple[Tensor, Tensor]]:
     def shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return q, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
-    return register("fa4", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)", shapes, run, 3)
+    return fused("fa4", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)", shapes, run, 3)
 
 Runner = Callable[[list[Tensor], list[Tensor], list[float]], list[Tensor]]
-
-def jit(function: Callable[..., object]) -> typing.Any:
-    """A kernel, where Triton can compile it."""
-    return triton.jit(function) if HAS_TRITON else function
+jit: Callable[..., typing.Any] = triton.jit if HAS_TRITON else lambda kernel: kernel
 
 def launch(kernel: typing.Any, count: int, items: int, *arguments: object, warps: int = 4) -> None:
     """Runs a kernel over `count` items, so many per program, their number its last argument."""
     kernel[(-(-count // items),)](*arguments, items, num_warps=warps)
 
-def register(name: str, schema: str, shapes: Callable[..., Result], run: Runner,
-             num_gradients: int) -> Callable[..., Result]:
-    """An operator that torch.compile and autograd know; its results are like those of `shapes`.
+def fused(name: str, schema: str, reference: Callable[..., Result], run: Runner,
+          num_gradients: int) -> Callable[..., Result]:
+    """`reference`; for a GPU an operator with like results that torch.compile and autograd know.
 
     `run` returns them, given no gradients and the arguments: tensors, then numbers. Given gradients
     of results, and arguments followed by results, it returns gradients of the first arguments.
     """
+    if not HAS_TRITON:
+        return reference
+
     def forward(*arguments: typing.Any) -> typing.Any:
         tensors = [t.contiguous() for t in arguments if isinstance(t, Tensor)]
         results = run([], tensors, list(arguments[len(tensors):]))
@@ -2777,30 +2767,22 @@ def register(name: str, schema: str, shapes: Callable[..., Result], run: Runner,
     gradient.register_fake(
         lambda _, tensors, numbers: [t.new_empty(t.shape) for t in tensors[:num_gradients]])
     operator.register_fake(lambda *arguments: torch.utils._pytree.tree_map(
-        lambda t: t.new_empty(t.shape), shapes(*arguments)))
+        lambda t: t.new_empty(t.shape), reference(*arguments)))
 
     def save(ctx: typing.Any, inputs: tuple[object, ...], output: Result) -> None:
-        kept = (*inputs, *([output] if isinstance(output, Tensor) else output))
-        ctx.save_for_backward(*(t for t in kept if isinstance(t, Tensor)))
+        results: Sequence[Tensor] = [output] if isinstance(output, Tensor) else output
+        ctx.save_for_backward(*(t for t in (*inputs, *results) if isinstance(t, Tensor)))
         ctx.numbers, ctx.num_inputs = [x for x in inputs if isinstance(x, float)], len(inputs)
         ctx.set_materialize_grads(False)  # results only kept for the backward pass have none
 
     def differentiate(ctx: typing.Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         given = [g.contiguous() for g in gradients if g is not None]
-        tensors = [t.contiguous() for t in ctx.saved_tensors]
-        found: list[Tensor] = gradient(given, tensors, ctx.numbers)
+        found: list[Tensor] = gradient(
+            given, [t.contiguous() for t in ctx.saved_tensors], ctx.numbers)
         return (*found, *[None] * (ctx.num_inputs - num_gradients))
 
     operator.register_autograd(differentiate, setup_context=save)
-    return operator
-
-def fused(name: str, schema: str, reference: Callable[..., Result], run: Runner,
-          num_gradients: int) -> Callable[..., Result]:
-    """`reference`, but on a GPU the operator that does the same with kernels."""
-    if not HAS_TRITON:
-        return reference
-    fast = register(name, schema, reference, run, num_gradients)
-    return lambda *arguments: (fast if arguments[0].is_cuda else reference)(*arguments)
+    return lambda *arguments: (operator if arguments[0].is_cuda else reference)(*arguments)
 
 # Splitting heads. An item is one head of one row; in the packed projection they lie side by side.
 # The backward pass owns the whole gradient of the projection, so nothing is concatenated.
@@ -2809,7 +2791,7 @@ def fused(name: str, schema: str, reference: Callable[..., Result], run: Runner,
 def split_heads_kernel(qkv, gain, cos, sin, q, k, v, dqkv, dgain, N, T,  # type: ignore # noqa: PLR0913
                        EPS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
                        HALF: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
-                       ITEMS: tl.constexpr):
+                       ITEMS: tl.constexpr) -> None:
     """qkv (N, H+2G, K), gain (H), tables (T, HALF) -> q (N, H, K), k and v (N, G, K).
 
     Backward these three are gradients; dgain (N, H) float32 is to be summed over rows.
@@ -2868,7 +2850,7 @@ fused_split_heads = fused(
 @jit
 def exclude_self_kernel(y, v, d, out, dv, N, REPEAT: tl.constexpr,  # type: ignore # noqa: PLR0913
                         K: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
-                        ITEMS: tl.constexpr):
+                        ITEMS: tl.constexpr) -> None:
     """out = y - a v with a = y.v / v.v; or, with b = d.v / v.v, the gradients of y and v.
 
     dy = d - b v and dv = sum over heads (2ab v - b y - a d)
@@ -2912,7 +2894,8 @@ fused_exclude_self = fused("exclude_self", "(Tensor y, Tensor v) -> Tensor", exc
 @jit
 def activation_product_kernel(left, right, pre, out, N, WIDE: tl.constexpr,  # type: ignore # noqa: PLR0913
                               DEEP: tl.constexpr, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
-                              ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+                              ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                              DEPTH: tl.constexpr) -> None:
     """pre = left right^T (N, WIDE) and out = act(pre); or out = act'(pre) (left right)."""
     across = tl.cdiv(WIDE, COLUMNS)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS) * across, tl.num_programs(0),
@@ -2976,7 +2959,7 @@ fused_mlp = fused("mlp", "(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor,
 
 @jit
 def nll_kernel(logits, target, weight, out, V, CAP: tl.constexpr, WIDTH: tl.constexpr,  # type: ignore # noqa: PLR0913
-               BACKWARD: tl.constexpr, FAST: tl.constexpr, ITEMS: tl.constexpr):
+               BACKWARD: tl.constexpr, FAST: tl.constexpr, ITEMS: tl.constexpr) -> None:
     """Nats of a row; or the gradient of its logits, given that of its nats.
 
     FAST: tanh as one instruction, whose error is below half a bf16 step.
