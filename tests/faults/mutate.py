@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt as golf  # noqa: E402
 
+CHECKSUM_BYTES = 16  # at the end of an artifact
 MOST_MIB = 1024  # that a reader may take beyond what the program has
 
 
@@ -53,14 +55,24 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 def reseal(data: bytes) -> bytes:
     """A mutated artifact with a checksum that fits, so that the rest of the reader is reached."""
-    body = data[:-golf.CHECKSUM_BYTES]
-    return body + hashlib.sha256(body).digest()[:golf.CHECKSUM_BYTES]
+    body = data[:-CHECKSUM_BYTES]
+    return body + hashlib.sha256(body).digest()[:CHECKSUM_BYTES]
 
 
-def reader(kind: str, path: Path) -> Callable[[], object]:
-    """The program's reader of a kind of file."""
+def config_of(path: Path) -> golf.Config:
+    """Settings that read the intact artifact at `path`."""
+    data = path.read_bytes()
+    begin = len(golf.ARTIFACT_MAGIC) + 4
+    length = int.from_bytes(data[begin - 4:begin], "little")
+    settings = json.loads(data[begin:begin + length])["settings"]
+    return replace(golf.Config.from_env({"PRESET": "demo"}), **settings)
+
+
+def reader(kind: str, path: Path, sample: Path) -> Callable[[], object]:
+    """The program's reader of a kind of file like the sample."""
+    config = config_of(sample) if kind == "artifact" else golf.Config()
     readers: dict[str, Callable[[], object]] = {
-        "artifact": lambda: golf.decode_artifact(path.read_bytes()),
+        "artifact": lambda: golf.decode_artifact(path.read_bytes(), config),
         "shard": lambda: golf.read_shard(path, 384),
         "checkpoint": lambda: golf.TrainState.read(path)}
     return readers[kind]
@@ -71,7 +83,7 @@ def report(kind: str, sample: Path, count: int, seed: int) -> dict[str, int]:
     data, rng, refused, crashed = sample.read_bytes(), random.Random(seed), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mutated"
-        read = reader(kind, path)
+        read = reader(kind, path, sample)
         path.write_bytes(data)
         read()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
