@@ -1084,6 +1084,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 def maybe_compile(function: Callable[..., Tensor], config: Config) -> Callable[..., Tensor]:
     """`function`, compiled to one graph where the settings ask for it."""
+    torch._dynamo.config.recompile_limit = 64  # forms of blocks, shapes of batches
     return torch.compile(function, fullgraph=True, dynamic=False) if config.compile else function
 
 # ==================================================================================================
@@ -2485,7 +2486,6 @@ def resolve_track(config: Config, world: World, val: ValStream, attention: str) 
 def prepare(config: Config, world: World) -> Setup:
     """Everything that can fail before paid time: files, packages, attention, logs."""
     torch.set_float32_matmul_precision("high")
-    torch._dynamo.config.recompile_limit = 64  # plans, block forms, and batch shapes of evaluations
     batch_shape(config, world.size)
     require_compressor(config)
     val = ValStream.load(config)

@@ -166,7 +166,7 @@ def test_no_loops_means_one_plan() -> None:
 
 
 def test_published_system_starts_at_the_uniform_loss() -> None:
-    model = golf.GPT(PR1493, golf.sdpa_attend)
+    model = golf.GPT(replace(PR1493, compile=False), golf.sdpa_attend)
     model.initialise(0)
     rows = random_tokens(2, 65, vocab_size=8192)
     with torch.no_grad():

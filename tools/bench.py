@@ -786,7 +786,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = golf.Config.from_env(os.environ)
     world = golf.World.from_env({})
     torch.set_float32_matmul_precision("high")
-    torch._dynamo.config.recompile_limit = 64  # as in a run
     with tempfile.TemporaryDirectory() as name, world.process_group():
         folder = Path(name)
         if options.first_step:
