@@ -218,7 +218,7 @@ class Config:
             if near := difflib.get_close_matches(variable, known, n=1, cutoff=0.85 * (not owned)):
                 raise ConfigError(f"{variable} is unknown; did you mean {near[0]}?")
         preset = env.get("PRESET", "record")
-        require(preset in PRESETS, "preset", repr(preset), f"one of {', '.join(PRESETS)}")
+        require(preset in PRESETS, "preset", repr(preset), "one of " + ", ".join(PRESETS))
         given = {name.lower(): parse_setting(name, env[name], kind)
                  for name, kind in known.items() if name in env}
         return cls(**{**PRESETS[preset], "preset": preset, **given})
@@ -293,13 +293,13 @@ OWNED_WORDS = "TTT MUON GPTQ EMA SWA WARMDOWN LOOPS XSA ROPE WALLCLOCK EMBED CLI
 def parse_setting(name: str, text: str, kind: typing.Any) -> object:
     """The value of `text` as a type or as one of the literals. Raises: ConfigError."""
     choices = ("0", "1") if kind is bool else typing.get_args(kind) or (text,)
-    require(text in choices, name, repr(text), f"one of {', '.join(choices)}")
+    require(text in choices, name, repr(text), "one of " + ", ".join(choices))
     if kind is bool:
         return text == "1"
     try:
         return kind(text) if kind in (int, float) else text
     except ValueError:
-        raise ConfigError(f"{name}={text!r} must be a {'whole ' * (kind is int)}number") from None
+        raise ConfigError(f"{name}={text!r} must be a number ({kind.__name__})") from None
 
 # Relations between settings in words, and what contradicts them.
 RELATIONS = {"%": ("a multiple of", operator.mod), "<=": ("at most", operator.gt),
@@ -323,7 +323,7 @@ def check_consistency(config: Config) -> None:
             config.compressor, f"ans for QUANTISER={config.quantiser}")
     require(config.run_id or not config.resume, "run_id", "''", f"set for RESUME={config.resume}")
     sites = config.ttt_lora_sites
-    require({*sites.split(",")} <= {*SITES}, "ttt_lora_sites", sites, f"some of {','.join(SITES)}")
+    require({*sites.split(",")} <= {*SITES}, "ttt_lora_sites", sites, "some of " + ",".join(SITES))
 
 # ==================================================================================================
 # 2  Runtime
@@ -347,7 +347,7 @@ class World:
         try:
             rank, size, local_rank = map(int, given or (0, 1, 0))
         except ValueError:
-            raise ConfigError(f"{', '.join(names)}={given} must be three numbers") from None
+            raise ConfigError(f"{names}={given} must be three numbers") from None
         require(0 <= rank < size, "rank", rank, f"below WORLD_SIZE ({size})")
         require(local_rank < gpus or not gpus, "local_rank", local_rank, f"below the {gpus} GPUs")
         return cls(rank, size, f"cuda:{local_rank}" if gpus else "cpu")
@@ -459,7 +459,7 @@ class RunLog:
     """The files of one run: text, JSON lines and the `result`. Ranks other than 0 are silent."""
     def __init__(self, config: Config, world: World) -> None:
         self.started = time.time()
-        run_id = config.run_id or f"{config.preset}-{config.seed}-{utc_text('%Y%m%dT%H%M%S')}"
+        run_id = config.run_id or f"{config.preset}-{config.seed}-" + utc_text("%Y%m%dT%H%M%S")
         self.run_id, self.folder = run_id, Path(config.run_dir, run_id)
         self.result_path = Path(config.log_dir, run_id + ".json")
         self.result: dict = {}  # filled as its keys become known
@@ -1263,7 +1263,7 @@ def find_start(config: Config, facts: dict[str, object], log: RunLog) -> Start:
         differs = [f"{name.upper()}={value} was {state.facts.get(name)}"
                    for name, value in facts.items() if value != state.facts.get(name)]
         if differs:
-            raise ConfigError(f"{path} differs: {', '.join(differs)}")
+            raise ConfigError(f"{path} differs: " + ", ".join(differs))
         log.event("resume", step=state.step, path=str(path))
         log.line(f"resumed after step {state.step} from {path}")
         return state, tensors
@@ -1903,8 +1903,8 @@ def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedMo
         for name in MODEL_SETTINGS:
             claimed, wanted = header["settings"][name], getattr(config, name)
             if claimed != wanted:
-                raise ArtifactError(f"{name.upper()}={claimed} (PRESET={header['preset']}), but "
-                                    f"the settings say {wanted}")
+                raise ArtifactError(f"{name.upper()}={claimed}, but the settings say {wanted}; "
+                                    "PRESET=" + header["preset"])
         plan = {plan.name: plan for plan in depth_plans(config)}[header["plan"]]
         return plan, decode_streams(streams, config, header["codec"])
     except (ValueError, TypeError, LookupError, RecursionError) as error:
@@ -2512,7 +2512,7 @@ def prepare(config: Config, world: World) -> Setup:
                   "config": asdict(config), "differs": config.differs()}
     log.event("start", **log.result)
     log.line(source, console=False)
-    log.line(f"run {log.run_id} | PRESET={config.preset} differs: {config.differs() or 'nothing'}")
+    log.line(f"run {log.run_id} | PRESET={config.preset} differs: {config.differs() or None}")
     for name in ("track", "world_size", "source_sha256", "packed_sha256", *facts):
         log.line(f"{name}: {log.result[name]}")
     start = find_start(config, {**config.method(), **identity, **data}, log)
@@ -2540,8 +2540,9 @@ def train_to_artifact(setup: Setup, path: Path) -> None:
     config, world, log, attend, val, start = setup
     trainer = Trainer(config, world, log, attend, start)
     groups = count_parameters(trainer.model)
-    log.put("model", parameters=sum(count for _, count in groups.values()), groups=groups)
-    log.line(f"model_params:{log.result['model']['parameters']}")
+    total = sum(count for _, count in groups.values())
+    log.put("model", parameters=total, groups=groups)
+    log.line(f"model_params:{total}")
 
     def score(plan: DepthPlan) -> Score:
         windows = sliding_windows(val.num_targets, config.eval_seq_len, config.eval_seq_len)
@@ -2610,22 +2611,22 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     if scorer.audit:
         log.result["audit"] = record = scorer.audit.report(world)
         if failed := [f"{name} {facts}" for name, facts in record.items() if not facts["passed"]]:
-            raise LegalityError(f"audit: {'; '.join(failed)}")
+            raise LegalityError("audit: " + "; ".join(failed))
     log.result |= {"headline": headline, "val_bpb": score.bits, "val_loss": score.nats}
 
 def describe_config(config: Config, world: World) -> str:
     """Settings, topology, parameters, operations and expected bytes, as text."""
     lines = [f"{name.upper()}={int(value) if isinstance(value, bool) else value}"
              for name, value in asdict(config).items()]
-    lines.append(f"config hash {config.config_hash}, differs: {config.differs() or 'nothing'}")
+    lines.append(f"config hash {config.config_hash}, differs: {config.differs() or None}")
     for plan in depth_plans(config):
         lines.append(f"plan {plan.name}: {plan.describe()} "
                      f"{flops_per_token(config, plan) / 1e6:.1f} MFLOP per token")
         for number, (block, pass_number, skip_row, skip_from) in enumerate(plan.visits):
             form = block_form(config, block)
             skip = f", skip {skip_row} from visit {skip_from}" if skip_row >= 0 else ""
-            lines.append(f"  visit {number:>2}: block {block} pass {pass_number} {form.residual}"
-                         f"{' xsa' if form.exclusive else ''}{skip}")
+            kind = form.residual + " xsa" * form.exclusive + skip
+            lines.append(f"  visit {number:>2}: block {block} pass {pass_number} {kind}")
     with torch.device("meta"):
         groups = count_parameters(GPT(config, sdpa_attend))
     lines += [f"{name}: {tensors} tensors, {count:,} parameters"
@@ -2654,8 +2655,8 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
             evaluate_artifact(setup, path)  # from here on only the artifact exists
             for key, bits in result["bpb"].items():
                 mark = "  <- headline" if key == result["headline"] else ""
-                log.line(f"{key:<14}{bits:>9.5f} BPB{result['nats'][key]:>9.5f} nats"
-                         f"{result['eval_seconds'][key]:>9.1f} s{mark}")
+                nats, seconds = result["nats"][key], result["eval_seconds"][key]
+                log.line(f"{key:<14}{bits:>9.5f} BPB{nats:>9.5f} nats{seconds:>9.1f} s{mark}")
             log.line(f"result: {log.result_path}")
             world.deferring = True  # nothing is lost any more
         except BaseException as error:
@@ -2701,7 +2702,7 @@ def command_line(arguments: Sequence[str]) -> int:
 def require_capability(device: torch.device, *majors: int) -> None:
     """Raises GolfError unless the device is a GPU of one of these compute-capability majors."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in majors:
-        raise GolfError(f"needs a GPU of compute capability {' or '.join(map(str, majors))}")
+        raise GolfError(f"needs a GPU of compute capability in {majors}")
 
 def load_fa3(device: torch.device) -> Attend:
     """flash-attn-3, whose package registers operators that torch.compile knows."""

@@ -56,3 +56,13 @@ def test_every_function_is_typed() -> None:
 def test_environment_is_read_in_few_places() -> None:
     readers = [line for line in SOURCE.splitlines() if re.search(r"os\.(environ|getenv)", line)]
     assert len(readers) <= 2
+
+
+def test_no_text_stands_inside_a_replacement_field() -> None:
+    """Python 3.12 would write it so that 3.11 cannot read the packed program."""
+    fields = [f for node in ast.walk(TREE) if isinstance(node, ast.JoinedStr)
+              for f in node.values if isinstance(f, ast.FormattedValue)]
+    assert len(fields) > 100
+    assert not [f.lineno for f in fields for inner in ast.walk(f.value)
+                if isinstance(inner, ast.JoinedStr)
+                or (isinstance(inner, ast.Constant) and isinstance(inner.value, str))]

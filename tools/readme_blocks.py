@@ -180,6 +180,9 @@ def block_runs(sources: Sources, arguments: Sequence[str]) -> str:
     for run in runs:
         complete = run.text("status") == "complete"
         score = shown(run.val_bpb, ".4f", "none") if complete else f"{run.text('status')}"
+        by_plan = run.table("train").get("tok_s_by_plan", {})
+        found = by_plan.values() if isinstance(by_plan, dict) else []
+        rates = [rate for rate in found if isinstance(rate, int | float)]
         rows.append(
             [
                 log_link(run, run.run_id),
@@ -188,6 +191,7 @@ def block_runs(sources: Sources, arguments: Sequence[str]) -> str:
                 machine(run),
                 shown(run.number("clocks.training_seconds"), ".0f"),
                 shown(run.number("train.steps"), ",.0f"),
+                " / ".join(f"{rate / 1e6:.3f}" for rate in rates) or "none",
                 shown(run.number("bpb.averaged"), ".4f"),
                 shown(run.number("bpb.quantised"), ".4f"),
                 score,
@@ -195,7 +199,7 @@ def block_runs(sources: Sources, arguments: Sequence[str]) -> str:
                 shown(run.number("artifact.total_bytes"), ",.0f"),
             ]
         )
-    header = ["Run", "Preset", "Seed", "Hardware", "Training s", "Steps", "Averaged BPB"]
+    header = ["Run", "Preset", "Seed", "Hardware", "Training s", "Steps", "M tok/s", "Averaged BPB"]
     header += ["Quantised BPB", "Final BPB", "Evaluation", "Bytes"]
     return table(header, rows, left=2)
 
