@@ -302,7 +302,7 @@ def test_artifact_over_its_cap_ends_the_run_and_keeps_the_log(make_env: MakeEnv,
 
 def test_artifact_of_other_settings_is_refused(make_env: MakeEnv, trained_run: Path) -> None:
     artifact = trained_run / "runs" / "toy" / "artifact.bin"
-    with pytest.raises(golf.ArtifactError, match="NUM_LAYERS=5.* 6; PRESET=demo"):
+    with pytest.raises(golf.ArtifactError, match=r"NUM_LAYERS=5.* 6; PRESET=demo"):
         golf.main(make_env(EVAL_ONLY=artifact, NUM_LAYERS=6))
 
 
