@@ -37,7 +37,7 @@ import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -117,7 +117,7 @@ class Config:
     vocab_size: int = within(8192, 8, 65_535)
     train_seq_len: int = within(2048, 8, 1 << 20)  # tokens per training window
     train_batch_tokens: int = within(786_432, 8, 1 << 30)  # per optimizer step, all ranks
-    micro_batch_tokens: int = within(98_304, 8, 1 << 24)  # most in one forward pass of one rank
+    micro_batch_tokens: int = within(98_304, 8, 1 << 20)  # most in one forward pass of one rank
     # Model
     num_layers: int = within(11, 2, 256)  # physical blocks
     model_dim: int = within(512, 8, 16_384)
@@ -178,7 +178,7 @@ class Config:
     # Evaluation
     eval_seq_len: int = within(2048, 8, 1 << 20)
     eval_stride: int = within(64, 1, 1 << 20)
-    val_batch_tokens: int = within(524_288, 8, 1 << 27)  # eight ranks' share of a forward pass
+    val_batch_tokens: int = within(524_288, 8, 1 << 23)  # eight ranks' share of a forward pass
     sliding_window_enabled: bool = False
     val_tail: bool = True  # 0: without the tail that fills no sequence, as the published runs
     max_eval_seconds: float = within(600.0, 1, 1e7)
@@ -307,17 +307,17 @@ RELATIONS = {"%": ("a multiple of", operator.mod), "<=": ("at most", operator.gt
 
 def check_consistency(config: Config) -> None:
     """Raises ConfigError for the first two settings that contradict each other."""
-    rules = ["model_dim % num_heads", "head_dim % 2", "num_heads % num_kv_heads", "rope_dims % 2",
-             "rope_dims <= head_dim", "train_batch_tokens % train_seq_len",
-             "train_seq_len <= micro_batch_tokens", "eval_stride <= eval_seq_len",
-             "ttt_chunk_size <= eval_seq_len"]
+    rules = ["model_dim % 8", "mlp_dim % 8", "model_dim % num_heads", "head_dim % 2",
+             "num_heads % num_kv_heads", "rope_dims % 2", "rope_dims <= head_dim",
+             "train_batch_tokens % train_seq_len", "train_seq_len <= micro_batch_tokens",
+             "eval_stride <= eval_seq_len", "ttt_chunk_size <= eval_seq_len"]
     rules += ["loop_start <= loop_end", "loop_end < num_layers"] * bool(config.num_loops)
     rules += ["gptq_reserve_seconds < max_wallclock_seconds"] * bool(config.max_wallclock_seconds)
     if config.ttt_enabled and config.ttt_mode == "sgd":
         rules += ["ttt_enabled <= sliding_window_enabled", "ttt_chunk_tokens % eval_seq_len"]
     for name, sign, other in map(str.split, rules):
         (words, broken), value = RELATIONS[sign], getattr(config, name)
-        bound = getattr(config, other, 2)
+        bound = int(other) if other.isdigit() else getattr(config, other)
         require(not broken(value, bound), name, value, f"{words} {other.upper()} ({bound})")
     require(config.compressor == "ans" or config.quantiser == "gptq", "compressor",
             config.compressor, f"ans for QUANTISER={config.quantiser}")
@@ -457,9 +457,9 @@ class World:
 
 class RunLog:
     """The files of one run: text, JSON lines and the `result`. Ranks other than 0 are silent."""
-    def __init__(self, config: Config, world: World) -> None:
-        self.started = time.time()
-        run_id = config.run_id or f"{config.preset}-{config.seed}-" + utc_text("%Y%m%dT%H%M%S")
+    def __init__(self, config: Config, world: World, moment: float | None = None) -> None:
+        self.started, stamp = time.time(), utc_text("%Y%m%dT%H%M%S", moment)
+        run_id = config.run_id or f"{config.preset}-{config.seed}-{stamp}"
         self.run_id, self.folder = run_id, Path(config.run_dir, run_id)
         self.result_path = Path(config.log_dir, run_id + ".json")
         self.result: dict = {}  # filled as its keys become known
@@ -517,9 +517,9 @@ class RunLog:
         if self.files:
             write_atomically(self.result_path, (json.dumps(self.result, indent=1) + "\n").encode())
 
-def utc_text(form: str = "%Y-%m-%dT%H:%M:%SZ") -> str:
-    """The time now, as ISO 8601 text."""
-    return time.strftime(form, time.gmtime())
+def utc_text(form: str = "%Y-%m-%dT%H:%M:%SZ", seconds: float | None = None) -> str:
+    """A time, or the time now, as ISO 8601 text."""
+    return time.strftime(form, time.gmtime(seconds))
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Writes `data` so that a reader, or a crash, never sees half of it, nor through a link."""
@@ -556,7 +556,7 @@ def environment_facts(world: World) -> dict[str, object]:
                 "cudnn": torch.backends.cudnn.version()}
     if world.is_cuda:
         versions["triton"] = triton.__version__
-        with contextlib.suppress(OSError):  # the version follows the module's name
+        with contextlib.suppress(OSError, IndexError):  # the version follows the module's name
             hardware["driver"] = Path("/proc/driver/nvidia/version").read_text().split("  ")[1]
     return {"hardware": hardware, "versions": versions}
 
@@ -682,7 +682,6 @@ def load_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
 
 def token_bytes(tokenizer: SentencePieceProcessor) -> TokenBytes:
     """Bytes of decoded text per token id, 0 for control tokens; `bytes_of_targets` adds the space.
-
     Raises: DataError if U+2581 is no piece (its fallback bytes would count as 3), or inside one.
     Example: pieces (U+2581)"caf", "<0xC3>", "<0xA9>" -> 3 and a leading space, 1, 1
     """
@@ -765,7 +764,6 @@ class DepthPlan(NamedTuple):
 
 def plan_from_order(name: str, order: list[int]) -> DepthPlan:
     """A U-Net over `order`: decoder j, in the second half, takes the j-th last encoder's output.
-
     Example: order 0 1 2 3 4 -> encoders 0 1; decoders 2 (skip from 1), 3 (skip from 0), 4
     """
     half, visits = len(order) // 2, []
@@ -1396,7 +1394,8 @@ class Trainer:
                 with clock.paused():
                     validate(step, plans[state.plan], stopped)
             if not stopped:
-                plan = plan_at(config, progress)
+                # A resumed clock may fall back a little; a plan does not.
+                plan = plans[max(state.plan, plans.index(plan_at(config, progress)))]
                 if plan != plans[state.plan]:
                     state.plan, state.plan_step = plans.index(plan), step + 1
                     log.event("plan", step=step + 1, plan=plan.name, progress=progress)
@@ -1451,20 +1450,21 @@ class Trainer:
             loss = self.forward_backward(plan, batches)
         middle = self.mark()
         values = torch.stack([loss, self.optimizer.step(step, scale)]).to("cpu", non_blocking=True)
-        self.flight.append((step + 1, plan, progress, scale, values, begin, middle, self.mark()))
+        self.flight.append((step + 1, plan, progress, scale, values, self.optimizer.squares,
+                            begin, middle, self.mark()))
 
     def drain(self, most_in_flight: int) -> None:
         log, config = self.log, self.config
         while len(self.flight) > most_in_flight:
-            step, plan, progress, scale, values, begin, middle, end = self.flight.popleft()
+            step, plan, progress, scale, values, squares, *marks = self.flight.popleft()
             if self.world.is_cuda:
-                end.synchronize()
-                micro, whole = (begin.elapsed_time(mark) / 1e3 for mark in (middle, end))
+                marks[-1].synchronize()
+                micro, whole = (marks[0].elapsed_time(mark) / 1e3 for mark in marks[1:])
             else:
-                micro, whole = middle - begin, end - begin
+                micro, whole = (mark - marks[0] for mark in marks[1:])
             self.last_loss, norm = values.tolist()
             if not math.isfinite(norm):
-                self.skip(step, norm)
+                self.skip(step, norm, squares.tolist())
             self.micro_seconds.setdefault(plan.name, []).append(micro)
             if step <= 5 or step % config.train_log_every == 0:
                 tok_s = config.train_batch_tokens / whole
@@ -1475,12 +1475,12 @@ class Trainer:
                 log.line(f"{step}/{config.iterations} train_loss: {self.last_loss:.4f} "
                          f"step_time: {1e3 * whole:.1f}ms tok/s: {tok_s:.0f}")
 
-    def skip(self, step: int, norm: float) -> None:
+    def skip(self, step: int, norm: float, squares: list[float]) -> None:
         """Notes a step without effect. Raises: TrainingError if the one before had none either."""
         mine = torch.zeros(self.world.size)
         mine[self.world.rank] = self.last_loss
         losses = self.world.combine(mine).tolist()
-        values = zip(self.optimizer.names, self.optimizer.squares.tolist(), strict=True)
+        values = zip(self.optimizer.names, squares, strict=True)
         names = [name for name, value in values if not math.isfinite(value)]
         text = f"step {step}: gradient norm={norm}, losses by rank: {losses}, not finite in {names}"
         if self.skipped == step - 1:
@@ -1609,7 +1609,7 @@ def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str,
     # Rows of the embedding are inputs as well, of which the head's gradient knows nothing.
     row_R = (gradient_R + 0.1 * mean) ** (0.0 if key == "head" else -0.25)
     row_R *= 1e-3 * unit / row_R.log().mean().exp() * (mean.sqrt() * middle) ** -0.8
-    row_R = row_R.maximum((w_RC / column_C).abs().amax(1) / 127).clamp(2**-20, 60_000)
+    row_R = row_R.maximum((w_RC / column_C).abs().amax(1) / 127).clamp(2**-14, 60_000)
     return coarse(row_R, 3, 79 * torch.arange(len(row_R), device=row_R.device)), column_C
 
 def gptq(w_LCR: Tensor, factor_LCC: Tensor, max_level: int, bit_cost: float = 0.0,
@@ -1997,7 +1997,6 @@ exec(compile(s, "<train_gpt>", "exec"))
 
 def strip_source(source: str) -> str:
     """The same program without what only people read: comments, docstrings, annotations, names.
-
     Config reads the types of its fields, kernels those of their arguments. Tests compare what the
     packed and the plain program do.
     """
@@ -2160,6 +2159,7 @@ class Scorer:
         self.audit = audit
         self.tokens = torch.from_numpy(stream.tokens).to(world.device)
         self.earlier_seconds = 0.0  # of an evaluation that was interrupted and went on
+        self.rows = model.config.eval_rows  # windows of a batch, fewer where memory was short
 
     @torch.no_grad()
     def score(self, windows: Windows, ledger: ScoreLedger) -> None:
@@ -2167,7 +2167,7 @@ class Scorer:
         share = np.array_split(np.arange(len(windows.starts)), self.world.size)[self.world.rank]
         skipped, config = (windows.first_scored - windows.starts)[share], self.model.config
         for skip in np.unique(skipped):
-            group, rows = share[skipped == skip], config.eval_rows
+            group, rows = share[skipped == skip], self.rows
             for part in map(windows.select, np.split(group, range(rows, len(group), rows))):
                 ledger.commit(part, self.predict(part, (rows, config.eval_seq_len), ledger))
 
@@ -2405,13 +2405,13 @@ def share_out(costs: Sequence[float], ranks: int) -> np.ndarray:
         totals[owners[piece]] += cost
     return owners
 
-def evaluate_documents(scorer: Scorer, folder: Path | None = None) -> Score:
+def evaluate_documents(scorer: Scorer, prefix: str = "") -> Score:
     """The score when adapters of its own learn from each document, chunk by chunk.
-    What a `folder` holds of an interrupted evaluation by as many ranks is not done again."""
+    What files with a `prefix` hold of an interrupted evaluation by as many ranks is kept."""
     stream, world, adapters = scorer.stream, scorer.world, LowRank(scorer.model, scorer.plan)
     ledger, rows = ScoreLedger(stream, world, by_document=True), adapters.config.ttt_batch_size
-    path = folder / f"ledger_{world.rank}_of_{world.size}.npz" if folder else None
-    if path and path.is_file():
+    path = Path(f"{prefix}_{world.rank}_of_{world.size}.npz")
+    if prefix and path.is_file():
         scorer.earlier_seconds = ledger.resume(path)
     groups = document_passes(stream.document_starts, stream.document_stops, adapters.config)
     costs = [sum(width for _, width in passes) for passes in groups]  # on all ranks the same
@@ -2425,8 +2425,9 @@ def evaluate_documents(scorer: Scorer, folder: Path | None = None) -> Score:
             ledger.commit(windows, nats_BS)  # 2. final
             if windows is not groups[index][-1][0]:
                 adapters.learn(ledger.released_nats(windows, nats_BS))  # 3. from final scores
-        if path and time.perf_counter() > saved + SAVE_SECONDS:
-            ledger.save(path)
+        if prefix and time.perf_counter() > saved + SAVE_SECONDS:
+            with contextlib.suppress(OSError):  # a full disk costs the safety net, not the run
+                ledger.save(path)
             saved = time.perf_counter()
     return finish_score(scorer, ledger)
 
@@ -2495,13 +2496,16 @@ def prepare(config: Config, world: World) -> Setup:
     data = data_facts(config, val)
     if config.eval_only:
         open_artifact(Path(config.eval_only), config)
+        total, cap = len(packed) + Path(config.eval_only).stat().st_size, config.artifact_cap_bytes
+        require(total <= cap, "artifact_cap_bytes", cap, f"at least {total} for EVAL_ONLY")
     else:
         shards = [read_shard(path) for path in find_shards(config.dataset_dir, "train")]
         ends = b"".join(shard[-999:].tobytes() for shard in shards)
         data |= {"train_tokens": TrainLoader(shards, config).num_tokens,
                  "train_shards": len(shards), "train_ends_sha256": hashlib.sha256(ends).hexdigest()}
     backend = choose_attention(config.attention, world.device)
-    track, log = resolve_track(config, world, val, backend.name), RunLog(config, world)
+    track, agreed = resolve_track(config, world, val, backend.name), world.decide(time.time())
+    log = RunLog(config, world, *agreed)
     facts: dict = {**environment_facts(world), "data": {**log.result.get("data", {}), **data}}
     facts["versions"] |= {"attention_backend": backend.name, "rejected": backend.rejected}
     identity = {"seed": config.seed, "world_size": world.size,
@@ -2570,6 +2574,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     """Scores what the file at `path` stands for; the last evaluation is the headline."""
     config, world, log, attend, val, _ = setup
     begin, targets = time.perf_counter(), val.num_targets
+    torch._dynamo.reset()  # what training compiled would be missing on the clock
     by_document = config.ttt_mode == "documents"
     model, plan = load_artifact(path, config, world, attend)
     scorer = Scorer(model, plan, val, world, Audit(config.seed) if config.audit else None)
@@ -2586,9 +2591,9 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
                 score = evaluate(scorer, windows, headline == "documents")
                 break
             except torch.OutOfMemoryError:
-                tokens = scorer.model.config.val_batch_tokens // 2
-                log.warn(f"out of memory: VAL_BATCH_TOKENS={tokens} from here on")
-                scorer.model.config = replace(scorer.model.config, val_batch_tokens=tokens)
+                require(scorer.rows > 1, "eval_seq_len", seq_len, "shorter: memory is full")
+                scorer.rows //= 2
+                log.warn(f"out of memory: batches of {scorer.rows} windows from here on")
         log_score(log, headline, label, score)
         if headline == "quantised" and "averaged" in log.result["bpb"]:
             gap = score.bits - log.result["bpb"]["averaged"]
@@ -2599,7 +2604,9 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     full = project_documents(scorer) if by_document and config.ttt_enabled else 0.0
     if config.ttt_enabled:
         headline = f"ttt_{config.ttt_mode}"
-        score = (evaluate_documents(scorer, log.folder) if by_document
+        text = config.config_hash + program_source()  # with the artifact, what the scores are of
+        mark = hashlib.sha256(path.read_bytes() + text.encode()).hexdigest()[:16]
+        score = (evaluate_documents(scorer, f"{log.folder}/ledger_{mark}") if by_document
                  else evaluate_adapting(scorer, sliding))
         log_score(log, headline, "quantized_ttt", score)
     full = full or score.seconds * OFFICIAL_VAL_TARGETS / RECORD_RANKS * world.size / targets
@@ -2725,7 +2732,6 @@ def load_fa4(device: torch.device) -> Attend:
 def fa4_operator() -> Callable[..., tuple[Tensor, Tensor]]:
     """Causal attention, differentiable: q, k, v -> y (B, T, H, K) and log-sum-exp (B, H, T)."""
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
-
     warnings.filterwarnings("ignore", "Argument aux_data")  # of its compiler, at every new shape
 
     def run(gradients: list[Tensor], tensors: list[Tensor], numbers: list[float]) -> list[Tensor]:
@@ -2749,7 +2755,6 @@ def launch(kernel: typing.Any, count: int, items: int, *arguments: object, warps
 def fused(name: str, schema: str, reference: Callable[..., Result], run: Runner,
           num_gradients: int) -> Callable[..., Result]:
     """`reference`; for a GPU an operator with like results that torch.compile and autograd know.
-
     `run` returns them, given no gradients and the arguments: tensors, then numbers. Given gradients
     of results, and arguments followed by results, it returns gradients of the first arguments.
     """
@@ -2787,14 +2792,12 @@ def fused(name: str, schema: str, reference: Callable[..., Result], run: Runner,
 
 # Splitting heads. An item is one head of one row; in the packed projection they lie side by side.
 # The backward pass owns the whole gradient of the projection, so nothing is concatenated.
-
 @jit
 def split_heads_kernel(qkv, gain, cos, sin, q, k, v, dqkv, dgain, N, T,  # type: ignore # noqa: PLR0913
                        EPS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
                        HALF: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
                        ITEMS: tl.constexpr) -> None:
     """qkv (N, H+2G, K), gain (H), tables (T, HALF) -> q (N, H, K), k and v (N, G, K).
-
     Backward these three are gradients; dgain (N, H) float32 is to be summed over rows.
     """
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None]
@@ -2847,13 +2850,11 @@ fused_split_heads = fused(
     split_heads, run_split_heads, 2)
 
 # Excluding the own value. An item is one value head of one row and its REPEAT query heads.
-
 @jit
 def exclude_self_kernel(y, v, d, out, dv, N, REPEAT: tl.constexpr,  # type: ignore # noqa: PLR0913
                         K: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
                         ITEMS: tl.constexpr) -> None:
     """out = y - a v with a = y.v / v.v; or, with b = d.v / v.v, the gradients of y and v.
-
     dy = d - b v and dv = sum over heads (2ab v - b y - a d)
     """
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None]
@@ -2891,7 +2892,6 @@ fused_exclude_self = fused("exclude_self", "(Tensor y, Tensor v) -> Tensor", exc
 # MLP. The activation is the epilogue of the product with `up`, its derivative that of the product
 # which gives the hidden layer's gradient; the other products are cuBLAS. Tiles are stored in halves
 # by the copy engine; tensors start and rows continue at multiples of 16 bytes.
-
 @jit
 def activation_product_kernel(left, right, pre, out, N, WIDE: tl.constexpr,  # type: ignore # noqa: PLR0913
                               DEEP: tl.constexpr, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
@@ -2957,12 +2957,10 @@ fused_mlp = fused("mlp", "(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor,
                   mlp_parts, run_mlp, 3)
 
 # Loss. An item is one row of logits, read once each way.
-
 @jit
 def nll_kernel(logits, target, weight, out, V, CAP: tl.constexpr, WIDTH: tl.constexpr,  # type: ignore # noqa: PLR0913
                BACKWARD: tl.constexpr, FAST: tl.constexpr, ITEMS: tl.constexpr) -> None:
     """Nats of a row; or the gradient of its logits, given that of its nats.
-
     FAST: tanh as one instruction, whose error is below half a bf16 step.
     """
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)

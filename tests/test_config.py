@@ -272,3 +272,9 @@ def test_wrong_setting_ends_before_any_file_is_written(make_env: MakeEnv, tmp_pa
     with pytest.raises(golf.ConfigError):
         golf.main(make_env(MATRIX_LR="-1"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting", [{"MODEL_DIM": "516"}, {"MLP_MULT": "3.3"}])
+def test_widths_that_the_copy_engine_cannot_move_are_refused(setting: dict[str, str]) -> None:
+    with pytest.raises(golf.ConfigError, match="must be a multiple of 8"):
+        golf.Config.from_env({"PRESET": "pr1493", **setting})

@@ -200,10 +200,10 @@ def test_interrupted_evaluation_goes_on_to_the_same_scores(
     golf.evaluate_documents(make_scorer(adapted, stream_of(tokens)))
     monkeypatch.setattr(golf.LowRank, "reset", stop_in_the_third_group)
     with pytest.raises(KeyboardInterrupt):
-        golf.evaluate_documents(make_scorer(adapted, stream_of(tokens)), tmp_path)
+        golf.evaluate_documents(make_scorer(adapted, stream_of(tokens)), str(tmp_path / "ledger"))
     monkeypatch.setattr(golf.LowRank, "reset", count)
     scorer = make_scorer(adapted, stream_of(tokens))
-    score = golf.evaluate_documents(scorer, tmp_path)
+    score = golf.evaluate_documents(scorer, str(tmp_path / "ledger"))
     assert torch.equal(ledgers[0].nats, ledgers[1].nats)
     assert 0 < scorer.earlier_seconds < score.seconds
     groups = len(golf.document_passes(scorer.stream.document_starts, scorer.stream.document_stops,

@@ -418,3 +418,10 @@ def test_model_is_scored_on_the_bytes_of_its_text(make_env: MakeEnv, data_dir: P
     text = "".join(tokenizer.decode(part.tolist()) for part in np.split(
         tokens, np.flatnonzero(tokens == 1)))
     assert score.bits == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+
+
+def test_foreign_artifact_over_the_cap_is_refused(make_env: MakeEnv, trained_run: Path) -> None:
+    artifact = trained_run / "runs" / "toy" / "artifact.bin"
+    total = len(golf.packed_program()) + artifact.stat().st_size
+    with pytest.raises(golf.ConfigError, match=f"ARTIFACT_CAP_BYTES={total - 1} must be at least"):
+        golf.main(make_env(EVAL_ONLY=artifact, ARTIFACT_CAP_BYTES=total - 1))

@@ -259,7 +259,7 @@ def test_evaluation_out_of_memory_goes_on_with_half_the_batch(
     assert found == pytest.approx({key: read_result(trained_run)["bpb"][key]
                                    for key in ("quantised", "sliding")}, rel=1e-6)
     text = (tmp_path / "logs" / "toy.txt").read_text()
-    assert f"VAL_BATCH_TOKENS={fits * 8 * 64} from here on" in text
+    assert f"batches of {fits} windows from here on" in text
 
 
 def test_model_too_large_for_one_row_is_said(make_env: MakeEnv, trained_run: Path,
@@ -268,7 +268,7 @@ def test_model_too_large_for_one_row_is_said(make_env: MakeEnv, trained_run: Pat
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(golf.GPT, "nats", full)
-    with pytest.raises(golf.ConfigError, match="VAL_BATCH_TOKENS=4 must be between 8"):
+    with pytest.raises(golf.ConfigError, match="EVAL_SEQ_LEN=64 must be shorter"):
         golf.main(make_env(EVAL_ONLY=trained_run / "runs" / "toy" / "artifact.bin"))
 
 

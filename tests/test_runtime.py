@@ -187,3 +187,13 @@ def test_error_is_one_line_and_a_failing_exit_code(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(golf, "main", fail)
     assert golf.command_line([]) == 1
     assert capsys.readouterr().err == "error: x.bin: broken\n"
+
+
+def test_ranks_agree_on_the_default_run_id_whenever_they_get_to_it(
+        make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, names = make_config(RUN_ID=""), []
+    for seconds in (1_700_000_000.9, 1_700_000_001.1):  # the clock goes on between two ranks
+        monkeypatch.setattr(golf.time, "time", lambda seconds=seconds: seconds)
+        names.append(golf.RunLog(config, golf.World(rank=1, size=2), 1_700_000_000.9).run_id)
+    assert len(set(names)) == 1
+    assert golf.RunLog(config, golf.World(rank=1, size=2)).run_id != names[0]
