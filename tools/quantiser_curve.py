@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 import threading
@@ -215,13 +216,18 @@ def tune(quantised: golf.QuantisedModel, teacher: golf.GPT, model: golf.GPT,
 
 
 def next_factor(points: Sequence[Point], target: float, slope: float) -> float:
-    """Where the size should be `target`: the line through the two points nearest to it."""
+    """Where the size should be `target`: the line through the two points nearest to it, or halfway
+    between the points round it where that line leaves them."""
     first, *others = sorted(points, key=lambda p: abs(p.total_bytes - target))[:2]
     for second in others:
         if second.at != first.at and second.total_bytes != first.total_bytes:
             found = (second.total_bytes - first.total_bytes) / (second.at - first.at)
             slope = min(found, 0.2 * slope)
-    return first.at + max(-2.0, min(2.0, (target - first.total_bytes) / slope))
+    at = first.at + max(-2.0, min(2.0, (target - first.total_bytes) / slope))
+    low = max((p.at for p in points if p.total_bytes > target), default=-math.inf)
+    high = min((p.at for p in points if p.total_bytes <= target), default=math.inf)
+    inside = low < at < high or not math.isfinite(low + high)
+    return at if inside else (low + high) / 2
 
 
 class Curve:
