@@ -773,6 +773,7 @@ def plan_from_order(name: str, order: list[int]) -> DepthPlan:
         visits.append(Visit(block, order[:position].count(block), *skip))
     return DepthPlan(name, tuple(visits))
 
+@functools.cache  # asked at every step
 def depth_plans(config: Config) -> tuple[DepthPlan, ...]:
     """The plans of a run, in the order in which training reaches them."""
     blocks, first, last = list(range(config.num_layers)), config.loop_start, config.loop_end + 1
@@ -860,18 +861,18 @@ def attention(x_BTD: Tensor, w: BlockWeights, form: BlockForm, rotary: Rotary, a
         y_BTHK = fused_exclude_self(y_BTHK, v_BTGK)
     return linear(y_BTHK.flatten(2), w.out, "out", tap)
 
-def mlp_parts(x_BTD: Tensor, up_FD: Tensor, down_DF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def mlp_parts(x_BTD: Tensor, up_FD: Tensor, down_DF: Tensor,
+              tap: Tap | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Output, hidden layer, and what the hidden layer is the square of the leaky ReLU of."""
-    pre_BTF = F.linear(x_BTD, up_FD)
+    pre_BTF = linear(x_BTD, up_FD, "up", tap)
     hidden_BTF = F.leaky_relu(pre_BTF, LEAKY_SLOPE).square()
-    return F.linear(hidden_BTF, down_DF), hidden_BTF, pre_BTF
+    return linear(hidden_BTF, down_DF, "down", tap), hidden_BTF, pre_BTF
 
 def mlp(x_BTD: Tensor, w: BlockWeights, tap: Tap | None) -> Tensor:
     """Two linear layers round the square of a leaky ReLU."""
     if tap is None:
         return fused_mlp(x_BTD, w.up, w.down)[0]
-    hidden_BTF = F.leaky_relu(linear(x_BTD, w.up, "up", tap), LEAKY_SLOPE).square()
-    return linear(hidden_BTF, w.down, "down", tap)
+    return mlp_parts(x_BTD, w.up, w.down, tap)[0]
 
 def run_block(stream: Stream, w: BlockWeights, form: BlockForm, rotary: Rotary, attend: Attend,
               tap: Tap | None = None) -> Tensor:
@@ -1424,9 +1425,10 @@ class Trainer:
         log, state, begin = self.log, self.state, time.perf_counter()
         state.seconds, name = self.clock.elapsed(), f"step-{state.step:08}.ckpt"
         with self.clock.paused():
-            tensors = [*self.replicated(), *map(self.world.gather, self.optimizer.momenta)]
             if state.trained:
                 name, tensors = "weights.ckpt", self.average.weights
+            else:
+                tensors = [*self.replicated(), *map(self.world.gather, self.optimizer.momenta)]
             try:
                 if log.files:
                     state.write(log.folder / name, tensors)
@@ -2104,7 +2106,7 @@ class ScoreLedger:
     def released(self, first: int, last: int) -> np.ndarray:
         """Inputs and targets `first` to `last`. Raises: LegalityError unless scored once each."""
         counts = torch.from_numpy(self.scored[first:last].copy())
-        self.world.combine(counts, dist.ReduceOp.SUM)
+        self.world.combine(counts)
         missing, double = (counts == 0).sum(), (counts > 1).sum()
         if missing or double:
             raise LegalityError(f"{missing} targets between {first} and {last} are not scored, "
@@ -2340,7 +2342,7 @@ class LowRank:
         zeros = functools.partial(torch.zeros, c.ttt_batch_size, device=model.embed.device,
                                   requires_grad=True)
         self.config, self.scale, rank = c, c.ttt_lora_alpha / c.ttt_lora_rank, c.ttt_lora_rank
-        self.compiled = maybe_compile(run_block, c)
+        self.compiled = model.run_block
         self.factors: dict[int, Factors] = {visit: {
             site: (zeros(shapes[site].shape[-1], rank), zeros(rank, shapes[site].shape[-2]))
             for site in c.ttt_lora_sites.split(",") if (site == "head") == (visit < 0)}
@@ -2766,13 +2768,13 @@ def fused(name: str, schema: str, reference: Callable[..., Result], run: Runner,
         results = run([], tensors, list(arguments[len(tensors):]))
         return tuple(results) if len(results) > 1 else results[0]
 
-    operator = torch.library.custom_op(f"golf::{name}", forward, mutates_args=(), schema=schema)
+    registered = torch.library.custom_op(f"golf::{name}", forward, mutates_args=(), schema=schema)
     gradient = torch.library.custom_op(
         f"golf::{name}_backward", run, mutates_args=(),
         schema="(Tensor[] gradients, Tensor[] tensors, float[] numbers) -> Tensor[]")
     gradient.register_fake(
         lambda _, tensors, numbers: [t.new_empty(t.shape) for t in tensors[:num_gradients]])
-    operator.register_fake(lambda *arguments: torch.utils._pytree.tree_map(
+    registered.register_fake(lambda *arguments: torch.utils._pytree.tree_map(
         lambda t: t.new_empty(t.shape), reference(*arguments)))
 
     def save(ctx: typing.Any, inputs: tuple[object, ...], output: Result) -> None:
@@ -2787,8 +2789,8 @@ def fused(name: str, schema: str, reference: Callable[..., Result], run: Runner,
             given, [t.contiguous() for t in ctx.saved_tensors], ctx.numbers)
         return (*found, *[None] * (ctx.num_inputs - num_gradients))
 
-    operator.register_autograd(differentiate, setup_context=save)
-    return lambda *arguments: (operator if arguments[0].is_cuda else reference)(*arguments)
+    registered.register_autograd(differentiate, setup_context=save)
+    return lambda *arguments: (registered if arguments[0].is_cuda else reference)(*arguments)
 
 # Splitting heads. An item is one head of one row; in the packed projection they lie side by side.
 # The backward pass owns the whole gradient of the projection, so nothing is concatenated.
