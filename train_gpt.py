@@ -92,6 +92,9 @@ def within(default: float, low: float, high: float) -> typing.Any:
     """A setting with its range, both ends included."""
     return field(default=default, metadata={"range": (low, high)})
 
+# Skips into a second lane after its first visit: none, into attention's lane, into both lanes.
+Residual = Literal["serial", "parallel", "two_lane_drop", "two_lane_attn", "two_lane_both"]
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """Every setting of a run, under the names that the competition published, in lower case."""
@@ -129,7 +132,13 @@ class Config:
     qk_gain_init: float = within(5.25, 0.01, 100)
     ln_scale: bool = True  # norm outputs are divided by sqrt(block + 1)
     xsa_last_n: int = within(11, 0, 256)  # exclusive self attention on that many last blocks
+    xsa_per_visit: bool = False  # XSA_LAST_N counts the visits of a plan instead
+    residual: Residual = "parallel"  # from PARALLEL_RESIDUAL_START on
     parallel_residual_start: int = within(7, -1, 256)  # -1: every block is serial
+    max_skips: int = within(256, 0, 256)  # U-Net skips, from the middle outwards
+    ve_layers: str = ""  # blocks to whose values a narrow embedding is added
+    num_value_embeds: int = within(0, 0, 8)  # full tables, scaled anew for every visit
+    matrix_init: Literal["orthogonal", "uniform"] = "orthogonal"
     logit_softcap: float = within(30.0, 1, 1e4)
     tied_embed_init_std: float = within(0.005, 1e-6, 1)
     # Depth recurrence
@@ -137,6 +146,9 @@ class Config:
     loop_start: int = within(3, 0, 255)
     loop_end: int = within(5, 0, 255)  # inclusive
     enable_looping_at: float = within(0.35, 0, 1)  # progress at which they begin
+    prog_depth: str = ""  # instead of that: progress:passes,... in force until then
+    loop_embeddings: bool = False  # a vector enters with every visit
+    cross_repeat: bool = False  # what a block put out in the pass before enters its next one
     # Optimizer
     matrix_lr: float = within(0.022, 0, 10)
     tied_embed_lr: float = within(0.03, 0, 10)
@@ -236,6 +248,17 @@ class Config:
         return int(self.mlp_mult * self.model_dim)
 
     @property
+    def ve_blocks(self) -> list[int]:
+        return [int(number) for number in numbers("ve_layers", self.ve_layers)]
+
+    @property
+    def depth_schedule(self) -> list[tuple[float, int]]:
+        """Progress until which, and how often, the loop segment is passed."""
+        flat = numbers("prog_depth", self.prog_depth)
+        flat = flat or [self.enable_looping_at, 1, 1, self.num_loops + 1]
+        return [(until, int(passes)) for until, passes in zip(flat[::2], flat[1::2], strict=False)]
+
+    @property
     def eval_rows(self) -> int:
         return max(1, self.val_batch_tokens // (8 * self.eval_seq_len))  # of one rank and batch
 
@@ -264,9 +287,35 @@ class Config:
 NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_path audit resume "
               "tokenizer_path checkpoint_every rank_timeout_seconds max_quant_gap_bpb")
 
+# Where a published system counts steps to the recurrence, here stand shares of its steps.
+PLAIN: dict = dict(sliding_window_enabled=True, val_tail=False, ttt_mode="sgd")
+PR1445 = PLAIN | dict(
+    vocab_size=4096, ttt_enabled=False, residual="two_lane_drop", max_skips=5, ve_layers="9,10",
+    num_loops=1, enable_looping_at=2000 / 5104, qk_gain_init=5.0, embed_wd=0.095,
+    gptq_reserve_seconds=10.0)
+PR1453 = PLAIN | dict(
+    vocab_size=1024, ttt_enabled=False, num_layers=3, model_dim=880, mlp_mult=3.0, rope_dims=0,
+    ln_scale=False, qk_gain_init=1.5, xsa_last_n=4, xsa_per_visit=True, residual="serial",
+    parallel_residual_start=-1, max_skips=0, num_value_embeds=2, loop_embeddings=True,
+    cross_repeat=True, num_loops=3, loop_start=0, loop_end=2, prog_depth="0.3:2,0.5:3,1:4",
+    matrix_init="uniform", train_seq_len=1024, train_batch_tokens=524_288, eval_seq_len=1024,
+    eval_stride=256, matrix_lr=0.018, scalar_lr=0.018, tied_embed_lr=0.021, muon_wd=0.04,
+    embed_wd=0.0, adam_wd=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
+    muon_momentum_warmup_steps=500, muon_row_normalize=False, gptq_reserve_seconds=0.0)
+
 PRESETS: dict[str, dict] = {
     "record": {},
-    "pr1493": dict(sliding_window_enabled=True, val_tail=False, ttt_mode="sgd"),
+    "pr1493": PLAIN,
+    "pr1445": PR1445,
+    "pr1471": PR1445 | dict(vocab_size=8192, enable_looping_at=2000 / 4968),
+    "pr1395": PR1445 | dict(
+        residual="two_lane_attn", loop_start=4, enable_looping_at=3000 / 5409, matrix_lr=0.02,
+        muon_wd=0.09, embed_wd=0.09, warmdown_frac=0.667, ema_decay=0.997),
+    "pr1453": PR1453,
+    "pr895": PR1453 | dict(
+        model_dim=832, mlp_mult=2.0, num_loops=4, prog_depth="0.3:2,0.5:3,0.75:4,1:5",
+        matrix_lr=0.015, scalar_lr=0.015, tied_embed_lr=0.018, iterations=200_000,
+        max_wallclock_seconds=14_400.0),
     # The same program at laptop size: two CPU cores, about two minutes.
     "demo": dict(
         data_path="data/datasets/demo_sp1024", tokenizer_path="data/tokenizers/demo_1024_bpe.model",
@@ -301,6 +350,13 @@ def parse_setting(name: str, text: str, kind: typing.Any) -> object:
     except ValueError:
         raise ConfigError(f"{name}={text!r} must be a number ({kind.__name__})") from None
 
+def numbers(name: str, text: str) -> list[float]:
+    """The numbers in a setting that lists some. Raises: ConfigError."""
+    try:
+        return [float(part) for part in re.split("[,:]", text) if text]
+    except ValueError:
+        raise ConfigError(f"{name.upper()}={text!r} must be numbers with commas") from None
+
 # Relations between settings in words, and what contradicts them.
 RELATIONS = {"%": ("a multiple of", operator.mod), "<=": ("at most", operator.gt),
              "<": ("below", operator.ge)}
@@ -315,6 +371,7 @@ def check_consistency(config: Config) -> None:
     rules += ["gptq_reserve_seconds < max_wallclock_seconds"] * bool(config.max_wallclock_seconds)
     if config.ttt_enabled and config.ttt_mode == "sgd":
         rules += ["ttt_enabled <= sliding_window_enabled", "ttt_chunk_tokens % eval_seq_len"]
+    check_topology(config)
     for name, sign, other in map(str.split, rules):
         (words, broken), value = RELATIONS[sign], getattr(config, name)
         bound = int(other) if other.isdigit() else getattr(config, other)
@@ -324,6 +381,24 @@ def check_consistency(config: Config) -> None:
     require(config.run_id or not config.resume, "run_id", "''", f"set for RESUME={config.resume}")
     sites = config.ttt_lora_sites
     require({*sites.split(",")} <= {*SITES}, "ttt_lora_sites", sites, "some of " + ",".join(SITES))
+
+def check_topology(config: Config) -> None:
+    """Raises ConfigError for settings of which no stack of blocks can be built."""
+    start, most = config.parallel_residual_start, config.num_loops + 1
+    until, passes = zip(*config.depth_schedule, strict=True)
+    require(sorted(set(until)) == [*until] and sorted(passes) == [*passes] and passes[0] > 0
+            and passes[-1] == most, "prog_depth", config.prog_depth,
+            f"progress and passes that rise, the last NUM_LOOPS ({most - 1}) + 1")
+    require(passes[0] > 1 or not config.cross_repeat, "cross_repeat", 1, "0 where PROG_DEPTH or "
+            f"ENABLE_LOOPING_AT ({until[0]:g}) begins with one pass")
+    require({*config.ve_blocks} <= {*range(config.num_layers)}, "ve_layers", config.ve_layers,
+            f"blocks below NUM_LAYERS ({config.num_layers})")
+    if config.residual.startswith("two"):
+        first = max(config.num_layers // 2, (config.loop_end + 1) * bool(config.num_loops))
+        require(start >= first, "parallel_residual_start", start, f"at least {first} for RESIDUAL="
+                f"{config.residual}: behind LOOP_END ({config.loop_end}) and half of NUM_LAYERS")
+    require(config.residual != "serial" or start < 0, "residual", "serial", "another for "
+            f"PARALLEL_RESIDUAL_START={start}; -1 makes all blocks serial")
 
 # ==================================================================================================
 # 2  Runtime
@@ -734,11 +809,13 @@ class ValStream:
 
 NORM_EPS = torch.finfo(torch.float32).eps
 LEAKY_SLOPE = 0.5
+VALUE_EMBED_DIM = 128
 
 Site = Literal["qkv", "out", "up", "down", "head"]
 SITES: tuple[Site, ...] = typing.get_args(Site)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q_BTHK, k_BTGK, v_BTGK -> y_BTHK, causal
-Result = typing.TypeVar("Result", Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor])
+Result = typing.TypeVar("Result", Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor],
+                        tuple[Tensor, ...])
 Tap = Callable[[Site, Tensor, Tensor], Tensor]  # input and output of a layer -> output to use
 
 class Adapter(Protocol):
@@ -749,6 +826,8 @@ class Visit(NamedTuple):
     """One virtual layer: a physical block, which pass over it, and the skip that precedes it."""
     block: int
     pass_number: int
+    residual: Residual
+    exclusive: bool  # exclusive self attention
     skip_row: int = -1  # row of the skip weights; -1: none
     skip_from: int = -1  # visit whose output is mixed in
 
@@ -762,35 +841,47 @@ class DepthPlan(NamedTuple):
         order, half = [v.block for v in self.visits], len(self.visits) // 2
         return f"encoder:{order[:half]} decoder:{order[half:]}"
 
-def plan_from_order(name: str, order: list[int]) -> DepthPlan:
-    """A U-Net over `order`: decoder j, in the second half, takes the j-th last encoder's output.
-    Example: order 0 1 2 3 4 -> encoders 0 1; decoders 2 (skip from 1), 3 (skip from 0), 4
+@functools.cache  # asked at every step
+def build_plan(config: Config, passes: int) -> DepthPlan:
+    """A U-Net: decoder j, in the second half of visits, takes the j-th last encoder's output.
+    Example: blocks 0 1 2 3 4 -> encoders 0 1; decoders 2 (skip from 1), 3 (skip from 0), 4
     """
-    half, visits = len(order) // 2, []
+    blocks, first, last = list(range(config.num_layers)), config.loop_start, config.loop_end + 1
+    order = blocks[:first] + blocks[first:last] * passes + blocks[last:]
+    half, visits = len(order) // 2, list[Visit]()
     for position, block in enumerate(order):
         row, skip_from = position - half, 2 * half - 1 - position
-        skip = (row, skip_from) if row >= 0 <= skip_from else ()
-        visits.append(Visit(block, order[:position].count(block), *skip))
+        residual: Residual = "serial"
+        if 0 <= config.parallel_residual_start <= block:
+            residual = config.residual
+            if residual.startswith("two") and visits[-1].residual == "serial":
+                residual = "two_lane_both"  # where lanes part, the skip is mixed in before
+        number, count = ((position, len(order)) if config.xsa_per_visit else
+                         (block, config.num_layers))
+        skip = (row, skip_from) if 0 <= row < min(half, config.max_skips) else ()
+        visits.append(Visit(block, order[:position].count(block), residual,
+                            number >= count - config.xsa_last_n,
+                            *(() if residual == "two_lane_drop" else skip)))
+    name = {config.num_loops + 1: "looped", 1: "unlooped"}.get(passes, f"looped_{passes}")
     return DepthPlan(name, tuple(visits))
 
-@functools.cache  # asked at every step
 def depth_plans(config: Config) -> tuple[DepthPlan, ...]:
     """The plans of a run, in the order in which training reaches them."""
-    blocks, first, last = list(range(config.num_layers)), config.loop_start, config.loop_end + 1
-    looped = blocks[:first] + blocks[first:last] * (config.num_loops + 1) + blocks[last:]
-    plans = (plan_from_order("unlooped", blocks), plan_from_order("looped", looped))
-    return plans if config.num_loops else plans[:1]
+    counts = dict.fromkeys(passes for _, passes in config.depth_schedule)
+    return tuple(build_plan(config, passes) for passes in counts)
 
 def plan_at(config: Config, progress: float) -> DepthPlan:
     """The plan in force at `progress` (0 to 1)."""
-    return depth_plans(config)[-1 if progress >= config.enable_looping_at else 0]
+    schedule = config.depth_schedule
+    passes = next((count for until, count in schedule if progress < until), schedule[-1][1])
+    return build_plan(config, passes)
 
 class BlockForm(NamedTuple):
     """What is fixed about a block when it is compiled."""
     num_heads: int
     num_kv_heads: int
-    residual: Literal["serial", "parallel"]
-    exclusive: bool  # exclusive self attention
+    residual: Residual
+    exclusive: bool
 
 class BlockWeights(NamedTuple):
     """Parameters of one physical block; matrices are in the compute type."""
@@ -802,11 +893,16 @@ class BlockWeights(NamedTuple):
     q_gain: Tensor  # H
     norm_scale: Tensor  # 0-D
 
+Term = tuple[Tensor, Tensor]  # a source and its weight (D)
+
 class Stream(NamedTuple):
-    """What enters a block: the residual stream, the embedding, and what a U-Net skip mixes in."""
+    """What enters a block: the residual stream, the embedding, and what joins them there."""
     x: Tensor  # B, T, D
     x0: Tensor  # B, T, D
     skip: tuple[Tensor, ...] = ()  # (B, T, D), its weight (D), and the stream's share (D)
+    terms: tuple[Term, ...] = ()  # added to the stream; sources (B, T, D) or 0-D
+    value: tuple[Tensor, ...] = ()  # (B, T, G*K) and its scale, for the values of attention
+    lane: tuple[Tensor, ...] = ()  # (B, T, D), which the MLP reads and adds to instead
 
 class Rotary(NamedTuple):
     """Rotation tables, float32 (T, half the rotated dimensions)."""
@@ -851,12 +947,18 @@ def linear(x: Tensor, w_OI: Tensor, site: Site, tap: Tap | None) -> Tensor:
     return y if tap is None else tap(site, x, y)
 
 def attention(x_BTD: Tensor, w: BlockWeights, form: BlockForm, rotary: Rotary, attend: Attend,
-              tap: Tap | None) -> Tensor:
+              tap: Tap | None, value: Sequence[Tensor] = ()) -> Tensor:
     """Grouped-query attention with normalised, rotated, gained queries and keys."""
     num_heads = form.num_heads + 2 * form.num_kv_heads
     qkv_BTNK = linear(x_BTD, w.qkv, "qkv", tap).unflatten(-1, (num_heads, -1))
-    q_BTHK, k_BTGK, v_BTGK = fused_split_heads(qkv_BTNK, w.q_gain, *rotary)
-    y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK)
+    width = qkv_BTNK.shape[-1]
+    padding = -width % 8  # kernels want such heads; their scale goes by the padded width
+    gain_H = w.q_gain * math.sqrt(1 + padding / width)
+    q_BTHK, k_BTGK, v_BTGK = fused_split_heads(qkv_BTNK, gain_H, *rotary)
+    if value:
+        v_BTGK = v_BTGK + value[1].to(v_BTGK.dtype) * value[0].view_as(v_BTGK)
+    padded = [F.pad(t, (0, padding)) if padding else t for t in (q_BTHK, k_BTGK, v_BTGK)]
+    y_BTHK = attend(*padded)[..., :width]
     if form.exclusive:
         y_BTHK = fused_exclude_self(y_BTHK, v_BTGK)
     return linear(y_BTHK.flatten(2), w.out, "out", tap)
@@ -874,20 +976,29 @@ def mlp(x_BTD: Tensor, w: BlockWeights, tap: Tap | None) -> Tensor:
         return fused_mlp(x_BTD, w.up, w.down)[0]
     return mlp_parts(x_BTD, w.up, w.down, tap)[0]
 
+def mix_skip(x_BTD: Tensor, skip: Sequence[Tensor]) -> Tensor:
+    """The stream with its share of a U-Net skip, if there is one."""
+    if not skip:
+        return x_BTD
+    source_BTD, weight, gate = (t.to(x_BTD.dtype) for t in skip)
+    return (1 - gate) * (weight * source_BTD) + gate * x_BTD
+
 def run_block(stream: Stream, w: BlockWeights, form: BlockForm, rotary: Rotary, attend: Attend,
-              tap: Tap | None = None) -> Tensor:
-    """One block: mixes what enters, then adds attention and MLP."""
-    dtype, x_BTD = stream.x.dtype, stream.x
-    if stream.skip:
-        source_BTD, weight, gate = (t.to(dtype) for t in stream.skip)
-        x_BTD = (1 - gate) * (weight * source_BTD) + gate * x_BTD
+              tap: Tap | None = None) -> tuple[Tensor, ...]:
+    """One block: mixes what enters, then adds attention and MLP. The stream, or both its lanes."""
+    dtype, x_BTD = stream.x.dtype, mix_skip(stream.x, stream.skip)
+    for source, weight in stream.terms:
+        x_BTD = x_BTD + weight.to(dtype) * source
     mix, norm_scale = w.resid_mix.to(dtype), w.norm_scale.to(dtype)
     u = mix[0] * x_BTD + mix[1] * stream.x0
     z = rms_norm(u) * norm_scale
-    after = u + attention(z, w, form, rotary, attend, tap)
-    if form.residual == "serial":
-        z = rms_norm(after) * norm_scale
-    return after + mlp(z, w, tap)
+    after = other = u + attention(z, w, form, rotary, attend, tap, stream.value)
+    for lane in stream.lane:
+        other = mix_skip(lane, stream.skip) if form.residual == "two_lane_both" else lane
+    if form.residual != "parallel":
+        z = rms_norm(other) * norm_scale
+    other = other + mlp(z, w, tap)
+    return (after, other) if stream.lane else (other,)
 
 def embed_tokens(ids_BT: Tensor, embed_VD: Tensor, dtype: torch.dtype) -> Tensor:
     """Normalised embeddings in the compute type."""
@@ -899,7 +1010,7 @@ def softcapped_nll(logits_NV: Tensor, target_N: Tensor, cap: float) -> Tensor:
 
 class Matrix(NamedTuple):
     """The matrices of one role in all blocks: rows of a parameter stacked over blocks."""
-    role: Literal["q", "k", "v", "out", "up", "down"]
+    role: Literal["q", "k", "v", "out", "up", "down", "ve"]
     parameter: nn.Parameter
     rows: slice
 
@@ -909,60 +1020,99 @@ class Matrix(NamedTuple):
 
 class GPT(nn.Module):
     """The language model: float32 parameters stacked over blocks, and the only forward pass."""
+    embed: nn.Parameter
+    qkv: nn.Parameter
+    out: nn.Parameter
+    up: nn.Parameter
+    down: nn.Parameter
+    attn_scale: nn.Parameter
+    mlp_scale: nn.Parameter
+    resid_mix: nn.Parameter
+    q_gain: nn.Parameter
     norm_scale: Tensor
     cos: Tensor
     sin: Tensor
 
     def __init__(self, config: Config, attend: Attend, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        L, D = config.num_layers, config.model_dim
-        num_skips = max(sum(v.skip_row >= 0 for v in p.visits) for p in depth_plans(config))
+        L, D, F, V = config.num_layers, config.model_dim, config.mlp_dim, config.vocab_size
+        visits = max(len(plan.visits) for plan in depth_plans(config))
+        skips, tables = min(config.max_skips, visits // 2), config.num_value_embeds
+        ve, ones, zeros = len(config.ve_blocks), torch.ones, torch.zeros
         self.config, self.attend, self.dtype = config, attend, dtype
-        self.embed = nn.Parameter(torch.zeros(config.vocab_size, D))
-        self.qkv = nn.Parameter(torch.zeros(L, D + 2 * config.kv_dim, D))
-        self.out = nn.Parameter(torch.zeros(L, D, D))
-        self.up = nn.Parameter(torch.zeros(L, config.mlp_dim, D))
-        self.down = nn.Parameter(torch.zeros(L, D, config.mlp_dim))
-        self.attn_scale = nn.Parameter(torch.ones(L, D))
-        self.mlp_scale = nn.Parameter(torch.ones(L, D))
-        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(L, 1, D))
-        self.q_gain = nn.Parameter(torch.full((L, config.num_heads), config.qk_gain_init))
-        self.skip_weights = nn.Parameter(torch.ones(num_skips, D))
-        self.skip_gates = nn.Parameter(torch.zeros(num_skips, D))
-        norm_scale = torch.arange(1.0, L + 1).rsqrt() if config.ln_scale else torch.ones(L)
+        parameters = {
+            "embed": zeros(V, D), "value_tables": zeros(tables, V, D),
+            "ve_table": zeros(V * bool(ve), VALUE_EMBED_DIM),
+            "qkv": zeros(L, D + 2 * config.kv_dim, D), "out": zeros(L, D, D),
+            "up": zeros(L, F, D), "down": zeros(L, D, F),
+            "ve_proj": zeros(min(ve, 1), config.kv_dim, VALUE_EMBED_DIM),
+            "attn_scale": ones(L, D), "mlp_scale": ones(L, D),
+            "resid_mix": torch.tensor([[1.0], [0.0]]).repeat(L, 1, D),
+            "q_gain": torch.full((L, config.num_heads), config.qk_gain_init),
+            "skip_weights": ones(skips, D), "skip_gates": zeros(skips, D),
+            "ve_scale": torch.tensor([[0.1]] * bool(ve) + [[1.0]] * ve),  # of all, of each block
+            "lane_mix": torch.full((int(config.residual.startswith("two")),), 0.5),
+            "visit_scales": zeros(visits, config.loop_embeddings + tables, D),
+            "cross_repeat_scales": zeros(L * config.cross_repeat, config.num_loops, D)}
+        for name, value in parameters.items():
+            if value.numel():
+                self.register_parameter(name, nn.Parameter(value))
+        norm_scale = torch.arange(1.0, L + 1).rsqrt() if config.ln_scale else ones(L)
         rotary = rotary_tables(max(config.train_seq_len, config.eval_seq_len),
                                config.rope_dims or config.head_dim, config.rope_base)
         for name, table in {"norm_scale": norm_scale, **rotary._asdict()}.items():
             self.register_buffer(name, table, persistent=False)
-        self.forms = tuple(block_form(config, block) for block in range(L))
         # One graph per form of a block serves every visit, plan and evaluation.
-        self.run_block, self.embed_tokens, self.norm = (
-            maybe_compile(f, config) for f in (run_block, embed_tokens, rms_norm))
+        self.run_block = maybe_compile(run_block, config)
+        self.embed_tokens = maybe_compile(embed_tokens, config)
+        self.norm = maybe_compile(rms_norm, config)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Orthogonal input matrices, zero output matrices, a small Gaussian embedding."""
+        """Orthogonal or uniform input matrices, zero output matrices, Gaussian embeddings."""
         generator = torch.Generator().manual_seed(seed)
+        deviations = {"ve_table": 0.01, "value_tables": 1.0}
         self.embed.normal_(0, self.config.tied_embed_init_std, generator=generator)
         for matrix in self.matrices():
             if matrix.role not in ("out", "down"):
                 for w_OI in matrix.view(matrix.parameter.data):
-                    nn.init.orthogonal_(w_OI, generator=generator)
+                    if self.config.matrix_init == "orthogonal" or matrix.role == "ve":
+                        nn.init.orthogonal_(w_OI, generator=generator)
+                    else:
+                        bound = w_OI.shape[1] ** -0.5
+                        w_OI.uniform_(-bound, bound, generator=generator)
+        for name, table in self.tables().items():
+            if name in deviations:
+                table.normal_(0, deviations[name], generator=generator)
 
     def matrices(self) -> list[Matrix]:
         """The matrices that Muon trains, by role."""
         k, v = self.config.model_dim, self.config.model_dim + self.config.kv_dim  # first rows
-        return [Matrix("q", self.qkv, slice(k)), Matrix("k", self.qkv, slice(k, v)),
-                Matrix("v", self.qkv, slice(v, None)), Matrix("out", self.out, slice(None)),
-                Matrix("up", self.up, slice(None)), Matrix("down", self.down, slice(None))]
+        found = [Matrix("q", self.qkv, slice(k)), Matrix("k", self.qkv, slice(k, v)),
+                 Matrix("v", self.qkv, slice(v, None)), Matrix("out", self.out, slice(None)),
+                 Matrix("up", self.up, slice(None)), Matrix("down", self.down, slice(None))]
+        return found + [Matrix("ve", p, slice(None)) for p in self.named("ve_proj").values()]
 
-    def vectors(self) -> dict[str, nn.Parameter]:
-        names = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "skip_gates")
-        return {name: getattr(self, name) for name in names}
+    def named(self, *names: str) -> dict[str, nn.Parameter]:
+        """Those of some parameters that this model has."""
+        return {name: p for name, p in self.named_parameters() if name in names}
+
+    def tables(self) -> dict[str, nn.Parameter]:
+        """What token ids select rows of."""
+        return self.named("embed", "value_tables", "ve_table")
 
     def stacks(self) -> dict[str, nn.Parameter]:
-        """The tensors that are quantised, by name: matrices over blocks, and the embedding."""
-        return {name: getattr(self, name) for name in ("embed", "qkv", "out", "up", "down")}
+        """The tensors that are quantised, by name: tables, and matrices over blocks."""
+        return self.tables() | self.named("qkv", "out", "up", "down")
+
+    def vectors(self) -> dict[str, nn.Parameter]:
+        return self.named("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights",
+                          "skip_gates", "ve_scale", "lane_mix", "visit_scales",
+                          "cross_repeat_scales")
+
+    def floats(self) -> dict[str, nn.Parameter]:
+        """The tensors that stay floating-point numbers."""
+        return self.vectors() | self.named("ve_proj")
 
     def block_weights(self) -> list[BlockWeights]:
         # A scale of outputs goes into the weights: rows of them are few, rows of a batch are many.
@@ -973,23 +1123,53 @@ class GPT(nn.Module):
         vectors = [p.unbind() for p in (self.resid_mix, self.q_gain, self.norm_scale)]
         return [BlockWeights(*parts) for parts in zip(*matrices, *vectors, strict=True)]
 
+    def values(self, ids_BT: Tensor) -> dict[int, Term]:
+        """What joins the values of attention, and its weight, by block."""
+        if not self.config.ve_blocks:
+            return {}
+        table, projection, scale = (self.get_parameter("ve_" + name).to(self.dtype)
+                                    for name in ("table", "proj", "scale"))
+        ve_BTC = scale[0] * F.linear(F.embedding(ids_BT, table), projection[0])
+        return {block: (ve_BTC, weight)
+                for block, weight in zip(self.config.ve_blocks, scale[1:], strict=True)}
+
+    def rows(self, name: str) -> Sequence[Tensor]:
+        """A parameter by its first dimension; nothing if the model has none."""
+        return [row for p in self.named(name).values() for row in p.unbind()]
+
     def hidden(self, ids_BT: Tensor, plan: DepthPlan, adapter: Adapter | None = None,
-               block_runner: Callable[..., Tensor] | None = None) -> Tensor:
+               block_runner: Callable[..., tuple[Tensor, ...]] | None = None) -> Tensor:
         """Normalised output of the last block, (B, T, D) in the compute type."""
-        weights, rotary = self.block_weights(), Rotary(self.cos, self.sin)
-        skips = self.skip_weights.unbind(), self.skip_gates.sigmoid().unbind()
+        config, weights, rotary = self.config, self.block_weights(), Rotary(self.cos, self.sin)
+        skips = self.rows("skip_weights"), [gate.sigmoid() for gate in self.rows("skip_gates")]
+        values, scales, repeats = self.values(ids_BT), *map(
+            self.rows, ("visit_scales", "cross_repeat_scales"))
         embedder, runner, norm = (
             (embed_tokens, block_runner or run_block, rms_norm) if adapter else
             (self.embed_tokens, self.run_block, self.norm))
         x = x0 = embedder(ids_BT, self.embed, self.dtype)
+        sources = [x0.new_ones(())] * config.loop_embeddings
+        sources += [F.embedding(ids_BT, table).to(x0) for table in self.rows("value_tables")]
         outputs: list[Tensor] = []
+        lane: list[Tensor] = []
+        before: dict[int, Tensor] = {}
         for number, visit in enumerate(plan.visits):
-            row, block = visit.skip_row, visit.block
+            row, block, again = visit.skip_row, visit.block, visit.pass_number
             skip = (outputs[visit.skip_from], *(t[row] for t in skips)) if row >= 0 else ()
+            terms = [*zip(sources, *scales[number:number + 1], strict=True)]
+            if repeats and again:
+                terms.append((before[block], repeats[block][again - 1]))
+            if visit.residual.startswith("two"):
+                lane = lane or [x.view_as(x)]
             tap = functools.partial(adapter, number, block) if adapter else None
-            stream = Stream(x.view_as(x), x0, skip)  # one tensor twice would be another graph
-            x = runner(stream, weights[block], self.forms[block], rotary, self.attend, tap)
+            form = BlockForm(config.num_heads, config.num_kv_heads, visit.residual, visit.exclusive)
+            stream = Stream(x.view_as(x), x0, skip, tuple(terms), values.get(block, ()),
+                            tuple(lane))  # one tensor twice would be another graph
+            x, *lane = runner(stream, weights[block], form, rotary, self.attend, tap)
+            before[block] = x
             outputs.append(x)
+        for other in lane:
+            x = other + self.get_parameter("lane_mix").to(x.dtype) * (x - other)
         return norm(x)
 
     def forward(self, ids_BT: Tensor, target_BT: Tensor, plan: DepthPlan,
@@ -1004,20 +1184,15 @@ class GPT(nn.Module):
         target_N = target_BT.flatten().long()
         return fused_nll(logits_NV, target_N, self.config.logit_softcap).view(target_BT.shape)
 
-def block_form(config: Config, block: int) -> BlockForm:
-    """The fixed part of one physical block."""
-    parallel = 0 <= config.parallel_residual_start <= block
-    return BlockForm(config.num_heads, config.num_kv_heads, "parallel" if parallel else "serial",
-                     block >= config.num_layers - config.xsa_last_n)
-
 def count_parameters(model: GPT) -> dict[str, tuple[int, int]]:
     """(tensors, parameters) per optimizer group, counted as the published systems' tensors."""
-    blocks, vectors = model.config.num_layers, model.vectors()
-    tensors = sum(1 if name.startswith("skip") else blocks for name in vectors)
-    matrices = [m.view(m.parameter).numel() for m in model.matrices()]
-    return {"embedding": (1, model.embed.numel()),
-            "matrix": (blocks * len(matrices), sum(matrices)),
-            "vector": (tensors, sum(v.numel() for v in vectors.values()))}
+    tables, vectors, matrices = model.tables(), model.vectors(), model.matrices()
+    blocks = ("attn_scale", "mlp_scale", "resid_mix", "q_gain")
+    return {"embedding": (len(tables), sum(t.numel() for t in tables.values())),
+            "matrix": (sum(len(m.parameter) for m in matrices),
+                       sum(m.view(m.parameter).numel() for m in matrices)),
+            "vector": (sum(len(v) if name in blocks else 1 for name, v in vectors.items()),
+                       sum(v.numel() for v in vectors.values()))}
 
 def flops_per_token(config: Config, plan: DepthPlan) -> float:
     """Operations of one training token, forward and backward; attention counts its causal half."""
@@ -1081,7 +1256,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     """bf16 where matrix units exist, float32 elsewhere."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
-def maybe_compile(function: Callable[..., Tensor], config: Config) -> Callable[..., Tensor]:
+def maybe_compile(function: Callable[..., Result], config: Config) -> Callable[..., Result]:
     """`function`, compiled to one graph where the settings ask for it."""
     torch._dynamo.config.recompile_limit = 64  # forms of blocks, shapes of batches
     return torch.compile(function, fullgraph=True, dynamic=False) if config.compile else function
@@ -1160,15 +1335,18 @@ class Optimizer:
             shapes.setdefault(tuple(sorted(m.view(m.parameter).shape[1:])), []).append(m)
         self.groups = [MatrixGroup(matrices, world) for matrices in shapes.values()]
         self.momenta = [group.momentum for group in self.groups]
-        self.replicated = [model.embed, *model.vectors().values()]
+        tables, vectors = model.tables(), model.vectors()
+        self.replicated = [*tables.values(), *vectors.values()]
         roles = ("/".join(m.role for m in group.matrices) for group in self.groups)
-        self.names = [*roles, "embed", *model.vectors()]
+        self.names = [*roles, *tables, *vectors]
         stacked = {id(m.parameter) for m in model.matrices()}
         if sorted([*stacked, *map(id, self.replicated)]) != sorted(map(id, model.parameters())):
             raise TypeError("a parameter is in no optimizer group, or in two")
         self.adam = torch.optim.AdamW(
-            [dict(params=[model.embed], base=config.tied_embed_lr, weight_decay=config.embed_wd),
-             dict(params=self.replicated[1:], base=config.scalar_lr, weight_decay=config.adam_wd)],
+            [dict(params=[*tables.values()], base=config.tied_embed_lr,
+                  weight_decay=config.embed_wd),
+             dict(params=[*vectors.values()], base=config.scalar_lr,
+                  weight_decay=config.adam_wd)],
             lr=0.0, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
 
     @torch.no_grad()
@@ -1646,7 +1824,7 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
              known: dict[str, tuple[Tensor, Tensor]] | None = None) -> QuantisedModel:
     """Quantises every stack, each rank its share of the blocks; `known` serves later passes."""
     config, integers, known = model.config, {}, {} if known is None else known
-    floats, balanced = dict[str, Tensor](model.vectors()), config.quantiser == "rate"
+    floats, balanced = dict[str, Tensor](model.floats()), config.quantiser == "rate"
     for name, stack in model.stacks().items():
         most, sigmas = quant_rule(config, name)
         stack_LRC, weights, factors = stack.view(-1, *stack.shape[-2:]), [], []
@@ -1683,8 +1861,8 @@ def restore_weights(model: GPT, quantised: QuantisedModel) -> None:
     """Sets the model's parameters to what the integers stand for."""
     for name, parameter in model.stacks().items():
         parameter.copy_(stored_weights(quantised, name))
-    for name, vector in model.vectors().items():
-        vector.copy_(quantised.floats[name])
+    for name, parameter in model.floats().items():
+        parameter.copy_(quantised.floats[name])
 
 def tensor_report(model: GPT, quantised: QuantisedModel) -> Iterator[dict[str, object]]:
     """Entropy in bits per weight and relative error of every stack."""
@@ -1729,7 +1907,9 @@ LevelTables = tuple[np.ndarray, np.ndarray]
 # Settings without which the weights mean something else.
 MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
                   "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "parallel_residual_start",
-                  "logit_softcap", "num_loops", "loop_start", "loop_end")
+                  "logit_softcap", "num_loops", "loop_start", "loop_end", "xsa_per_visit",
+                  "residual", "max_skips", "ve_layers", "num_value_embeds", "prog_depth",
+                  "loop_embeddings", "cross_repeat")
 
 def require_compressor(config: Config) -> None:
     """Raises ConfigError where the codec is missing, before time goes into a model for it."""
@@ -1759,7 +1939,7 @@ def expected_shapes(config: Config) -> tuple[Shapes, Shapes]:
     with torch.device("meta"):
         model = GPT(config, sdpa_attend)
     integers = {name: p.shape for name, p in model.stacks().items()}
-    floats = {name: p.shape for name, p in model.vectors().items()}
+    floats = {name: p.shape for name, p in model.floats().items()}
     for name, shape in integers.items():
         floats |= {f"{name}.scale": shape[:-1], f"{name}.column": shape[:-2] + shape[-1:]}
     return integers, floats
@@ -2356,12 +2536,13 @@ class LowRank:
     def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
         return low_rank(self.factors[visit], self.scale, site, x, y)
 
-    def run_block(self, stream: Stream, *others: typing.Any) -> Tensor:
+    def run_block(self, stream: Stream, *others: typing.Any) -> tuple[Tensor, ...]:
         """One block, adapted as in the visit that its last input is bound to."""
         if not stream.x.requires_grad:  # as later blocks see it, or the first is compiled anew
             stream = stream._replace(x=stream.x.detach().requires_grad_())
-        for tensor in (stream.x, stream.x0, *stream.skip[:1]):
-            torch._dynamo.maybe_mark_dynamic(tensor, 1)  # one graph for all widths
+        for tensor in torch.utils._pytree.tree_leaves(stream):
+            if tensor.ndim == 3:
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)  # one graph for all widths
         tap = functools.partial(low_rank, self.factors[others[-1].args[0]], self.scale)
         return self.compiled(stream, *others[:-1], tap)  # factors as inputs: one graph for all
 
@@ -2631,10 +2812,14 @@ def describe_config(config: Config, world: World) -> str:
     for plan in depth_plans(config):
         lines.append(f"plan {plan.name}: {plan.describe()} "
                      f"{flops_per_token(config, plan) / 1e6:.1f} MFLOP per token")
-        for number, (block, pass_number, skip_row, skip_from) in enumerate(plan.visits):
-            form = block_form(config, block)
-            skip = f", skip {skip_row} from visit {skip_from}" if skip_row >= 0 else ""
-            kind = form.residual + " xsa" * form.exclusive + skip
+        for number, (block, pass_number, residual, exclusive, skip_row, skip_from
+                     ) in enumerate(plan.visits):
+            kind = residual + " xsa" * exclusive
+            kind += f", skip {skip_row} from visit {skip_from}" if skip_row >= 0 else ""
+            kind += ", value embedding" * (block in config.ve_blocks)
+            kind += f", {config.num_value_embeds} value tables" * bool(config.num_value_embeds)
+            kind += ", loop embedding" * config.loop_embeddings
+            kind += ", its last output" * (config.cross_repeat and pass_number > 0)
             lines.append(f"  visit {number:>2}: block {block} pass {pass_number} {kind}")
     with torch.device("meta"):
         groups = count_parameters(GPT(config, sdpa_attend))
