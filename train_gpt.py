@@ -21,7 +21,9 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import importlib.util
 import io
+import itertools
 import json
 import math
 import operator
@@ -121,6 +123,7 @@ class Config:
     train_seq_len: int = within(2048, 8, 1 << 20)  # tokens per training window
     train_batch_tokens: int = within(786_432, 8, 1 << 30)  # per optimizer step, all ranks
     micro_batch_tokens: int = within(98_304, 8, 1 << 20)  # most in one forward pass of one rank
+    train_order: Literal["shuffled", "coprime", "sequential"] = "shuffled"  # of windows
     # Model
     num_layers: int = within(11, 2, 256)  # physical blocks
     model_dim: int = within(512, 8, 16_384)
@@ -170,22 +173,34 @@ class Config:
     max_wallclock_seconds: float = within(600.0, 0, 1e7)  # 0: progress is step / iterations
     gptq_reserve_seconds: float = within(12.0, 0, 1e7)  # least share kept for calibration
     warmdown_frac: float = within(0.72, 0.001, 1)  # last share of progress with falling rate
+    warmdown_iters: int = within(0, 0, 10**7)  # instead, in steps of the mean time so far
+    schedule_steps: int = within(0, 0, 10**7)  # settings in steps are shares of so many; 0: steps
     min_lr: float = within(0.0, 0, 1)  # floor of the learning-rate scale
     warmup_steps: int = within(20, 1, 1000)  # untimed micro-steps per plan, on random tokens
+    averaging: Literal["ema", "ema_warm", "swa"] = "ema"  # warm: decay at most (s + 1) / (s + 10)
     ema_decay: float = within(0.9965, 0, 0.9999)  # per optimizer step
+    swa_start_frac: float = within(0.6, 0, 1)  # learning-rate scale below which snapshots count
+    swa_every: int = within(30, 1, 10**6)  # steps
     train_log_every: int = within(500, 1, 10**7)
     val_loss_every: int = within(4000, 0, 10**7)  # steps; 0: never while training
     # Quantisation and artifact
-    matrix_bits: int = within(6, 2, 8)
-    embed_bits: int = within(8, 2, 8)
-    matrix_clip_sigmas: float = within(12.85, 0.5, 1000)
-    embed_clip_sigmas: float = within(20.0, 0.5, 1000)
-    gptq_calibration_batches: int = within(64, 1, 10**7)  # of micro_batch_tokens, all ranks
+    attn_qmax: int = within(31, 1, 127)  # largest integer; there are 2 * qmax + 1
+    mlp_qmax: int = within(31, 1, 127)
+    embed_qmax: int = within(127, 1, 127)
+    matrix_solver: Literal["gptq", "nearest"] = "gptq"
+    embed_solver: Literal["gptq", "nearest"] = "gptq"  # of tables, that of the tokens alone
+    matrix_clip_sigmas: float = within(12.85, 1.01, 1000)
+    embed_clip_sigmas: float = within(20.0, 1.01, 1000)
+    matrix_clip_quantiles: str = ""  # of magnitudes in rows, instead; the one of least error wins
+    embed_clip_quantiles: str = ""
+    clip_floor: float = within(0.0, 0, 1000)  # least clip width of a row
+    gptq_calibration_batches: int = within(64, 0, 10**7)  # of micro_batch_tokens, all ranks
     max_quant_gap_bpb: float = within(0.05, 0, 100)  # a larger loss by quantisation is no result
     gptq_damp: float = within(0.01, 1e-6, 1)  # of the mean Hessian diagonal
     quantiser: Literal["gptq", "rate"] = "gptq"  # clips as given, or steps by their effect per bit
-    compressor: Literal["brotli", "ans"] = "brotli"
+    compressor: Literal["brotli", "ans", "zstd"] = "brotli"  # zstd: brotli where not installed
     fit: bool = True  # one factor on all steps fits the artifact to its cap
+    prune: bool = False  # instead, as many ones of the finest rows of matrices become zeros
     artifact_cap_bytes: int = within(16_000_000, 1000, 10**12)  # packed program and model file
     # Evaluation
     eval_seq_len: int = within(2048, 8, 1 << 20)
@@ -292,7 +307,10 @@ PLAIN: dict = dict(sliding_window_enabled=True, val_tail=False, ttt_mode="sgd")
 PR1445 = PLAIN | dict(
     vocab_size=4096, ttt_enabled=False, residual="two_lane_drop", max_skips=5, ve_layers="9,10",
     num_loops=1, enable_looping_at=2000 / 5104, qk_gain_init=5.0, embed_wd=0.095,
-    gptq_reserve_seconds=10.0)
+    train_order="coprime", gptq_reserve_seconds=10.0, embed_solver="nearest", clip_floor=1.0,
+    prune=True)
+PERCENTILES = dict(matrix_clip_quantiles="0.999,0.9995,0.9999,0.99999,1",
+                   embed_clip_quantiles="0.9999984")
 PR1453 = PLAIN | dict(
     vocab_size=1024, ttt_enabled=False, num_layers=3, model_dim=880, mlp_mult=3.0, rope_dims=0,
     ln_scale=False, qk_gain_init=1.5, xsa_last_n=4, xsa_per_visit=True, residual="serial",
@@ -301,21 +319,27 @@ PR1453 = PLAIN | dict(
     matrix_init="uniform", train_seq_len=1024, train_batch_tokens=524_288, eval_seq_len=1024,
     eval_stride=256, matrix_lr=0.018, scalar_lr=0.018, tied_embed_lr=0.021, muon_wd=0.04,
     embed_wd=0.0, adam_wd=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
-    muon_momentum_warmup_steps=500, muon_row_normalize=False, gptq_reserve_seconds=0.0)
+    muon_momentum_warmup_steps=500, muon_row_normalize=False, train_order="sequential",
+    warmdown_iters=3000, averaging="swa", gptq_reserve_seconds=0.0, gptq_calibration_batches=0,
+    attn_qmax=63, mlp_qmax=16, embed_qmax=63, matrix_solver="nearest", embed_solver="nearest",
+    **dict.fromkeys(("matrix_clip_quantiles", "embed_clip_quantiles"),
+                    "0.9999,0.99995,0.99999,0.999995,0.999999"), compressor="zstd")
 
 PRESETS: dict[str, dict] = {
     "record": {},
     "pr1493": PLAIN,
-    "pr1445": PR1445,
+    "pr1445": PR1445 | PERCENTILES,
     "pr1471": PR1445 | dict(vocab_size=8192, enable_looping_at=2000 / 4968),
-    "pr1395": PR1445 | dict(
+    "pr1395": PR1445 | PERCENTILES | dict(
         residual="two_lane_attn", loop_start=4, enable_looping_at=3000 / 5409, matrix_lr=0.02,
-        muon_wd=0.09, embed_wd=0.09, warmdown_frac=0.667, ema_decay=0.997),
+        muon_wd=0.09, embed_wd=0.09, warmdown_frac=0.667, averaging="ema_warm",
+        ema_decay=0.997),
     "pr1453": PR1453,
     "pr895": PR1453 | dict(
         model_dim=832, mlp_mult=2.0, num_loops=4, prog_depth="0.3:2,0.5:3,0.75:4,1:5",
         matrix_lr=0.015, scalar_lr=0.015, tied_embed_lr=0.018, iterations=200_000,
-        max_wallclock_seconds=14_400.0),
+        warmdown_iters=15_000, swa_start_frac=0.4, swa_every=100, max_wallclock_seconds=14_400.0,
+        attn_qmax=127, mlp_qmax=127, embed_qmax=127),
     # The same program at laptop size: two CPU cores, about two minutes.
     "demo": dict(
         data_path="data/datasets/demo_sp1024", tokenizer_path="data/tokenizers/demo_1024_bpe.model",
@@ -331,6 +355,7 @@ PRESETS: dict[str, dict] = {
 # Published variables without effect here, and what to do instead.
 RETIRED = {
     "MUON_BETA2": "use MUON_MOMENTUM", "ROPE_TRAIN_SEQ_LEN": "use TRAIN_SEQ_LEN",
+    "MATRIX_BITS": "use ATTN_QMAX and MLP_QMAX", "EMBED_BITS": "use EMBED_QMAX",
     "EMBEDDING_DIM": "use MODEL_DIM", "CONTROL_TENSOR_NAME_PATTERNS": "remove it",
     **dict.fromkeys(("EMBED_LR", "HEAD_LR"), "use TIED_EMBED_LR"),
     **dict.fromkeys(("TIE_EMBEDDINGS", "SKIP_GATES_ENABLED"), "remove it"),
@@ -378,6 +403,12 @@ def check_consistency(config: Config) -> None:
         require(not broken(value, bound), name, value, f"{words} {other.upper()} ({bound})")
     require(config.compressor == "ans" or config.quantiser == "gptq", "compressor",
             config.compressor, f"ans for QUANTISER={config.quantiser}")
+    for name in ("matrix_clip_quantiles", "embed_clip_quantiles"):
+        bad = [q for q in numbers(name, getattr(config, name)) if not 0 < q <= 1]
+        require(not bad, name, getattr(config, name), "above 0 and at most 1")
+    require(config.gptq_calibration_batches or config.matrix_solver == config.embed_solver
+            == "nearest", "gptq_calibration_batches", 0, "above 0 for MATRIX_SOLVER="
+            f"{config.matrix_solver}, EMBED_SOLVER={config.embed_solver}")
     require(config.run_id or not config.resume, "run_id", "''", f"set for RESUME={config.resume}")
     sites = config.ttt_lora_sites
     require({*sites.split(",")} <= {*SITES}, "ttt_lora_sites", sites, "some of " + ",".join(SITES))
@@ -386,7 +417,7 @@ def check_topology(config: Config) -> None:
     """Raises ConfigError for settings of which no stack of blocks can be built."""
     start, most = config.parallel_residual_start, config.num_loops + 1
     until, passes = zip(*config.depth_schedule, strict=True)
-    require(sorted(set(until)) == [*until] and sorted(passes) == [*passes] and passes[0] > 0
+    require(sorted(until) == [*until] and sorted(passes) == [*passes] and passes[0] > 0
             and passes[-1] == most, "prog_depth", config.prog_depth,
             f"progress and passes that rise, the last NUM_LOOPS ({most - 1}) + 1")
     require(passes[0] > 1 or not config.cross_repeat, "cross_repeat", 1, "0 where PROG_DEPTH or "
@@ -678,18 +709,57 @@ class TrainLoader:
         self.shards, self.config, self.seq_len = shards, config, config.train_seq_len
         self.offsets = np.cumsum([0] + [s.size for s in shards])
         self.num_tokens = int(self.offsets[-1])
+        self.ends_sha256 = hashlib.sha256(b"".join(s[-999:].tobytes() for s in shards)).hexdigest()
+        self.order, self.batches = self.coprime_batches(), list[np.ndarray]()
         self.enter_epoch(0)
         if not self.starts.size:
             raise DataError(f"{config.dataset_dir}: {self.num_tokens} training tokens; shards need "
                             f"TRAIN_SEQ_LEN ({self.seq_len}) + 1 at least")
 
     def enter_epoch(self, epoch: int) -> None:
-        """Draws boundaries and order of one pass: start positions in all shards, concatenated."""
+        """Draws start positions, in all shards together, of one pass or one coprime batch."""
         rng, starts = np.random.Generator(np.random.PCG64([self.config.seed, epoch])), []
+        order, self.epoch = self.config.train_order, epoch
+        if order == "coprime":
+            self.batches.extend(itertools.islice(self.order, max(0, epoch + 1 - len(self.batches))))
+            self.starts = self.batches[epoch]
+            return
         for shard, offset in zip(self.shards, self.offsets[:-1], strict=True):
             count, spare = divmod(max(0, shard.size - 1), self.seq_len)
-            starts.append(offset + rng.integers(spare + 1) + self.seq_len * np.arange(count))
-        self.epoch, self.starts = epoch, rng.permutation(np.concatenate(starts))
+            phase = rng.integers(spare + 1) if order == "shuffled" else 0
+            starts.append(offset + phase + self.seq_len * np.arange(count))
+        self.starts = np.concatenate(starts)
+        if order == "shuffled":
+            self.starts = rng.permutation(self.starts)
+
+    def coprime_batches(self) -> Iterator[np.ndarray]:
+        """Batches from a few shards, later more, drawn by what is left in them; seed and contents,
+        not paths, decide. Order within a batch has no effect, so none is drawn."""
+        rng = np.random.default_rng([self.config.seed, int(self.ends_sha256[:16], 16)])
+        size: int = self.config.train_batch_tokens // self.seq_len
+        counts = np.array([max(0, shard.size - 1) // self.seq_len for shard in self.shards])
+        walks, taken = [*map(self.walk, range(len(counts)), itertools.repeat(rng))], 0 * counts
+        for number in itertools.count() if counts.any() else ():
+            share = min(number / 1800, 1.0)
+            weight = (counts - taken % counts.clip(1)) ** (0.9 - 0.4 * share)
+            most = min(round(8 + 56 * share), size, int(np.count_nonzero(counts)))
+            some = rng.choice(len(counts), most, replace=False, p=weight / weight.sum())
+            rest = rng.choice(some, size - most, p=weight[some] / weight[some].sum())
+            picks = np.append(some, rest)
+            np.add.at(taken, picks, 1)
+            yield np.array([next(walks[shard]) for shard in picks])
+        yield np.empty(0, int)
+
+    def walk(self, number: int, rng: np.random.Generator) -> Iterator[int]:
+        """Start positions in one shard without end, each pass at its own phase and stride."""
+        count, spare = divmod(max(0, self.shards[number].size - 1), self.seq_len)
+        while True:
+            first = self.offsets[number] + rng.integers(spare + 1)
+            at, stride = rng.integers(1, count + 1, 2).tolist()
+            while math.gcd(stride, count) > 1:
+                stride = stride % count + 1
+            for step in range(count):
+                yield first + self.seq_len * ((at + step * stride) % count)
 
     def read(self, first: int, count: int) -> np.ndarray:
         """Windows `first` to `first + count`, int32 (count, seq_len + 1). Raises: DataError."""
@@ -1272,7 +1342,17 @@ def lr_scale(progress: float, warmdown_frac: float, floor: float) -> float:
     """1 until the last `warmdown_frac` of the run, then linear down to `floor`."""
     return max(floor, min(1.0, (1.0 - progress) / warmdown_frac))
 
-def muon_momentum(step: int, config: Config) -> float:
+def warmdown_share(config: Config, at: float, progress: float) -> float:
+    """Last share of the run with falling rate, in a run of steps as long as those until now."""
+    if not config.warmdown_iters:
+        return config.warmdown_frac
+    return max(config.warmdown_iters * progress / max(at, 1), 1e-9)
+
+def schedule_step(config: Config, step: int, progress: float) -> float:
+    """The step that settings in steps refer to: the true one, or its like in SCHEDULE_STEPS."""
+    return progress * config.schedule_steps if config.schedule_steps else step
+
+def muon_momentum(step: float, config: Config) -> float:
     """Linear ramp from the warm-up start to the final momentum."""
     share, first = step / config.muon_momentum_warmup_steps, config.muon_momentum_warmup_start
     return first + min(share, 1.0) * (config.muon_momentum - first)
@@ -1350,7 +1430,7 @@ class Optimizer:
             lr=0.0, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
 
     @torch.no_grad()
-    def step(self, step: int, scale: float) -> Tensor:
+    def step(self, step: float, scale: float) -> Tensor:
         """Applies gradients at `scale` times the base rates if their norm, returned, is finite."""
         config = self.config
         shares = [group.reduce_gradients() for group in self.groups]
@@ -1379,14 +1459,14 @@ class Optimizer:
         return [t for state in self.adam.state.values() for t in state.values()]
 
 class WeightAverage:
-    """Exponential moving average of every parameter, updated once a step."""
-    def __init__(self, model: GPT, decay: float) -> None:
-        self.decay = decay
+    """A moving average of every parameter, in which each update has its share."""
+    def __init__(self, model: GPT) -> None:
         self.weights = [p.data for p in model.parameters()]
         self.shadow = [p.clone() for p in self.weights]
 
-    def update(self) -> None:
-        torch._foreach_lerp_(self.shadow, self.weights, 1 - self.decay)
+    def update(self, share: float) -> None:
+        if share:
+            torch._foreach_lerp_(self.shadow, self.weights, share)
 
     def apply(self) -> None:
         torch._foreach_copy_(self.weights, self.shadow)
@@ -1405,7 +1485,20 @@ class TrainState:
     plan: int = 0
     plan_step: int = 0  # with which that plan began; 0: it is the first
     seconds: float = 0.0  # on the training clock
+    period: int = 0  # of SWA_EVERY steps
+    snapshots: int = 0  # in the average
     trained: bool = False  # the weights are averaged; calibration is next
+
+    def average_share(self, config: Config, at: float, in_swa: bool) -> float:
+        """What the newest weights weigh in the average, `at` steps after the start."""
+        if config.averaging != "swa":
+            warm = (self.step + 1) / (self.step + 10) if config.averaging == "ema_warm" else 1.0
+            return 1 - min(config.ema_decay, warm)
+        before, self.period = self.period, int(at / config.swa_every)
+        if not in_swa or self.period == before:
+            return 0.0
+        self.snapshots += 1
+        return 1 / self.snapshots
 
     def write(self, path: Path, tensors: list[Tensor]) -> None:
         """Writes a checkpoint: an uncompressed .npz, which holds no code."""
@@ -1486,7 +1579,7 @@ class Trainer:
         self.model.initialise(config.seed)
         self.model.to(world.device)
         self.optimizer = Optimizer(self.model, config, world)
-        self.average = WeightAverage(self.model, config.ema_decay)
+        self.average = WeightAverage(self.model)
         self.flight: deque[tuple] = deque()  # steps whose numbers may not be on the host yet
         self.micro_seconds: dict[str, list[float]] = {}
         self.last_loss, self.skipped = math.nan, -1
@@ -1580,11 +1673,15 @@ class Trainer:
                     log.event("plan", step=step + 1, plan=plan.name, progress=progress)
                     log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
                              f"{plan.describe()}")
-                self.take_step(step, plan, progress, next(stream))
-                self.average.update()
+                scale = self.take_step(step, plan, progress, next(stream))
+                # The first step is number one here.
+                at = 1 + schedule_step(config, step, progress)
+                in_swa = plan == plans[-1] and scale < config.swa_start_frac
+                self.average.update(state.average_share(config, at, in_swa))
                 state.step += 1
         stream.close()
         self.drain(0)
+        self.average.update((config.averaging == "swa") / (state.snapshots + 1))
         self.average.apply()
         self.summarise(clock.elapsed())
         state.trained = True
@@ -1623,15 +1720,19 @@ class Trainer:
             return time.perf_counter()
         return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
 
-    def take_step(self, step: int, plan: DepthPlan, progress: float, batches: list[Tensor]) -> None:
-        scale = lr_scale(progress, self.config.warmdown_frac, self.config.min_lr)
+    def take_step(self, step: int, plan: DepthPlan, progress: float,
+                  batches: list[Tensor]) -> float:
+        """Gives the device one step; the scale of its learning rates."""
+        at = schedule_step(self.config, step, progress)
+        scale = lr_scale(progress, warmdown_share(self.config, at, progress), self.config.min_lr)
         begin = self.mark()
         with torch._dynamo.config.patch(error_on_recompile=True):  # the error names the guard
             loss = self.forward_backward(plan, batches)
         middle = self.mark()
-        values = torch.stack([loss, self.optimizer.step(step, scale)]).to("cpu", non_blocking=True)
+        values = torch.stack([loss, self.optimizer.step(at, scale)]).to("cpu", non_blocking=True)
         self.flight.append((step + 1, plan, progress, scale, values, self.optimizer.squares,
                             begin, middle, self.mark()))
+        return scale
 
     def drain(self, most_in_flight: int) -> None:
         log, config = self.log, self.config
@@ -1651,7 +1752,7 @@ class Trainer:
                 log.event("train", step=step, train_loss=self.last_loss, gradient_norm=norm,
                           train_seconds=self.clock.elapsed(), lr_scale=scale, tok_s=tok_s,
                           plan=plan.name, mem_mib=torch.cuda.memory_allocated() >> 20,  # 0 on CPU
-                          progress=progress)
+                          progress=progress, schedule_step=schedule_step(config, step, progress))
                 log.line(f"{step}/{config.iterations} train_loss: {self.last_loss:.4f} "
                          f"step_time: {1e3 * whole:.1f}ms tok/s: {tok_s:.0f}")
 
@@ -1760,16 +1861,31 @@ def prepare_solver(hessian_CC: Tensor, damp: float) -> tuple[Tensor, Tensor]:
         damp *= 10
     return order_C, torch.linalg.solve_triangular(lower_CC.flip(0, 1), eye_CC, upper=True)
 
-def quant_rule(config: Config, stack: str) -> tuple[int, float]:
-    """The largest integer of a stacked tensor, and its step in standard deviations of the row."""
-    bits, sigmas = ((config.embed_bits, config.embed_clip_sigmas) if stack == "embed" else
-                    (config.matrix_bits, config.matrix_clip_sigmas))
-    most = 127 if config.quantiser == "rate" else 2**(bits - 1) - 1
-    return most, sigmas / most
+class QuantRule(NamedTuple):
+    """How a class of tensors becomes integers from -qmax to qmax."""
+    qmax: int
+    solver: Literal["gptq", "nearest"]
+    clips: tuple[float, ...]  # of rows, to try: up to 1 quantiles, else standard deviations
 
-def row_scales(w_RC: Tensor, sigmas: float) -> Tensor:
+def quant_rule(config: Config, stack: str) -> QuantRule:
+    """The rule for a stacked tensor."""
+    if stack in ("qkv", "out", "up", "down"):
+        qmax = config.attn_qmax if stack in ("qkv", "out") else config.mlp_qmax
+        quantiles, clip = config.matrix_clip_quantiles, config.matrix_clip_sigmas
+        solver = config.matrix_solver
+    else:
+        qmax, quantiles, clip = (
+            config.embed_qmax, config.embed_clip_quantiles, config.embed_clip_sigmas)
+        solver = config.embed_solver if stack == "embed" else "nearest"
+    clips = numbers("clip_quantiles", quantiles) or [clip]
+    return QuantRule(127 if config.quantiser == "rate" else qmax, solver, tuple(clips))
+
+def row_scales(w_RC: Tensor, clip: float, qmax: int, widen: float = 1.0,
+               floor: float = 0.0) -> Tensor:
     """Steps of rows, float16 (R,): larger ones mean fewer bytes and more error."""
-    return (sigmas * w_RC.float().std(1)).nan_to_num(0.0).clamp(2**-24, 65_504).half()
+    w_RC = w_RC.float()
+    width_R = w_RC.abs().quantile(clip, 1) if clip <= 1 else clip * w_RC.std(1).nan_to_num(0.0)
+    return (widen / qmax * width_R.clamp_min(floor)).clamp(2**-24, 65_504).half()
 
 def coarse(values: Tensor, bits: int, dither: Tensor | int) -> Tensor:
     """Float16 of few mantissa bits, which cost little to store; dither keeps the mean."""
@@ -1819,37 +1935,71 @@ class QuantisedModel(NamedTuple):
     integers: dict[str, Tensor]  # int8 (..., R, C)
     floats: dict[str, Tensor]  # float16: scales of rows and columns, and the small parameters
 
+def solve(w_LRC: list[Tensor], steps: list[tuple[Tensor, Tensor]], rule: QuantRule,
+          solvers: list[tuple[Tensor, Tensor]], bit_cost: float) -> list[Tensor]:
+    """The integers (R, C) of matrices of one shape, given steps of rows and of columns."""
+    w_LRC = [w_RC / scale_R[:, None] / column_C
+             for w_RC, (scale_R, column_C) in zip(w_LRC, steps, strict=True)]
+    if rule.solver == "nearest" or not w_LRC:
+        return [w_RC.round().clamp(-rule.qmax, rule.qmax) for w_RC in w_LRC]
+    orders = [order_C for order_C, _ in solvers]
+    factors = [factor_CC / column_C[order_C] for (order_C, factor_CC), (_, column_C)
+               in zip(solvers, steps, strict=True)]
+    turned = [w_RC.T[order_C] for w_RC, order_C in zip(w_LRC, orders, strict=True)]
+    solved = gptq(torch.stack(turned), torch.stack(factors), rule.qmax, bit_cost)
+    return [q_CR[order_C.argsort()].T for q_CR, order_C in zip(solved, orders, strict=True)]
+
 @torch.no_grad()
 def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float = 1.0,
              known: dict[str, tuple[Tensor, Tensor]] | None = None) -> QuantisedModel:
     """Quantises every stack, each rank its share of the blocks; `known` serves later passes."""
     config, integers, known = model.config, {}, {} if known is None else known
-    floats, balanced = dict[str, Tensor](model.floats()), config.quantiser == "rate"
+    floats = dict[str, Tensor](model.floats())
     for name, stack in model.stacks().items():
-        most, sigmas = quant_rule(config, name)
-        stack_LRC, weights, factors = stack.view(-1, *stack.shape[-2:]), [], []
-        levels = torch.zeros_like(stack_LRC, dtype=torch.int8)
+        rule, stack_LRC = quant_rule(config, name), stack.view(-1, *stack.shape[-2:])
+        feedback, levels = rule.solver == "gptq", torch.zeros_like(stack_LRC, dtype=torch.int8)
+        balanced = feedback and config.quantiser == "rate"
         scales, columns = (levels.select(dim, 0).half() for dim in (2, 1))
         own = range(world.rank, len(stack_LRC), world.size)
-        for block in own:
-            key, w_RC, column_C = hessian_name(name, block), stack_LRC[block], columns[block]
-            if key not in known:
-                known[key] = prepare_solver(hessians[key], config.gptq_damp)
-            order_C, factor_CC = known[key]
-            scales[block], column_C[:] = (balanced_steps(w_RC, hessians, key, known[key], widen)
-                                          if balanced else (row_scales(w_RC, widen * sigmas), 1.0))
+        keys = [hessian_name(name, block) for block in own]
+        weights, best_LR = [stack_LRC[block] for block in own], scales.float() + math.inf
+        if feedback:
+            known |= {key: prepare_solver(hessians[key], config.gptq_damp)
+                      for key in keys if key not in known}
             # An input that never occurs gets no weight.
-            w_RC = w_RC / scales[block, :, None] / column_C * (hessians[key].diagonal() > 0)
-            weights.append(w_RC.T[order_C])
-            factors.append(factor_CC / column_C[order_C])
-        if own:
-            solved = gptq(torch.stack(weights), torch.stack(factors), most, 0.04 * balanced)
-            for block, q_CR in zip(own, solved, strict=True):
-                levels[block][:, known[hessian_name(name, block)][0]] = q_CR.T.to(torch.int8)
+            weights = [w * (hessians[key].diagonal() > 0)
+                       for w, key in zip(weights, keys, strict=True)]
+        solvers = [known[key] for key in keys if feedback]
+        for clip in rule.clips:
+            steps = [balanced_steps(w_RC, hessians, key, known[key], widen) if balanced else
+                     (row_scales(w_RC, clip, rule.qmax, widen, config.clip_floor), columns[0] + 1)
+                     for w_RC, key in zip(map(stack_LRC.__getitem__, own), keys, strict=True)]
+            solved = solve(weights, steps, rule, solvers, 0.04 * balanced)
+            for block, q_RC, (scale_R, column_C) in zip(own, solved, steps, strict=True):
+                error_R = (q_RC * scale_R[:, None] * column_C - stack_LRC[block]).square().sum(1)
+                if feedback:  # a matrix is solved as a whole
+                    error_R = error_R.sum().expand_as(error_R)
+                better_R = error_R < best_LR[block]
+                best_LR[block] = error_R.minimum(best_LR[block])
+                levels[block][better_R] = q_RC[better_R].to(torch.int8)
+                scales[block][better_R], columns[block] = scale_R[better_R], column_C
         integers[name] = world.sum_(levels).view(stack.shape).cpu()
         floats[f"{name}.scale"] = world.sum_(scales).view(stack.shape[:-1])
         floats[f"{name}.column"] = world.sum_(columns).view(stack[..., 0, :].shape)
     return QuantisedModel(integers, {name: t.half().cpu() for name, t in floats.items()})
+
+def prune_ones(quantised: QuantisedModel, share: float) -> tuple[QuantisedModel, int]:
+    """The model without the ones of that share of matrix rows, finest first, and their number."""
+    integers, count = dict(quantised.integers), 0
+    names = [name for name in integers if name in ("qkv", "out", "up", "down")]
+    scales = [quantised.floats[f"{name}.scale"] for name in names]
+    order = torch.cat([scale.flatten() for scale in scales]).argsort(stable=True)
+    chosen = (order.argsort() < share * len(order)).split([scale.numel() for scale in scales])
+    for name, rows in zip(names, chosen, strict=True):
+        q = integers[name]
+        ones = (q.abs() == 1) & rows.view(q.shape[:-1])[..., None]
+        integers[name], count = q.masked_fill(ones, 0), count + int(ones.sum())
+    return quantised._replace(integers=integers), count
 
 def stored_weights(quantised: QuantisedModel, name: str) -> Tensor:
     """The float32 stack that the integers, row scales and column scales of `name` stand for."""
@@ -1867,9 +2017,10 @@ def restore_weights(model: GPT, quantised: QuantisedModel) -> None:
 def tensor_report(model: GPT, quantised: QuantisedModel) -> Iterator[dict[str, object]]:
     """Entropy in bits per weight and relative error of every stack."""
     for name, q in quantised.integers.items():
-        w = model.get_parameter(name).detach().cpu()
+        w, rule = model.get_parameter(name).detach().cpu(), quant_rule(model.config, name)
         error = float((w - stored_weights(quantised, name)).norm() / w.norm())
-        yield dict(name=name, bits=round(entropy_bits(q) / q.numel(), 4), error=error)
+        yield dict(name=name, bits=round(entropy_bits(q) / q.numel(), 4), error=error,
+                   qmax=rule.qmax, range_bits=math.log2(2 * rule.qmax + 1), solver=rule.solver)
 
 def entropy_bits(levels: Tensor) -> float:
     """Order-0 entropy of a stack of integers in bits, with one histogram per matrix."""
@@ -1884,7 +2035,9 @@ def estimate_artifact_bytes(config: Config) -> int:
     integers, floats = expected_shapes(config)
     total = len(packed_program()) + 1.3 * sum(shape.numel() for shape in floats.values())
     for name, shape in integers.items():
-        bits = 2.047 - math.log2(quant_rule(config, name)[1])  # entropy of a bell in such steps
+        rule = quant_rule(config, name)
+        clip = max(rule.clips) if rule.clips[0] > 1 else 4.0  # about where such quantiles lie
+        bits = 2.047 - math.log2(clip / rule.qmax)  # entropy of a bell in such steps
         total += 1.01 * shape.numel() * max(bits, 0.05) / 8
     return int(total)
 
@@ -1932,6 +2085,26 @@ def decompress(data: bytes, shape: Sequence[int]) -> np.ndarray:
         out = decoder.process(data, output_buffer_limit=size + 1)  # whatever it would expand to
     if len(out) != size or not decoder.is_finished():
         raise ArtifactError(f"a brotli stream does not decode to {size} bytes")
+    return np.frombuffer(out, np.int8).reshape(shape)
+
+def codec_of(config: Config) -> str:
+    """The coder of levels in use."""
+    missing = config.compressor == "zstd" and not importlib.util.find_spec("zstandard")
+    return "brotli" if missing else config.compressor
+
+def compress_zstd(data: np.ndarray) -> bytes:
+    """An array as a zstd stream."""
+    import zstandard
+    return zstandard.ZstdCompressor(level=22).compress(data.tobytes())
+
+def decompress_zstd(data: bytes, shape: Sequence[int]) -> np.ndarray:
+    """The inverse, int8. Raises: ArtifactError unless just the shape comes out."""
+    import zstandard
+    out, size = b"", math.prod(shape)
+    with contextlib.suppress(zstandard.ZstdError), io.BytesIO(data) as file:
+        out = zstandard.ZstdDecompressor().stream_reader(file).read(size + 1)
+    if len(out) != size:
+        raise ArtifactError(f"a zstd stream does not decode to {size} bytes")
     return np.frombuffer(out, np.int8).reshape(shape)
 
 def expected_shapes(config: Config) -> tuple[Shapes, Shapes]:
@@ -2051,20 +2224,22 @@ def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
         raise ArtifactError("a stream of levels does not end where it began") from None
     return levels_LRC
 
-CODERS = {"brotli": (compress, decompress), "ans": (encode_levels, decode_levels)}
+CODERS = {"brotli": (compress, decompress), "ans": (encode_levels, decode_levels),
+          "zstd": (compress_zstd, decompress_zstd)}
 
 def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) -> bytes:
     """The artifact file: streams of levels, and one of brotli for float16 values."""
     integers, floats = expected_shapes(config)
     values = np.concatenate([quantised.floats[name].numpy().ravel() for name in floats])
     levels = np.concatenate([quantised.integers[name].numpy().ravel() for name in integers])
-    shapes = stream_shapes(integers, config.compressor)
+    codec = codec_of(config)
+    shapes = stream_shapes(integers, codec)
     parts = np.split(levels, np.cumsum([math.prod(shape) for shape in shapes[:-1]]))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # both coders let go of the interpreter
-        streams = [*pool.map(CODERS[config.compressor][0], map(np.reshape, parts, shapes))]
+        streams = [*pool.map(CODERS[codec][0], map(np.reshape, parts, shapes))]
     # Low bytes apart from high bytes: exponents compress, mantissas do not.
     streams.append(compress(values.astype("<f2").view(np.int8).reshape(-1, 2).T))
-    header = dict(preset=config.preset, plan=plan.name, codec=config.compressor,
+    header = dict(preset=config.preset, plan=plan.name, codec=codec,
                   settings={name: getattr(config, name) for name in MODEL_SETTINGS})
     frames = [json.dumps(header, separators=(",", ":")).encode(), *streams]
     body = ARTIFACT_MAGIC + b"".join(len(f).to_bytes(4, "little") + f for f in frames)
@@ -2089,7 +2264,7 @@ def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedMo
                                     "PRESET=" + header["preset"])
         plan = {plan.name: plan for plan in depth_plans(config)}[header["plan"]]
         return plan, decode_streams(streams, config, header["codec"])
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError, ImportError) as error:
         raise ArtifactError(f"malformed: {error!r}") from None
 
 def decode_streams(streams: list[bytes], config: Config, codec: str) -> QuantisedModel:
@@ -2128,31 +2303,38 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
     cap, floor = config.artifact_cap_bytes, -3.0 if config.quantiser == "rate" else 0.0
     margin, low, high, at = min(5000, cap // 200), floor - 1, math.inf, 0.0
     slope, last = -sum(p.numel() for p in model.stacks().values()) / 8, (math.inf, 0)
+    pruned, base = 0, quantise(model, hessians, world, known=known) if config.prune else None
     for _ in range(20):
         begin = time.perf_counter()
-        quantised = quantise(model, hessians, world, 2**at, known)
+        if base:
+            quantised, pruned = prune_ones(base, at)
+        else:
+            quantised = quantise(model, hessians, world, 2**at, known)
         solved = time.perf_counter()
         blob = encode_artifact(quantised, config, plan) if world.is_main else b""
         log.put("quantisation", seconds_solve=round(solved - begin, 2),
                 seconds_encode=round(time.perf_counter() - solved, 2))
         over = int(world.decide(code_bytes + len(blob))[0]) - cap
-        log.line(f"fit: steps x{2**at:.4f} leave {-over:,} bytes unused")
+        what = f"{pruned:,} pruned ones" if base else f"steps x{2**at:.4f}"
+        log.line(f"fit: {what} leave {-over:,} bytes unused")
         if over <= 0:
-            best, high = (quantised, blob), at
+            best, high, used = (quantised, blob), at, pruned
         else:
             low = at
-        if not config.fit or -margin < over <= 0 or high <= floor:
+        if not config.fit or -margin < over <= 0 or high <= floor or (base and low >= 1):
             break
         if math.isfinite(last[0]):
             slope = min((over - last[1]) / (at - last[0]), 0.1 * slope)
         last, at = (at, over), at - max(-3, min(3, (over + margin / 2) / slope))
-        at = max(floor, at) if low < max(floor, at) < high else (low + high) / 2
+        at = max(floor, min(at, 1.0) if base else at)
+        at = at if low < at < high else (low + high) / 2
     if high == math.inf:
         raise ArtifactError(f"artifact is {over:,} bytes over ARTIFACT_CAP_BYTES ({cap:,}), "
-                            f"even with steps x{2**low:.0f} (FIT={config.fit:d})")
+                            f"even with {what} (FIT={config.fit:d})")
     if floor == 0.0 < high:
-        log.warn(f"the preset's clip widths do not fit the cap: widened x{2**high:.4f}")
-    log.put("quantisation", clip_widening=round(2**high, 5))
+        log.warn("the preset's clip widths do not fit the cap: "
+                 + (f"{used:,} ones pruned" if base else f"widened x{2**high:.4f}"))
+    log.put("quantisation", clip_widening=round(2**high, 5) if not base else 1.0, pruned=used)
     return best
 
 def save_artifact(path: Path, blob: bytes, found: QuantisedModel, model: GPT, log: RunLog) -> None:
@@ -2162,7 +2344,7 @@ def save_artifact(path: Path, blob: bytes, found: QuantisedModel, model: GPT, lo
     total = code_bytes + len(blob)
     sizes = {"code_bytes": code_bytes, "model_bytes": len(blob), "total_bytes": total}
     log.put("artifact", **sizes, cap_bytes=cap, unused_bytes=cap - total, path=str(path),
-            sha256=hashlib.sha256(blob).hexdigest(), codec=model.config.compressor)
+            sha256=hashlib.sha256(blob).hexdigest(), codec=codec_of(model.config))
     weights = sum(q.numel() for q in found.integers.values())
     log.put("quantisation", bits_per_weight=round(8 * len(blob) / weights, 4),
             by_tensor=[*tensor_report(model, found)])
@@ -2683,9 +2865,9 @@ def prepare(config: Config, world: World) -> Setup:
         require(total <= cap, "artifact_cap_bytes", cap, f"at least {total} for EVAL_ONLY")
     else:
         shards = [read_shard(path) for path in find_shards(config.dataset_dir, "train")]
-        ends = b"".join(shard[-999:].tobytes() for shard in shards)
-        data |= {"train_tokens": TrainLoader(shards, config).num_tokens,
-                 "train_shards": len(shards), "train_ends_sha256": hashlib.sha256(ends).hexdigest()}
+        loader = TrainLoader(shards, config)
+        data |= {"train_tokens": loader.num_tokens, "train_shards": len(shards),
+                 "train_ends_sha256": loader.ends_sha256}
     backend = choose_attention(config.attention, world.device)
     track, agreed = resolve_track(config, world, val, backend.name), world.decide(time.time())
     log = RunLog(config, world, *agreed)

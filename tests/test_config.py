@@ -40,7 +40,8 @@ RECORD_RUN = {
     "beta2": 0.95, "adam_eps": 1e-8, "grad_clip_norm": 0.3, "iterations": 20_000,
     "max_wallclock_seconds": 600.0, "gptq_reserve_seconds": 12.0, "warmdown_frac": 0.72,
     "min_lr": 0.0, "warmup_steps": 20, "ema_decay": 0.9965, "train_log_every": 500,
-    "val_loss_every": 4000, "matrix_bits": 6, "embed_bits": 8, "matrix_clip_sigmas": 12.85,
+    "val_loss_every": 4000, "attn_qmax": 31, "mlp_qmax": 31, "embed_qmax": 127,
+    "matrix_clip_sigmas": 12.85,
     "embed_clip_sigmas": 20.0, "gptq_calibration_batches": 64, "gptq_damp": 0.01,
     "compressor": "brotli", "artifact_cap_bytes": 16_000_000, "eval_seq_len": 2048,
     "val_batch_tokens": 524_288, "eval_stride": 64, "sliding_window_enabled": True,
@@ -136,7 +137,7 @@ def test_misspelt_variable_gets_a_suggestion(variable: str, meant: str) -> None:
 
 
 @pytest.mark.parametrize("variable", ["PHASED_TTT_ENABLED", "MY_MUON_THING", "GPTQ_BLOCK", "XSA",
-                                      "SWA_EVERY", "EMA_START", "FANCY_LORA_RANK"])
+                                      "SWA_DECAY", "EMA_START", "FANCY_LORA_RANK"])
 def test_variable_that_can_only_be_ours_is_refused(variable: str) -> None:
     with pytest.raises(golf.ConfigError, match=variable):
         golf.Config.from_env({variable: "1"})

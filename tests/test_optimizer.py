@@ -207,14 +207,14 @@ def test_gradients_are_cleared_and_a_zero_rate_changes_nothing(config: golf.Conf
 
 def test_average_follows_its_formula(config: golf.Config) -> None:
     model = random_model(config)
-    average = golf.WeightAverage(model, 0.75)
+    average = golf.WeightAverage(model)
     shadow = {name: p.detach().double().clone() for name, p in model.named_parameters()}
     for step in range(4):
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.add_(random_gradients(model, step, 0.1)[name])
                 shadow[name] = 0.75 * shadow[name] + 0.25 * p.double()
-        average.update()
+        average.update(0.25)
     average.apply()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach().double(), shadow[name], rtol=1e-5, atol=1e-6)

@@ -77,7 +77,7 @@ def rounding_one_column_at_a_time(w: Tensor, hessian: Tensor, scale: Tensor, mos
 def test_integers_equal_a_derivation_in_float64(columns: int, bits: int) -> None:
     x, w, most = correlated_inputs(columns, 400), random_weights(16, columns), 2**(bits - 1) - 1
     hessian = x.T @ x
-    scale = golf.row_scales(w, 4.0 / most)
+    scale = golf.row_scales(w, 4.0, most)
     found = gptq(w, hessian, scale, most, 0.01)
     wanted = rounding_one_column_at_a_time(w, hessian, scale, most, 0.01)
     same = (found == wanted).double().mean()
@@ -89,7 +89,7 @@ def test_integers_equal_a_derivation_in_float64(columns: int, bits: int) -> None
 @pytest.mark.parametrize("block", [1, 7, 128, 1000])
 def test_blocks_are_only_an_order_of_work(block: int) -> None:
     x, w = correlated_inputs(96, 300), random_weights(8, 96)
-    scale = golf.row_scales(w, 12.85 / 31)
+    scale = golf.row_scales(w, 12.85, 31)
     one, other = (gptq(w, x.T @ x, scale, 31, 0.01, block=b) for b in (32, block))
     assert (one == other).double().mean() > 0.99
 
@@ -97,7 +97,7 @@ def test_blocks_are_only_an_order_of_work(block: int) -> None:
 @pytest.mark.parametrize("sigmas", [4.0, 12.85, 40.0])
 def test_error_feedback_beats_rounding_on_correlated_inputs(sigmas: float) -> None:
     x, w = correlated_inputs(192, 1000), random_weights(32, 192)
-    scale = golf.row_scales(w, sigmas / 31)
+    scale = golf.row_scales(w, sigmas, 31)
     found = gptq(w, x.T @ x, scale, 31, 0.01)
     ratio = (output_error(w, found, scale, x.T @ x)
              / output_error(w, nearest(w, scale, 31), scale, x.T @ x))
@@ -107,7 +107,7 @@ def test_error_feedback_beats_rounding_on_correlated_inputs(sigmas: float) -> No
 @pytest.mark.parametrize("size", [1.0, 1e-6, 1e6])
 def test_uncorrelated_inputs_mean_rounding_to_nearest(size: float) -> None:
     w = random_weights(8, 150)
-    scale = golf.row_scales(w, 12.85 / 31)
+    scale = golf.row_scales(w, 12.85, 31)
     found = gptq(w, size * torch.eye(150), scale, 31, 0.01)
     assert torch.equal(found.float(), nearest(w, scale, 31))
 
@@ -125,7 +125,7 @@ def test_weights_on_the_grid_stay_where_they_are() -> None:
 def test_zero_row_becomes_zeros() -> None:
     x, w = correlated_inputs(32, 100), random_weights(4, 32)
     w[2] = 0
-    scale = golf.row_scales(w, 12.85 / 31)
+    scale = golf.row_scales(w, 12.85, 31)
     assert bool((scale > 0).all())
     found = gptq(w, x.T @ x, scale, 31, 0.01)
     assert not found[2].any()
@@ -138,7 +138,7 @@ def test_constant_and_tiny_and_huge_rows_get_finite_scales() -> None:
     w[1:3] = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
     w[1] *= 1e-12
     w[2] *= 1e12
-    scale = golf.row_scales(w, 12.85 / 31)
+    scale = golf.row_scales(w, 12.85, 31)
     assert scale.dtype == torch.float16
     assert bool((scale > 0).all())
     assert bool(torch.isfinite(scale).all())
@@ -147,7 +147,7 @@ def test_constant_and_tiny_and_huge_rows_get_finite_scales() -> None:
 def test_input_that_never_occurs_gets_no_weight() -> None:
     x, w = correlated_inputs(32, 100), random_weights(4, 32)
     x[:, [0, 17]] = 0
-    scale = golf.row_scales(w, 12.85 / 31)
+    scale = golf.row_scales(w, 12.85, 31)
     found = gptq(w, x.T @ x, scale, 31, 0.01)
     assert not found[:, [0, 17]].any()
     assert bool((found.abs().sum(0)[[i for i in range(32) if i not in (0, 17)]] > 0).any())
@@ -158,21 +158,21 @@ def test_input_that_never_occurs_gets_no_weight() -> None:
 
 def test_all_inputs_dead() -> None:
     w = random_weights(4, 8)
-    scale = golf.row_scales(w, 12.85 / 31)
+    scale = golf.row_scales(w, 12.85, 31)
     assert not gptq(w, torch.zeros(8, 8), scale, 31, 0.01).any()
 
 
 def test_levels_stay_in_range() -> None:
     x, w = correlated_inputs(64, 200), random_weights(4, 64)
     w[0, 5] = 1e4
-    scale = golf.row_scales(w, 1.0 / 7)
+    scale = golf.row_scales(w, 1.5, 7)
     found = gptq(w, x.T @ x, scale, 7, 0.01)
     assert int(found.abs().max()) == 7
 
 
 def test_fewer_samples_than_columns_still_solves() -> None:
     x, w = correlated_inputs(64, 3), random_weights(4, 64)
-    scale = golf.row_scales(w, 12.85 / 31)
+    scale = golf.row_scales(w, 12.85, 31)
     found = gptq(w, x.T @ x, scale, 31, 1e-6)
     assert output_error(w, found, scale, x.T @ x) <= output_error(w, nearest(w, scale, 31), scale,
                                                                   x.T @ x)
@@ -182,7 +182,7 @@ def test_hessian_that_is_not_positive_gets_more_damping() -> None:
     hessian = torch.eye(8)
     hessian[0, 1] = hessian[1, 0] = 1.5
     w = random_weights(4, 8)
-    scale = golf.row_scales(w, 12.85 / 31)
+    scale = golf.row_scales(w, 12.85, 31)
     found = gptq(w, hessian, scale, 31, 0.01)
     assert int((found - nearest(w, scale, 31)).abs().max()) <= 2
 
@@ -193,16 +193,16 @@ def test_hessian_that_is_not_finite_is_refused(value: float) -> None:
     hessian[3, 4] = value
     w = random_weights(4, 8)
     with pytest.raises(golf.TrainingError, match="not finite"):
-        gptq(w, hessian, golf.row_scales(w, 12.85 / 31), 31, 0.01)
+        gptq(w, hessian, golf.row_scales(w, 12.85, 31), 31, 0.01)
 
 
 def test_published_step_sizes() -> None:
     config = golf.Config.from_env({"PRESET": "pr1493"})
     w = random_weights(3, 512)
     for stack, most, steps in (("up", 31, 0.4145), ("embed", 127, 0.1575)):
-        found, sigmas = golf.quant_rule(config, stack)
-        assert found == most
-        scale = golf.row_scales(w, sigmas).double()
+        rule = golf.quant_rule(config, stack)
+        assert (rule.qmax, rule.solver) == (most, "gptq")
+        scale = golf.row_scales(w, *rule.clips, rule.qmax).double()
         deviation = w.double().var(dim=1, unbiased=True).sqrt()
         assert (scale / deviation).tolist() == pytest.approx([steps] * 3, rel=2e-3)
 
@@ -211,8 +211,8 @@ def test_published_entropies_of_gaussian_weights() -> None:
     config = golf.Config.from_env({"PRESET": "pr1493"})
     w = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     for stack, bits in (("up", 3.33), ("embed", 4.72)):
-        most, sigmas = golf.quant_rule(config, stack)
-        q = nearest(w, golf.row_scales(w, sigmas), most).to(torch.int8)
+        rule = golf.quant_rule(config, stack)
+        q = nearest(w, golf.row_scales(w, *rule.clips, rule.qmax), rule.qmax).to(torch.int8)
         assert golf.entropy_bits(q) / q.numel() == pytest.approx(bits, abs=0.015)
 
 

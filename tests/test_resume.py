@@ -235,7 +235,8 @@ def test_run_that_failed_after_training_goes_on_from_there(
 
 def test_large_quantisation_gap_is_no_result(make_env: MakeEnv, tmp_path: Path) -> None:
     with pytest.raises(golf.TrainingError, match="MAX_QUANT_GAP_BPB"):
-        golf.main(make_env(MATRIX_BITS=2, EMBED_BITS=2, MAX_QUANT_GAP_BPB=0, ITERATIONS=30))
+        golf.main(make_env(ATTN_QMAX=1, MLP_QMAX=1, EMBED_QMAX=1, MAX_QUANT_GAP_BPB=0,
+                           ITERATIONS=30))
     result = read_result(tmp_path)
     assert result["status"] == "partial"
     assert "val_bpb" not in result

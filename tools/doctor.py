@@ -603,7 +603,7 @@ def check_artifact(pod: Pod, config: Config) -> Iterator[Check]:
                    f"export NUM_LAYERS={config.num_layers - 1}    # or another smaller model")
     else:
         yield fail("artifact", detail,
-                   f"export MATRIX_BITS={config.matrix_bits - 1}    # or a smaller model")
+                   f"export MLP_QMAX={config.mlp_qmax // 2}    # or a smaller model")
 
 
 # ----------------------------------------------------------------------------------------------
