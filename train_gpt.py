@@ -1963,6 +1963,7 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
         own = range(world.rank, len(stack_LRC), world.size)
         keys = [hessian_name(name, block) for block in own]
         weights, best_LR = [stack_LRC[block] for block in own], scales.float() + math.inf
+        ones_C = torch.ones_like(columns[0])
         if feedback:
             known |= {key: prepare_solver(hessians[key], config.gptq_damp)
                       for key in keys if key not in known}
@@ -1972,7 +1973,7 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
         solvers = [known[key] for key in keys if feedback]
         for clip in rule.clips:
             steps = [balanced_steps(w_RC, hessians, key, known[key], widen) if balanced else
-                     (row_scales(w_RC, clip, rule.qmax, widen, config.clip_floor), columns[0] + 1)
+                     (row_scales(w_RC, clip, rule.qmax, widen, config.clip_floor), ones_C)
                      for w_RC, key in zip(map(stack_LRC.__getitem__, own), keys, strict=True)]
             solved = solve(weights, steps, rule, solvers, 0.04 * balanced)
             for block, q_RC, (scale_R, column_C) in zip(own, solved, steps, strict=True):
