@@ -94,9 +94,6 @@ def within(default: float, low: float, high: float) -> typing.Any:
     """A setting with its range, both ends included."""
     return field(default=default, metadata={"range": (low, high)})
 
-# Skips into a second lane after its first visit: none, into attention's lane, into both lanes.
-Residual = Literal["serial", "parallel", "two_lane_drop", "two_lane_attn", "two_lane_both"]
-
 @dataclass(frozen=True, slots=True)
 class Config:
     """Every setting of a run, under the names that the competition published, in lower case."""
@@ -136,7 +133,7 @@ class Config:
     ln_scale: bool = True  # norm outputs are divided by sqrt(block + 1)
     xsa_last_n: int = within(11, 0, 256)  # exclusive self attention on that many last blocks
     xsa_per_visit: bool = False  # XSA_LAST_N counts the visits of a plan instead
-    residual: Residual = "parallel"  # from PARALLEL_RESIDUAL_START on
+    residual: Literal["parallel", "two_lane_drop", "two_lane_attn", "two_lane_both"] = "parallel"
     parallel_residual_start: int = within(7, -1, 256)  # -1: every block is serial
     max_skips: int = within(256, 0, 256)  # U-Net skips, from the middle outwards
     ve_layers: str = ""  # blocks to whose values a narrow embedding is added
@@ -313,7 +310,7 @@ PERCENTILES = dict(matrix_clip_quantiles="0.999,0.9995,0.9999,0.99999,1",
                    embed_clip_quantiles="0.9999984")
 PR1453 = PLAIN | dict(
     vocab_size=1024, ttt_enabled=False, num_layers=3, model_dim=880, mlp_mult=3.0, rope_dims=0,
-    ln_scale=False, qk_gain_init=1.5, xsa_last_n=4, xsa_per_visit=True, residual="serial",
+    ln_scale=False, qk_gain_init=1.5, xsa_last_n=4, xsa_per_visit=True,
     parallel_residual_start=-1, max_skips=0, num_value_embeds=2, loop_embeddings=True,
     cross_repeat=True, num_loops=3, loop_start=0, loop_end=2, prog_depth="0.3:2,0.5:3,1:4",
     matrix_init="uniform", train_seq_len=1024, train_batch_tokens=524_288, eval_seq_len=1024,
@@ -394,9 +391,9 @@ def check_consistency(config: Config) -> None:
              "eval_stride <= eval_seq_len", "ttt_chunk_size <= eval_seq_len"]
     rules += ["loop_start <= loop_end", "loop_end < num_layers"] * bool(config.num_loops)
     rules += ["gptq_reserve_seconds < max_wallclock_seconds"] * bool(config.max_wallclock_seconds)
+    rules += ["loop_end < parallel_residual_start"] * (config.residual != "parallel")
     if config.ttt_enabled and config.ttt_mode == "sgd":
         rules += ["ttt_enabled <= sliding_window_enabled", "ttt_chunk_tokens % eval_seq_len"]
-    check_topology(config)
     for name, sign, other in map(str.split, rules):
         (words, broken), value = RELATIONS[sign], getattr(config, name)
         bound = int(other) if other.isdigit() else getattr(config, other)
@@ -404,32 +401,21 @@ def check_consistency(config: Config) -> None:
     require(config.compressor == "ans" or config.quantiser == "gptq", "compressor",
             config.compressor, f"ans for QUANTISER={config.quantiser}")
     for name in ("matrix_clip_quantiles", "embed_clip_quantiles"):
-        bad = [q for q in numbers(name, getattr(config, name)) if not 0 < q <= 1]
-        require(not bad, name, getattr(config, name), "above 0 and at most 1")
-    require(config.gptq_calibration_batches or config.matrix_solver == config.embed_solver
-            == "nearest", "gptq_calibration_batches", 0, "above 0 for MATRIX_SOLVER="
-            f"{config.matrix_solver}, EMBED_SOLVER={config.embed_solver}")
+        quantiles = numbers(name, text := getattr(config, name))
+        require(all(0 < q <= 1 for q in quantiles), name, text, "above 0 and at most 1")
+    until, passes = map(list, zip(*config.depth_schedule, strict=True))
+    require(sorted(until) == until and sorted(passes) == passes and passes[0] > config.cross_repeat
+            and passes[-1] == config.num_loops + 1, "prog_depth", repr(config.prog_depth),
+            f"progress:passes,... that rise, to NUM_LOOPS ({config.num_loops}) + 1 passes, and "
+            f"from {1 + config.cross_repeat} on for CROSS_REPEAT={config.cross_repeat:d}")
+    require({*config.ve_blocks} <= {*range(config.num_layers)}, "ve_layers", config.ve_layers,
+            f"blocks below NUM_LAYERS ({config.num_layers})")
+    solvers = config.matrix_solver, config.embed_solver
+    require(config.gptq_calibration_batches or "gptq" not in solvers, "gptq_calibration_batches",
+            0, f"above 0 for MATRIX_SOLVER={solvers[0]} and EMBED_SOLVER={solvers[1]}")
     require(config.run_id or not config.resume, "run_id", "''", f"set for RESUME={config.resume}")
     sites = config.ttt_lora_sites
     require({*sites.split(",")} <= {*SITES}, "ttt_lora_sites", sites, "some of " + ",".join(SITES))
-
-def check_topology(config: Config) -> None:
-    """Raises ConfigError for settings of which no stack of blocks can be built."""
-    start, most = config.parallel_residual_start, config.num_loops + 1
-    until, passes = zip(*config.depth_schedule, strict=True)
-    require(sorted(until) == [*until] and sorted(passes) == [*passes] and passes[0] > 0
-            and passes[-1] == most, "prog_depth", config.prog_depth,
-            f"progress and passes that rise, the last NUM_LOOPS ({most - 1}) + 1")
-    require(passes[0] > 1 or not config.cross_repeat, "cross_repeat", 1, "0 where PROG_DEPTH or "
-            f"ENABLE_LOOPING_AT ({until[0]:g}) begins with one pass")
-    require({*config.ve_blocks} <= {*range(config.num_layers)}, "ve_layers", config.ve_layers,
-            f"blocks below NUM_LAYERS ({config.num_layers})")
-    if config.residual.startswith("two"):
-        first = max(config.num_layers // 2, (config.loop_end + 1) * bool(config.num_loops))
-        require(start >= first, "parallel_residual_start", start, f"at least {first} for RESIDUAL="
-                f"{config.residual}: behind LOOP_END ({config.loop_end}) and half of NUM_LAYERS")
-    require(config.residual != "serial" or start < 0, "residual", "serial", "another for "
-            f"PARALLEL_RESIDUAL_START={start}; -1 makes all blocks serial")
 
 # ==================================================================================================
 # 2  Runtime
@@ -893,10 +879,11 @@ class Adapter(Protocol):
     def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor: ...
 
 class Visit(NamedTuple):
-    """One virtual layer: a physical block, which pass over it, and the skip that precedes it."""
+    """One virtual layer: a physical block, which pass over it, and the skip that precedes it.
+    Where two lanes have parted, its skip enters neither, that of attention, or both."""
     block: int
     pass_number: int
-    residual: Residual
+    residual: str  # serial, or RESIDUAL
     exclusive: bool  # exclusive self attention
     skip_row: int = -1  # row of the skip weights; -1: none
     skip_from: int = -1  # visit whose output is mixed in
@@ -918,20 +905,16 @@ def build_plan(config: Config, passes: int) -> DepthPlan:
     """
     blocks, first, last = list(range(config.num_layers)), config.loop_start, config.loop_end + 1
     order = blocks[:first] + blocks[first:last] * passes + blocks[last:]
-    half, visits = len(order) // 2, list[Visit]()
+    half, start, visits = len(order) // 2, config.parallel_residual_start, list[Visit]()
     for position, block in enumerate(order):
         row, skip_from = position - half, 2 * half - 1 - position
-        residual: Residual = "serial"
-        if 0 <= config.parallel_residual_start <= block:
-            residual = config.residual
-            if residual.startswith("two") and visits[-1].residual == "serial":
-                residual = "two_lane_both"  # where lanes part, the skip is mixed in before
-        number, count = ((position, len(order)) if config.xsa_per_visit else
-                         (block, config.num_layers))
-        skip = (row, skip_from) if 0 <= row < min(half, config.max_skips) else ()
+        residual = config.residual if 0 <= start <= block else "serial"
+        if residual.startswith("two") and visits[-1].residual == "serial":
+            residual = "two_lane_both"  # where lanes part, the skip is mixed in before
+        left = (len(order) - position) if config.xsa_per_visit else config.num_layers - block
+        mixed = 0 <= row < min(half, config.max_skips) and residual != "two_lane_drop"
         visits.append(Visit(block, order[:position].count(block), residual,
-                            number >= count - config.xsa_last_n,
-                            *(() if residual == "two_lane_drop" else skip)))
+                            left <= config.xsa_last_n, *((row, skip_from) if mixed else ())))
     name = {config.num_loops + 1: "looped", 1: "unlooped"}.get(passes, f"looped_{passes}")
     return DepthPlan(name, tuple(visits))
 
@@ -950,7 +933,7 @@ class BlockForm(NamedTuple):
     """What is fixed about a block when it is compiled."""
     num_heads: int
     num_kv_heads: int
-    residual: Residual
+    residual: str
     exclusive: bool
 
 class BlockWeights(NamedTuple):
@@ -1342,15 +1325,15 @@ def lr_scale(progress: float, warmdown_frac: float, floor: float) -> float:
     """1 until the last `warmdown_frac` of the run, then linear down to `floor`."""
     return max(floor, min(1.0, (1.0 - progress) / warmdown_frac))
 
+def schedule_step(config: Config, step: int, progress: float) -> float:
+    """The step that settings in steps mean: the true one, or its like in SCHEDULE_STEPS."""
+    return config.schedule_steps * progress or step
+
 def warmdown_share(config: Config, at: float, progress: float) -> float:
     """Last share of the run with falling rate, in a run of steps as long as those until now."""
     if not config.warmdown_iters:
         return config.warmdown_frac
     return max(config.warmdown_iters * progress / max(at, 1), 1e-9)
-
-def schedule_step(config: Config, step: int, progress: float) -> float:
-    """The step that settings in steps refer to: the true one, or its like in SCHEDULE_STEPS."""
-    return progress * config.schedule_steps if config.schedule_steps else step
 
 def muon_momentum(step: float, config: Config) -> float:
     """Linear ramp from the warm-up start to the final momentum."""
@@ -1674,9 +1657,8 @@ class Trainer:
                     log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
                              f"{plan.describe()}")
                 scale = self.take_step(step, plan, progress, next(stream))
-                # The first step is number one here.
-                at = 1 + schedule_step(config, step, progress)
                 in_swa = plan == plans[-1] and scale < config.swa_start_frac
+                at = 1 + schedule_step(config, step, progress)  # the first is number one here
                 self.average.update(state.average_share(config, at, in_swa))
                 state.step += 1
         stream.close()
@@ -1752,7 +1734,7 @@ class Trainer:
                 log.event("train", step=step, train_loss=self.last_loss, gradient_norm=norm,
                           train_seconds=self.clock.elapsed(), lr_scale=scale, tok_s=tok_s,
                           plan=plan.name, mem_mib=torch.cuda.memory_allocated() >> 20,  # 0 on CPU
-                          progress=progress, schedule_step=schedule_step(config, step, progress))
+                          progress=progress)
                 log.line(f"{step}/{config.iterations} train_loss: {self.last_loss:.4f} "
                          f"step_time: {1e3 * whole:.1f}ms tok/s: {tok_s:.0f}")
 
@@ -1935,20 +1917,6 @@ class QuantisedModel(NamedTuple):
     integers: dict[str, Tensor]  # int8 (..., R, C)
     floats: dict[str, Tensor]  # float16: scales of rows and columns, and the small parameters
 
-def solve(w_LRC: list[Tensor], steps: list[tuple[Tensor, Tensor]], rule: QuantRule,
-          solvers: list[tuple[Tensor, Tensor]], bit_cost: float) -> list[Tensor]:
-    """The integers (R, C) of matrices of one shape, given steps of rows and of columns."""
-    w_LRC = [w_RC / scale_R[:, None] / column_C
-             for w_RC, (scale_R, column_C) in zip(w_LRC, steps, strict=True)]
-    if rule.solver == "nearest" or not w_LRC:
-        return [w_RC.round().clamp(-rule.qmax, rule.qmax) for w_RC in w_LRC]
-    orders = [order_C for order_C, _ in solvers]
-    factors = [factor_CC / column_C[order_C] for (order_C, factor_CC), (_, column_C)
-               in zip(solvers, steps, strict=True)]
-    turned = [w_RC.T[order_C] for w_RC, order_C in zip(w_LRC, orders, strict=True)]
-    solved = gptq(torch.stack(turned), torch.stack(factors), rule.qmax, bit_cost)
-    return [q_CR[order_C.argsort()].T for q_CR, order_C in zip(solved, orders, strict=True)]
-
 @torch.no_grad()
 def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float = 1.0,
              known: dict[str, tuple[Tensor, Tensor]] | None = None) -> QuantisedModel:
@@ -1960,23 +1928,29 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
         feedback, levels = rule.solver == "gptq", torch.zeros_like(stack_LRC, dtype=torch.int8)
         balanced = feedback and config.quantiser == "rate"
         scales, columns = (levels.select(dim, 0).half() for dim in (2, 1))
+        best_LR, eye_CC = scales.float() + math.inf, torch.eye(stack.shape[-1]).to(stack)
         own = range(world.rank, len(stack_LRC), world.size)
-        keys = [hessian_name(name, block) for block in own]
-        weights, best_LR = [stack_LRC[block] for block in own], scales.float() + math.inf
-        ones_C = torch.ones_like(columns[0])
-        if feedback:
-            known |= {key: prepare_solver(hessians[key], config.gptq_damp)
-                      for key in keys if key not in known}
-            # An input that never occurs gets no weight.
-            weights = [w * (hessians[key].diagonal() > 0)
-                       for w, key in zip(weights, keys, strict=True)]
-        solvers = [known[key] for key in keys if feedback]
         for clip in rule.clips:
-            steps = [balanced_steps(w_RC, hessians, key, known[key], widen) if balanced else
-                     (row_scales(w_RC, clip, rule.qmax, widen, config.clip_floor), ones_C)
-                     for w_RC, key in zip(map(stack_LRC.__getitem__, own), keys, strict=True)]
-            solved = solve(weights, steps, rule, solvers, 0.04 * balanced)
-            for block, q_RC, (scale_R, column_C) in zip(own, solved, steps, strict=True):
+            weights, factors, steps = [], [], []
+            for block in own:
+                # Where inputs are taken as uncorrelated, the solver rounds to nearest.
+                key = hessian_name(name, block) if feedback else f"{len(eye_CC)} columns"
+                w_RC, hessian_CC = stack_LRC[block], hessians[key] if feedback else eye_CC
+                if key not in known:
+                    known[key] = prepare_solver(hessian_CC, config.gptq_damp)
+                order_C, factor_CC = known[key]
+                scale_R, column_C = (
+                    balanced_steps(w_RC, hessians, key, known[key], widen) if balanced else
+                    (row_scales(w_RC, clip, rule.qmax, widen, config.clip_floor), eye_CC[0] ** 0))
+                steps.append((scale_R, column_C, order_C.argsort()))
+                # An input that never occurs gets no weight.
+                w_RC = w_RC / scale_R[:, None] / column_C * (hessian_CC.diagonal() > 0)
+                weights.append(w_RC.T[order_C])
+                factors.append(factor_CC / column_C[order_C])
+            solved = own and gptq(torch.stack(weights), torch.stack(factors), rule.qmax,
+                                  0.04 * balanced)
+            for block, q_CR, (scale_R, column_C, place_C) in zip(own, solved, steps, strict=True):
+                q_RC = q_CR[place_C].T
                 error_R = (q_RC * scale_R[:, None] * column_C - stack_LRC[block]).square().sum(1)
                 if feedback:  # a matrix is solved as a whole
                     error_R = error_R.sum().expand_as(error_R)
@@ -2073,39 +2047,30 @@ def require_compressor(config: Config) -> None:
             return
     raise ConfigError(f"COMPRESSOR={config.compressor} needs: pip install -U 'brotli>=1.2'")
 
-def compress(data: np.ndarray | bytes) -> bytes:
-    """Bytes, or those of an array, as a brotli stream."""
-    import brotli
-    return brotli.compress(bytes(data), quality=11, lgwin=24)
-
-def decompress(data: bytes, shape: Sequence[int]) -> np.ndarray:
-    """The inverse of `compress`, int8. Raises: ArtifactError unless just the shape comes out."""
-    import brotli
-    decoder, size, out = brotli.Decompressor(), math.prod(shape), b""
-    with contextlib.suppress(brotli.error):
-        out = decoder.process(data, output_buffer_limit=size + 1)  # whatever it would expand to
-    if len(out) != size or not decoder.is_finished():
-        raise ArtifactError(f"a brotli stream does not decode to {size} bytes")
-    return np.frombuffer(out, np.int8).reshape(shape)
-
 def codec_of(config: Config) -> str:
     """The coder of levels in use."""
     missing = config.compressor == "zstd" and not importlib.util.find_spec("zstandard")
     return "brotli" if missing else config.compressor
 
-def compress_zstd(data: np.ndarray) -> bytes:
-    """An array as a zstd stream."""
-    import zstandard
-    return zstandard.ZstdCompressor(level=22).compress(data.tobytes())
+def compress(data: np.ndarray | bytes, codec: str = "brotli") -> bytes:
+    """Bytes, or those of an array, as a brotli or zstd stream."""
+    if codec == "zstd":
+        from zstandard import ZstdCompressor
+        return ZstdCompressor(level=22).compress(bytes(data))
+    import brotli
+    return brotli.compress(bytes(data), quality=11, lgwin=24)
 
-def decompress_zstd(data: bytes, shape: Sequence[int]) -> np.ndarray:
-    """The inverse, int8. Raises: ArtifactError unless just the shape comes out."""
-    import zstandard
-    out, size = b"", math.prod(shape)
-    with contextlib.suppress(zstandard.ZstdError), io.BytesIO(data) as file:
-        out = zstandard.ZstdDecompressor().stream_reader(file).read(size + 1)
-    if len(out) != size:
-        raise ArtifactError(f"a zstd stream does not decode to {size} bytes")
+def decompress(data: bytes, shape: Sequence[int], codec: str = "brotli") -> np.ndarray:
+    """The inverse of `compress`, int8. Raises: ArtifactError unless just the shape comes out."""
+    import brotli
+    decoder, size, out = brotli.Decompressor(), math.prod(shape), b""
+    if codec == "zstd":
+        from zstandard import ZstdDecompressor
+    with contextlib.suppress(Exception):  # one byte more, not whatever it would expand to
+        out = (ZstdDecompressor().stream_reader(data).read(size + 1) if codec == "zstd"
+               else decoder.process(data, output_buffer_limit=size + 1))
+    if len(out) != size or not (codec == "zstd" or decoder.is_finished()):
+        raise ArtifactError(f"a {codec} stream does not decode to {size} bytes")
     return np.frombuffer(out, np.int8).reshape(shape)
 
 def expected_shapes(config: Config) -> tuple[Shapes, Shapes]:
@@ -2225,8 +2190,8 @@ def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
         raise ArtifactError("a stream of levels does not end where it began") from None
     return levels_LRC
 
-CODERS = {"brotli": (compress, decompress), "ans": (encode_levels, decode_levels),
-          "zstd": (compress_zstd, decompress_zstd)}
+CODERS: dict[str, tuple[Callable, ...]] = {"brotli": (compress, decompress), "ans": (encode_levels, decode_levels),
+          "zstd": tuple(functools.partial(f, codec="zstd") for f in (compress, decompress))}
 
 def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) -> bytes:
     """The artifact file: streams of levels, and one of brotli for float16 values."""
@@ -2855,6 +2820,7 @@ def prepare(config: Config, world: World) -> Setup:
     torch.set_float32_matmul_precision("high")
     batch_shape(config, world.size)
     require_compressor(config)
+    require_memory(config, world)
     val = ValStream.load(config)
     source, packed = program_source(), packed_program()
     require(len(packed) < config.artifact_cap_bytes, "artifact_cap_bytes",
@@ -2887,6 +2853,15 @@ def prepare(config: Config, world: World) -> Setup:
         log.line(f"{name}: {log.result[name]}")
     start = find_start(config, {**config.method(), **identity, **data}, log)
     return config, world, log, backend.attend, val, start
+
+def require_memory(config: Config, world: World) -> None:
+    """Raises ConfigError where weights, gradient, moments and average cannot be held."""
+    with torch.device("meta"):
+        needed = 20 * sum(p.numel() for p in GPT(config, sdpa_attend).parameters())
+    most = (torch.cuda.get_device_properties(world.device).total_memory if world.is_cuda else
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    require(needed <= most, "num_value_embeds", config.num_value_embeds, "fewer, or MODEL_DIM "
+            f"({config.model_dim}) less: {needed >> 30} of {most >> 30} GiB would be needed")
 
 def data_facts(config: Config, val: ValStream) -> dict[str, object]:
     """The data section of the result. Raises: DataError if tokenizer and shards do not match."""
@@ -3000,9 +2975,9 @@ def describe_config(config: Config, world: World) -> str:
             kind = residual + " xsa" * exclusive
             kind += f", skip {skip_row} from visit {skip_from}" if skip_row >= 0 else ""
             kind += ", value embedding" * (block in config.ve_blocks)
-            kind += f", {config.num_value_embeds} value tables" * bool(config.num_value_embeds)
             kind += ", loop embedding" * config.loop_embeddings
             kind += ", its last output" * (config.cross_repeat and pass_number > 0)
+            kind += f", {config.num_value_embeds} value tables" * bool(config.num_value_embeds)
             lines.append(f"  visit {number:>2}: block {block} pass {pass_number} {kind}")
     with torch.device("meta"):
         groups = count_parameters(GPT(config, sdpa_attend))
