@@ -2190,8 +2190,9 @@ def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
         raise ArtifactError("a stream of levels does not end where it began") from None
     return levels_LRC
 
-CODERS: dict[str, tuple[Callable, ...]] = {"brotli": (compress, decompress), "ans": (encode_levels, decode_levels),
-          "zstd": tuple(functools.partial(f, codec="zstd") for f in (compress, decompress))}
+CODERS: dict[str, tuple[Callable, ...]] = {
+    "brotli": (compress, decompress), "ans": (encode_levels, decode_levels),
+    "zstd": tuple(functools.partial(f, codec="zstd") for f in (compress, decompress))}
 
 def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) -> bytes:
     """The artifact file: streams of levels, and one of brotli for float16 values."""
