@@ -147,8 +147,7 @@ class Config:
     loop_end: int = within(5, 0, 255)  # inclusive
     enable_looping_at: float = within(0.35, 0, 1)  # progress at which they begin
     prog_depth: str = ""  # instead of that: progress:passes,... in force until then
-    loop_embeddings: bool = False  # a vector enters with every visit
-    cross_repeat: bool = False  # what a block put out in the pass before enters its next one
+    cross_repeat: bool = False  # a vector joins every visit, a block's last output its next one
     # Optimizer
     matrix_lr: float = within(0.022, 0, 10)
     tied_embed_lr: float = within(0.03, 0, 10)
@@ -184,8 +183,6 @@ class Config:
     attn_qmax: int = within(31, 1, 127)  # largest integer; there are 2 * qmax + 1
     mlp_qmax: int = within(31, 1, 127)
     embed_qmax: int = within(127, 1, 127)
-    matrix_solver: Literal["gptq", "nearest"] = "gptq"
-    embed_solver: Literal["gptq", "nearest"] = "gptq"  # of tables, that of the tokens alone
     matrix_clip_sigmas: float = within(12.85, 1.01, 1000)
     embed_clip_sigmas: float = within(20.0, 1.01, 1000)
     matrix_clip_quantiles: str = ""  # of magnitudes in rows, instead; the one of least error wins
@@ -194,7 +191,8 @@ class Config:
     gptq_calibration_batches: int = within(64, 0, 10**7)  # of micro_batch_tokens, all ranks
     max_quant_gap_bpb: float = within(0.05, 0, 100)  # a larger loss by quantisation is no result
     gptq_damp: float = within(0.01, 1e-6, 1)  # of the mean Hessian diagonal
-    quantiser: Literal["gptq", "rate"] = "gptq"  # clips as given, or steps by their effect per bit
+    # Clips as given, or steps by their effect per bit; nearest: for tables, or for all.
+    quantiser: Literal["gptq", "rate", "nearest_tables", "nearest"] = "gptq"
     compressor: Literal["brotli", "ans", "zstd"] = "brotli"  # zstd: brotli where not installed
     fit: bool = True  # one factor on all steps fits the artifact to its cap
     prune: bool = False  # instead, as many ones of the finest rows of matrices become zeros
@@ -304,21 +302,21 @@ PLAIN: dict = dict(sliding_window_enabled=True, val_tail=False, ttt_mode="sgd")
 PR1445 = PLAIN | dict(
     vocab_size=4096, ttt_enabled=False, residual="two_lane_drop", max_skips=5, ve_layers="9,10",
     num_loops=1, enable_looping_at=2000 / 5104, qk_gain_init=5.0, embed_wd=0.095,
-    train_order="coprime", gptq_reserve_seconds=10.0, embed_solver="nearest", clip_floor=1.0,
-    prune=True)
+    train_order="coprime", gptq_reserve_seconds=10.0, quantiser="nearest_tables",
+    clip_floor=1.0, prune=True)
 PERCENTILES = dict(matrix_clip_quantiles="0.999,0.9995,0.9999,0.99999,1",
                    embed_clip_quantiles="0.9999984")
 PR1453 = PLAIN | dict(
     vocab_size=1024, ttt_enabled=False, num_layers=3, model_dim=880, mlp_mult=3.0, rope_dims=0,
     ln_scale=False, qk_gain_init=1.5, xsa_last_n=4, xsa_per_visit=True,
-    parallel_residual_start=-1, max_skips=0, num_value_embeds=2, loop_embeddings=True,
-    cross_repeat=True, num_loops=3, loop_start=0, loop_end=2, prog_depth="0.3:2,0.5:3,1:4",
+    parallel_residual_start=-1, max_skips=0, num_value_embeds=2, cross_repeat=True,
+    num_loops=3, loop_start=0, loop_end=2, prog_depth="0.3:2,0.5:3,1:4",
     matrix_init="uniform", train_seq_len=1024, train_batch_tokens=524_288, eval_seq_len=1024,
     eval_stride=256, matrix_lr=0.018, scalar_lr=0.018, tied_embed_lr=0.021, muon_wd=0.04,
     embed_wd=0.0, adam_wd=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
     muon_momentum_warmup_steps=500, muon_row_normalize=False, train_order="sequential",
     warmdown_iters=3000, averaging="swa", gptq_reserve_seconds=0.0, gptq_calibration_batches=0,
-    attn_qmax=63, mlp_qmax=16, embed_qmax=63, matrix_solver="nearest", embed_solver="nearest",
+    attn_qmax=63, mlp_qmax=16, embed_qmax=63, quantiser="nearest",
     **dict.fromkeys(("matrix_clip_quantiles", "embed_clip_quantiles"),
                     "0.9999,0.99995,0.99999,0.999995,0.999999"), compressor="zstd")
 
@@ -398,7 +396,7 @@ def check_consistency(config: Config) -> None:
         (words, broken), value = RELATIONS[sign], getattr(config, name)
         bound = int(other) if other.isdigit() else getattr(config, other)
         require(not broken(value, bound), name, value, f"{words} {other.upper()} ({bound})")
-    require(config.compressor == "ans" or config.quantiser == "gptq", "compressor",
+    require(config.compressor == "ans" or config.quantiser != "rate", "compressor",
             config.compressor, f"ans for QUANTISER={config.quantiser}")
     for name in ("matrix_clip_quantiles", "embed_clip_quantiles"):
         quantiles = numbers(name, text := getattr(config, name))
@@ -410,9 +408,8 @@ def check_consistency(config: Config) -> None:
             f"from {1 + config.cross_repeat} on for CROSS_REPEAT={config.cross_repeat:d}")
     require({*config.ve_blocks} <= {*range(config.num_layers)}, "ve_layers", config.ve_layers,
             f"blocks below NUM_LAYERS ({config.num_layers})")
-    solvers = config.matrix_solver, config.embed_solver
-    require(config.gptq_calibration_batches or "gptq" not in solvers, "gptq_calibration_batches",
-            0, f"above 0 for MATRIX_SOLVER={solvers[0]} and EMBED_SOLVER={solvers[1]}")
+    require(config.gptq_calibration_batches or config.quantiser == "nearest",
+            "gptq_calibration_batches", 0, f"above 0 for QUANTISER={config.quantiser}")
     require(config.run_id or not config.resume, "run_id", "''", f"set for RESUME={config.resume}")
     sites = config.ttt_lora_sites
     require({*sites.split(",")} <= {*SITES}, "ttt_lora_sites", sites, "some of " + ",".join(SITES))
@@ -696,11 +693,12 @@ class TrainLoader:
         self.offsets = np.cumsum([0] + [s.size for s in shards])
         self.num_tokens = int(self.offsets[-1])
         self.ends_sha256 = hashlib.sha256(b"".join(s[-999:].tobytes() for s in shards)).hexdigest()
+        self.counts = np.array([max(0, s.size - 1) // self.seq_len for s in shards])  # of windows
         self.order, self.batches = self.coprime_batches(), list[np.ndarray]()
-        self.enter_epoch(0)
-        if not self.starts.size:
+        if not self.counts.any():
             raise DataError(f"{config.dataset_dir}: {self.num_tokens} training tokens; shards need "
                             f"TRAIN_SEQ_LEN ({self.seq_len}) + 1 at least")
+        self.enter_epoch(0)
 
     def enter_epoch(self, epoch: int) -> None:
         """Draws start positions, in all shards together, of one pass or one coprime batch."""
@@ -710,8 +708,8 @@ class TrainLoader:
             self.batches.extend(itertools.islice(self.order, max(0, epoch + 1 - len(self.batches))))
             self.starts = self.batches[epoch]
             return
-        for shard, offset in zip(self.shards, self.offsets[:-1], strict=True):
-            count, spare = divmod(max(0, shard.size - 1), self.seq_len)
+        for shard, offset, count in zip(self.shards, self.offsets, self.counts, strict=False):
+            spare = max(0, shard.size - 1) - count * self.seq_len
             phase = rng.integers(spare + 1) if order == "shuffled" else 0
             starts.append(offset + phase + self.seq_len * np.arange(count))
         self.starts = np.concatenate(starts)
@@ -722,30 +720,26 @@ class TrainLoader:
         """Batches from a few shards, later more, drawn by what is left in them; seed and contents,
         not paths, decide. Order within a batch has no effect, so none is drawn."""
         rng = np.random.default_rng([self.config.seed, int(self.ends_sha256[:16], 16)])
-        size: int = self.config.train_batch_tokens // self.seq_len
-        counts = np.array([max(0, shard.size - 1) // self.seq_len for shard in self.shards])
-        walks, taken = [*map(self.walk, range(len(counts)), itertools.repeat(rng))], 0 * counts
-        for number in itertools.count() if counts.any() else ():
+        size, taken = self.config.train_batch_tokens // self.seq_len, 0 * self.counts
+        walks = [self.walk(number, rng) for number in range(len(taken))]
+        for number in itertools.count():
             share = min(number / 1800, 1.0)
-            weight = (counts - taken % counts.clip(1)) ** (0.9 - 0.4 * share)
-            most = min(round(8 + 56 * share), size, int(np.count_nonzero(counts)))
-            some = rng.choice(len(counts), most, replace=False, p=weight / weight.sum())
+            weight = (self.counts - taken % self.counts.clip(1)) ** (0.9 - 0.4 * share)
+            most = min(round(8 + 56 * share), size, int(np.count_nonzero(weight)))
+            some = rng.choice(len(taken), most, replace=False, p=weight / weight.sum())
             rest = rng.choice(some, size - most, p=weight[some] / weight[some].sum())
-            picks = np.append(some, rest)
-            np.add.at(taken, picks, 1)
+            np.add.at(taken, picks := np.append(some, rest), 1)
             yield np.array([next(walks[shard]) for shard in picks])
-        yield np.empty(0, int)
 
     def walk(self, number: int, rng: np.random.Generator) -> Iterator[int]:
         """Start positions in one shard without end, each pass at its own phase and stride."""
-        count, spare = divmod(max(0, self.shards[number].size - 1), self.seq_len)
-        while True:
-            first = self.offsets[number] + rng.integers(spare + 1)
+        while count := int(self.counts[number]):
+            phase = rng.integers(self.shards[number].size - count * self.seq_len)
             at, stride = rng.integers(1, count + 1, 2).tolist()
             while math.gcd(stride, count) > 1:
                 stride = stride % count + 1
-            for step in range(count):
-                yield first + self.seq_len * ((at + step * stride) % count)
+            for place in range(at, at + count * stride, stride):
+                yield self.offsets[number] + phase + self.seq_len * (place % count)
 
     def read(self, first: int, count: int) -> np.ndarray:
         """Windows `first` to `first + count`, int32 (count, seq_len + 1). Raises: DataError."""
@@ -1073,42 +1067,37 @@ class Matrix(NamedTuple):
 
 class GPT(nn.Module):
     """The language model: float32 parameters stacked over blocks, and the only forward pass."""
-    embed: nn.Parameter
-    qkv: nn.Parameter
-    out: nn.Parameter
-    up: nn.Parameter
-    down: nn.Parameter
-    attn_scale: nn.Parameter
-    mlp_scale: nn.Parameter
-    resid_mix: nn.Parameter
-    q_gain: nn.Parameter
     norm_scale: Tensor
     cos: Tensor
     sin: Tensor
 
     def __init__(self, config: Config, attend: Attend, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        L, D, F, V = config.num_layers, config.model_dim, config.mlp_dim, config.vocab_size
+        L, D, V, ones, zeros = (
+            config.num_layers, config.model_dim, config.vocab_size, torch.ones, torch.zeros)
         visits = max(len(plan.visits) for plan in depth_plans(config))
-        skips, tables = min(config.max_skips, visits // 2), config.num_value_embeds
-        ve, ones, zeros = len(config.ve_blocks), torch.ones, torch.zeros
+        skips, extra = min(config.max_skips, visits // 2), config.num_value_embeds
+        ve = len(config.ve_blocks)
         self.config, self.attend, self.dtype = config, attend, dtype
-        parameters = {
-            "embed": zeros(V, D), "value_tables": zeros(tables, V, D),
-            "ve_table": zeros(V * bool(ve), VALUE_EMBED_DIM),
-            "qkv": zeros(L, D + 2 * config.kv_dim, D), "out": zeros(L, D, D),
-            "up": zeros(L, F, D), "down": zeros(L, D, F),
-            "ve_proj": zeros(min(ve, 1), config.kv_dim, VALUE_EMBED_DIM),
-            "attn_scale": ones(L, D), "mlp_scale": ones(L, D),
-            "resid_mix": torch.tensor([[1.0], [0.0]]).repeat(L, 1, D),
-            "q_gain": torch.full((L, config.num_heads), config.qk_gain_init),
-            "skip_weights": ones(skips, D), "skip_gates": zeros(skips, D),
-            "ve_scale": torch.tensor([[0.1]] * bool(ve) + [[1.0]] * ve),  # of all, of each block
-            "lane_mix": torch.full((int(config.residual.startswith("two")),), 0.5),
-            "visit_scales": zeros(visits, config.loop_embeddings + tables, D),
-            "cross_repeat_scales": zeros(L * config.cross_repeat, config.num_loops, D)}
-        for name, value in parameters.items():
-            if value.numel():
+        self.embed = nn.Parameter(zeros(V, D))
+        self.qkv = nn.Parameter(zeros(L, D + 2 * config.kv_dim, D))
+        self.out = nn.Parameter(zeros(L, D, D))
+        self.up = nn.Parameter(zeros(L, config.mlp_dim, D))
+        self.down = nn.Parameter(zeros(L, D, config.mlp_dim))
+        self.attn_scale = nn.Parameter(ones(L, D))
+        self.mlp_scale = nn.Parameter(ones(L, D))
+        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(L, 1, D))
+        self.q_gain = nn.Parameter(torch.full((L, config.num_heads), config.qk_gain_init))
+        for name, value in {
+                "skip_weights": ones(skips, D), "skip_gates": zeros(skips, D),
+                "lane_mix": torch.full((int(config.residual != "parallel"),), 0.5),
+                "ve_table": zeros(V * bool(ve), VALUE_EMBED_DIM),
+                "ve_proj": zeros(min(ve, 1), config.kv_dim, VALUE_EMBED_DIM),
+                "ve_scale": torch.tensor([[0.1]] * bool(ve) + [[1.0]] * ve),  # of all, of each
+                "value_tables": zeros(extra, V, D),
+                "visit_scales": zeros(visits, config.cross_repeat + extra, D),
+                "cross_repeat_scales": zeros(L * config.cross_repeat, config.num_loops, D)}.items():
+            if value.numel():  # of nothing there is no parameter
                 self.register_parameter(name, nn.Parameter(value))
         norm_scale = torch.arange(1.0, L + 1).rsqrt() if config.ln_scale else ones(L)
         rotary = rotary_tables(max(config.train_seq_len, config.eval_seq_len),
@@ -1156,7 +1145,7 @@ class GPT(nn.Module):
 
     def stacks(self) -> dict[str, nn.Parameter]:
         """The tensors that are quantised, by name: tables, and matrices over blocks."""
-        return self.tables() | self.named("qkv", "out", "up", "down")
+        return self.tables() | self.named(*MATRICES)
 
     def vectors(self) -> dict[str, nn.Parameter]:
         return self.named("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights",
@@ -1201,7 +1190,7 @@ class GPT(nn.Module):
             (embed_tokens, block_runner or run_block, rms_norm) if adapter else
             (self.embed_tokens, self.run_block, self.norm))
         x = x0 = embedder(ids_BT, self.embed, self.dtype)
-        sources = [x0.new_ones(())] * config.loop_embeddings
+        sources = [x0.new_ones(())] * config.cross_repeat
         sources += [F.embedding(ids_BT, table).to(x0) for table in self.rows("value_tables")]
         outputs: list[Tensor] = []
         lane: list[Tensor] = []
@@ -1807,7 +1796,7 @@ def collect(hessians: Hessians, rows: Tensor, plan: DepthPlan) -> None:
     with torch.no_grad():
         x_BTD = model.hidden(rows[:, :-1], plan, hessians)
         hessians(-1, -1, "head", x_BTD, x_BTD)
-    if model.config.quantiser == "gptq":
+    if model.config.quantiser != "rate":
         return
 
     def keep(visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
@@ -1843,24 +1832,26 @@ def prepare_solver(hessian_CC: Tensor, damp: float) -> tuple[Tensor, Tensor]:
         damp *= 10
     return order_C, torch.linalg.solve_triangular(lower_CC.flip(0, 1), eye_CC, upper=True)
 
+MATRICES = "qkv", "out", "up", "down"
+
 class QuantRule(NamedTuple):
     """How a class of tensors becomes integers from -qmax to qmax."""
     qmax: int
-    solver: Literal["gptq", "nearest"]
+    solver: Literal["gptq", "rate", "nearest"]
     clips: tuple[float, ...]  # of rows, to try: up to 1 quantiles, else standard deviations
 
 def quant_rule(config: Config, stack: str) -> QuantRule:
-    """The rule for a stacked tensor."""
-    if stack in ("qkv", "out", "up", "down"):
-        qmax = config.attn_qmax if stack in ("qkv", "out") else config.mlp_qmax
-        quantiles, clip = config.matrix_clip_quantiles, config.matrix_clip_sigmas
-        solver = config.matrix_solver
-    else:
-        qmax, quantiles, clip = (
-            config.embed_qmax, config.embed_clip_quantiles, config.embed_clip_sigmas)
-        solver = config.embed_solver if stack == "embed" else "nearest"
-    clips = numbers("clip_quantiles", quantiles) or [clip]
-    return QuantRule(127 if config.quantiser == "rate" else qmax, solver, tuple(clips))
+    """The rule for a stacked tensor; only the token table has inputs to learn a better one from."""
+    kind, solver = "matrix" if stack in MATRICES else "embed", config.quantiser
+    qmax = config.embed_qmax if kind == "embed" else (
+        config.attn_qmax if stack in MATRICES[:2] else config.mlp_qmax)
+    quantiles = getattr(config, f"{kind}_clip_quantiles")
+    clips = numbers("clip_quantiles", quantiles) or [getattr(config, f"{kind}_clip_sigmas")]
+    if solver == "nearest_tables":
+        solver = "gptq" if stack in MATRICES else "nearest"
+    if stack not in (*MATRICES, "embed"):
+        solver = "nearest"
+    return QuantRule(127 if solver == "rate" else qmax, solver, tuple(clips))
 
 def row_scales(w_RC: Tensor, clip: float, qmax: int, widen: float = 1.0,
                floor: float = 0.0) -> Tensor:
@@ -1925,17 +1916,18 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
     floats = dict[str, Tensor](model.floats())
     for name, stack in model.stacks().items():
         rule, stack_LRC = quant_rule(config, name), stack.view(-1, *stack.shape[-2:])
-        feedback, levels = rule.solver == "gptq", torch.zeros_like(stack_LRC, dtype=torch.int8)
-        balanced = feedback and config.quantiser == "rate"
+        balanced, levels = rule.solver == "rate", torch.zeros_like(stack_LRC, dtype=torch.int8)
         scales, columns = (levels.select(dim, 0).half() for dim in (2, 1))
         best_LR, eye_CC = scales.float() + math.inf, torch.eye(stack.shape[-1]).to(stack)
         own = range(world.rank, len(stack_LRC), world.size)
-        for clip in rule.clips:
+        for clip in rule.clips * bool(own):
             weights, factors, steps = [], [], []
             for block in own:
                 # Where inputs are taken as uncorrelated, the solver rounds to nearest.
-                key = hessian_name(name, block) if feedback else f"{len(eye_CC)} columns"
-                w_RC, hessian_CC = stack_LRC[block], hessians[key] if feedback else eye_CC
+                key, w_RC, hessian_CC = f"{len(eye_CC)} columns", stack_LRC[block], eye_CC
+                if rule.solver != "nearest":
+                    key = hessian_name(name, block)
+                    hessian_CC = hessians[key]
                 if key not in known:
                     known[key] = prepare_solver(hessian_CC, config.gptq_damp)
                 order_C, factor_CC = known[key]
@@ -1947,12 +1939,11 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
                 w_RC = w_RC / scale_R[:, None] / column_C * (hessian_CC.diagonal() > 0)
                 weights.append(w_RC.T[order_C])
                 factors.append(factor_CC / column_C[order_C])
-            solved = own and gptq(torch.stack(weights), torch.stack(factors), rule.qmax,
-                                  0.04 * balanced)
+            solved = gptq(torch.stack(weights), torch.stack(factors), rule.qmax, 0.04 * balanced)
             for block, q_CR, (scale_R, column_C, place_C) in zip(own, solved, steps, strict=True):
                 q_RC = q_CR[place_C].T
                 error_R = (q_RC * scale_R[:, None] * column_C - stack_LRC[block]).square().sum(1)
-                if feedback:  # a matrix is solved as a whole
+                if rule.solver != "nearest":  # a matrix is solved as a whole
                     error_R = error_R.sum().expand_as(error_R)
                 better_R = error_R < best_LR[block]
                 best_LR[block] = error_R.minimum(best_LR[block])
@@ -1966,11 +1957,10 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
 def prune_ones(quantised: QuantisedModel, share: float) -> tuple[QuantisedModel, int]:
     """The model without the ones of that share of matrix rows, finest first, and their number."""
     integers, count = dict(quantised.integers), 0
-    names = [name for name in integers if name in ("qkv", "out", "up", "down")]
-    scales = [quantised.floats[f"{name}.scale"] for name in names]
+    scales = [quantised.floats[f"{name}.scale"] for name in MATRICES]
     order = torch.cat([scale.flatten() for scale in scales]).argsort(stable=True)
     chosen = (order.argsort() < share * len(order)).split([scale.numel() for scale in scales])
-    for name, rows in zip(names, chosen, strict=True):
+    for name, rows in zip(MATRICES, chosen, strict=True):
         q = integers[name]
         ones = (q.abs() == 1) & rows.view(q.shape[:-1])[..., None]
         integers[name], count = q.masked_fill(ones, 0), count + int(ones.sum())
@@ -2037,7 +2027,7 @@ MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_
                   "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "parallel_residual_start",
                   "logit_softcap", "num_loops", "loop_start", "loop_end", "xsa_per_visit",
                   "residual", "max_skips", "ve_layers", "num_value_embeds", "prog_depth",
-                  "loop_embeddings", "cross_repeat")
+                  "cross_repeat")
 
 def require_compressor(config: Config) -> None:
     """Raises ConfigError where the codec is missing, before time goes into a model for it."""
@@ -2976,7 +2966,7 @@ def describe_config(config: Config, world: World) -> str:
             kind = residual + " xsa" * exclusive
             kind += f", skip {skip_row} from visit {skip_from}" if skip_row >= 0 else ""
             kind += ", value embedding" * (block in config.ve_blocks)
-            kind += ", loop embedding" * config.loop_embeddings
+            kind += ", loop embedding" * config.cross_repeat
             kind += ", its last output" * (config.cross_repeat and pass_number > 0)
             kind += f", {config.num_value_embeds} value tables" * bool(config.num_value_embeds)
             lines.append(f"  visit {number:>2}: block {block} pass {pass_number} {kind}")

@@ -651,7 +651,7 @@ def test_zstd_round_trip_and_damage(build: MakeConfig) -> None:
     ("pr1453", {"PROG_DEPTH": "0.5:2,0.3:3,1:4"}, ("PROG_DEPTH=", "rise")),
     ("pr1453", {"PROG_DEPTH": ""}, ("PROG_DEPTH=", "CROSS_REPEAT=1")),
     ("pr1493", {"CROSS_REPEAT": 1}, ("PROG_DEPTH=", "CROSS_REPEAT=1")),
-    ("pr1453", {"EMBED_SOLVER": "gptq"}, ("GPTQ_CALIBRATION_BATCHES=0", "EMBED_SOLVER=gptq")),
+    ("pr1453", {"QUANTISER": "gptq"}, ("GPTQ_CALIBRATION_BATCHES=0", "QUANTISER=gptq")),
     ("pr1445", {"MATRIX_CLIP_QUANTILES": "0.9,1.5"}, ("MATRIX_CLIP_QUANTILES", "1"))])
 def test_contradiction_names_both_settings(name: str, settings: dict[str, object],
                                            both: tuple[str, str]) -> None:
