@@ -399,8 +399,8 @@ def check_consistency(config: Config) -> None:
     require(config.compressor == "ans" or config.quantiser != "rate", "compressor",
             config.compressor, f"ans for QUANTISER={config.quantiser}")
     for name in ("matrix_clip_quantiles", "embed_clip_quantiles"):
-        quantiles = numbers(name, text := getattr(config, name))
-        require(all(0 < q <= 1 for q in quantiles), name, text, "above 0 and at most 1")
+        require(all(0 < q <= 1 for q in numbers(name, getattr(config, name))), name,
+                getattr(config, name), "above 0 and at most 1")
     until, passes = map(list, zip(*config.depth_schedule, strict=True))
     require(sorted(until) == until and sorted(passes) == passes and passes[0] > config.cross_repeat
             and passes[-1] == config.num_loops + 1, "prog_depth", repr(config.prog_depth),
@@ -705,7 +705,8 @@ class TrainLoader:
         rng, starts = np.random.Generator(np.random.PCG64([self.config.seed, epoch])), []
         order, self.epoch = self.config.train_order, epoch
         if order == "coprime":
-            self.batches.extend(itertools.islice(self.order, max(0, epoch + 1 - len(self.batches))))
+            while len(self.batches) <= epoch:
+                self.batches.append(next(self.order))
             self.starts = self.batches[epoch]
             return
         for shard, offset, count in zip(self.shards, self.offsets, self.counts, strict=False):
@@ -860,6 +861,8 @@ class ValStream:
 NORM_EPS = torch.finfo(torch.float32).eps
 LEAKY_SLOPE = 0.5
 VALUE_EMBED_DIM = 128
+TABLES = "embed", "ve_table", "value_tables"
+MATRICES = "qkv", "out", "up", "down"
 
 Site = Literal["qkv", "out", "up", "down", "head"]
 SITES: tuple[Site, ...] = typing.get_args(Site)
@@ -1113,19 +1116,17 @@ class GPT(nn.Module):
     def initialise(self, seed: int) -> None:
         """Orthogonal or uniform input matrices, zero output matrices, Gaussian embeddings."""
         generator = torch.Generator().manual_seed(seed)
-        deviations = {"ve_table": 0.01, "value_tables": 1.0}
         self.embed.normal_(0, self.config.tied_embed_init_std, generator=generator)
         for matrix in self.matrices():
             if matrix.role not in ("out", "down"):
                 for w_OI in matrix.view(matrix.parameter.data):
-                    if self.config.matrix_init == "orthogonal" or matrix.role == "ve":
+                    bound = w_OI.shape[1] ** -0.5
+                    if self.config.matrix_init == "orthogonal":
                         nn.init.orthogonal_(w_OI, generator=generator)
                     else:
-                        bound = w_OI.shape[1] ** -0.5
                         w_OI.uniform_(-bound, bound, generator=generator)
-        for name, table in self.tables().items():
-            if name in deviations:
-                table.normal_(0, deviations[name], generator=generator)
+        for name, table in self.named(*TABLES[1:]).items():
+            table.normal_(0, 0.01 if name == "ve_table" else 1.0, generator=generator)
 
     def matrices(self) -> list[Matrix]:
         """The matrices that Muon trains, by role."""
@@ -1139,22 +1140,15 @@ class GPT(nn.Module):
         """Those of some parameters that this model has."""
         return {name: p for name, p in self.named_parameters() if name in names}
 
-    def tables(self) -> dict[str, nn.Parameter]:
-        """What token ids select rows of."""
-        return self.named("embed", "value_tables", "ve_table")
-
     def stacks(self) -> dict[str, nn.Parameter]:
         """The tensors that are quantised, by name: tables, and matrices over blocks."""
-        return self.tables() | self.named(*MATRICES)
+        return self.named(*TABLES, *MATRICES)
 
     def vectors(self) -> dict[str, nn.Parameter]:
-        return self.named("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights",
-                          "skip_gates", "ve_scale", "lane_mix", "visit_scales",
-                          "cross_repeat_scales")
-
-    def floats(self) -> dict[str, nn.Parameter]:
-        """The tensors that stay floating-point numbers."""
-        return self.vectors() | self.named("ve_proj")
+        """The tensors that stay floating-point numbers; Muon trains one of them, ve_proj."""
+        return self.named(
+            "attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "skip_gates",
+            "lane_mix", "ve_proj", "ve_scale", "visit_scales", "cross_repeat_scales")
 
     def block_weights(self) -> list[BlockWeights]:
         # A scale of outputs goes into the weights: rows of them are few, rows of a batch are many.
@@ -1228,8 +1222,9 @@ class GPT(nn.Module):
 
 def count_parameters(model: GPT) -> dict[str, tuple[int, int]]:
     """(tensors, parameters) per optimizer group, counted as the published systems' tensors."""
-    tables, vectors, matrices = model.tables(), model.vectors(), model.matrices()
+    tables, vectors, matrices = model.named(*TABLES), model.vectors(), model.matrices()
     blocks = ("attn_scale", "mlp_scale", "resid_mix", "q_gain")
+    vectors.pop("ve_proj", None)
     return {"embedding": (len(tables), sum(t.numel() for t in tables.values())),
             "matrix": (sum(len(m.parameter) for m in matrices),
                        sum(m.view(m.parameter).numel() for m in matrices)),
@@ -1387,7 +1382,8 @@ class Optimizer:
             shapes.setdefault(tuple(sorted(m.view(m.parameter).shape[1:])), []).append(m)
         self.groups = [MatrixGroup(matrices, world) for matrices in shapes.values()]
         self.momenta = [group.momentum for group in self.groups]
-        tables, vectors = model.tables(), model.vectors()
+        tables, vectors = model.named(*TABLES), model.vectors()
+        vectors.pop("ve_proj", None)
         self.replicated = [*tables.values(), *vectors.values()]
         roles = ("/".join(m.role for m in group.matrices) for group in self.groups)
         self.names = [*roles, *tables, *vectors]
@@ -1832,8 +1828,6 @@ def prepare_solver(hessian_CC: Tensor, damp: float) -> tuple[Tensor, Tensor]:
         damp *= 10
     return order_C, torch.linalg.solve_triangular(lower_CC.flip(0, 1), eye_CC, upper=True)
 
-MATRICES = "qkv", "out", "up", "down"
-
 class QuantRule(NamedTuple):
     """How a class of tensors becomes integers from -qmax to qmax."""
     qmax: int
@@ -1913,10 +1907,11 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
              known: dict[str, tuple[Tensor, Tensor]] | None = None) -> QuantisedModel:
     """Quantises every stack, each rank its share of the blocks; `known` serves later passes."""
     config, integers, known = model.config, {}, {} if known is None else known
-    floats = dict[str, Tensor](model.floats())
+    floats = dict[str, Tensor](model.vectors())
     for name, stack in model.stacks().items():
         rule, stack_LRC = quant_rule(config, name), stack.view(-1, *stack.shape[-2:])
-        balanced, levels = rule.solver == "rate", torch.zeros_like(stack_LRC, dtype=torch.int8)
+        balanced, nearest = (rule.solver == solver for solver in ("rate", "nearest"))
+        levels = torch.zeros_like(stack_LRC, dtype=torch.int8)
         scales, columns = (levels.select(dim, 0).half() for dim in (2, 1))
         best_LR, eye_CC = scales.float() + math.inf, torch.eye(stack.shape[-1]).to(stack)
         own = range(world.rank, len(stack_LRC), world.size)
@@ -1924,10 +1919,8 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
             weights, factors, steps = [], [], []
             for block in own:
                 # Where inputs are taken as uncorrelated, the solver rounds to nearest.
-                key, w_RC, hessian_CC = f"{len(eye_CC)} columns", stack_LRC[block], eye_CC
-                if rule.solver != "nearest":
-                    key = hessian_name(name, block)
-                    hessian_CC = hessians[key]
+                key = f"{len(eye_CC)} columns" if nearest else hessian_name(name, block)
+                w_RC, hessian_CC = stack_LRC[block], eye_CC if nearest else hessians[key]
                 if key not in known:
                     known[key] = prepare_solver(hessian_CC, config.gptq_damp)
                 order_C, factor_CC = known[key]
@@ -1943,7 +1936,7 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
             for block, q_CR, (scale_R, column_C, place_C) in zip(own, solved, steps, strict=True):
                 q_RC = q_CR[place_C].T
                 error_R = (q_RC * scale_R[:, None] * column_C - stack_LRC[block]).square().sum(1)
-                if rule.solver != "nearest":  # a matrix is solved as a whole
+                if not nearest:  # a matrix is solved as a whole
                     error_R = error_R.sum().expand_as(error_R)
                 better_R = error_R < best_LR[block]
                 best_LR[block] = error_R.minimum(best_LR[block])
@@ -1976,7 +1969,7 @@ def restore_weights(model: GPT, quantised: QuantisedModel) -> None:
     """Sets the model's parameters to what the integers stand for."""
     for name, parameter in model.stacks().items():
         parameter.copy_(stored_weights(quantised, name))
-    for name, parameter in model.floats().items():
+    for name, parameter in model.vectors().items():
         parameter.copy_(quantised.floats[name])
 
 def tensor_report(model: GPT, quantised: QuantisedModel) -> Iterator[dict[str, object]]:
@@ -2068,7 +2061,7 @@ def expected_shapes(config: Config) -> tuple[Shapes, Shapes]:
     with torch.device("meta"):
         model = GPT(config, sdpa_attend)
     integers = {name: p.shape for name, p in model.stacks().items()}
-    floats = {name: p.shape for name, p in model.floats().items()}
+    floats = {name: p.shape for name, p in model.vectors().items()}
     for name, shape in integers.items():
         floats |= {f"{name}.scale": shape[:-1], f"{name}.column": shape[:-2] + shape[-1:]}
     return integers, floats
@@ -2811,7 +2804,12 @@ def prepare(config: Config, world: World) -> Setup:
     torch.set_float32_matmul_precision("high")
     batch_shape(config, world.size)
     require_compressor(config)
-    require_memory(config, world)
+    # Weights, gradient, two moments and average, four bytes each.
+    needed = sum(20 * shape.numel() for kind in expected_shapes(config) for shape in kind.values())
+    memory = (torch.cuda.get_device_properties(world.device).total_memory if world.is_cuda else
+              os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    require(needed <= memory, "num_value_embeds", config.num_value_embeds, "less, or MODEL_DIM "
+            f"({config.model_dim}): {needed >> 30} of {memory >> 30} GiB would be needed")
     val = ValStream.load(config)
     source, packed = program_source(), packed_program()
     require(len(packed) < config.artifact_cap_bytes, "artifact_cap_bytes",
@@ -2844,15 +2842,6 @@ def prepare(config: Config, world: World) -> Setup:
         log.line(f"{name}: {log.result[name]}")
     start = find_start(config, {**config.method(), **identity, **data}, log)
     return config, world, log, backend.attend, val, start
-
-def require_memory(config: Config, world: World) -> None:
-    """Raises ConfigError where weights, gradient, moments and average cannot be held."""
-    with torch.device("meta"):
-        needed = 20 * sum(p.numel() for p in GPT(config, sdpa_attend).parameters())
-    most = (torch.cuda.get_device_properties(world.device).total_memory if world.is_cuda else
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    require(needed <= most, "num_value_embeds", config.num_value_embeds, "fewer, or MODEL_DIM "
-            f"({config.model_dim}) less: {needed >> 30} of {most >> 30} GiB would be needed")
 
 def data_facts(config: Config, val: ValStream) -> dict[str, object]:
     """The data section of the result. Raises: DataError if tokenizer and shards do not match."""
@@ -2963,12 +2952,13 @@ def describe_config(config: Config, world: World) -> str:
                      f"{flops_per_token(config, plan) / 1e6:.1f} MFLOP per token")
         for number, (block, pass_number, residual, exclusive, skip_row, skip_from
                      ) in enumerate(plan.visits):
-            kind = residual + " xsa" * exclusive
-            kind += f", skip {skip_row} from visit {skip_from}" if skip_row >= 0 else ""
-            kind += ", value embedding" * (block in config.ve_blocks)
-            kind += ", loop embedding" * config.cross_repeat
-            kind += ", its last output" * (config.cross_repeat and pass_number > 0)
-            kind += f", {config.num_value_embeds} value tables" * bool(config.num_value_embeds)
+            facts = {
+                residual + " xsa" * exclusive: True, "value embedding": block in config.ve_blocks,
+                f"skip {skip_row} from visit {skip_from}": skip_row >= 0,
+                f"{config.num_value_embeds} value tables": config.num_value_embeds,
+                "loop embedding": config.cross_repeat,
+                "its last output": config.cross_repeat and pass_number}
+            kind = ", ".join(text for text, holds in facts.items() if holds)
             lines.append(f"  visit {number:>2}: block {block} pass {pass_number} {kind}")
     with torch.device("meta"):
         groups = count_parameters(GPT(config, sdpa_attend))

@@ -361,6 +361,21 @@ def test_one_graph_per_form_of_a_block(build: MakeConfig, name: str, forms: int,
     assert compiler.frame_count == forms + 2  # embedding and norm
 
 
+@pytest.mark.parametrize("name", ["pr1395", "pr1453"])
+def test_adapters_enter_every_form_of_block(build: MakeConfig, name: str) -> None:
+    config = build(name, TTT_BATCH_SIZE=2, TTT_LORA_RANK=4)
+    model, rows = random_model(config), random_tokens(2, 33)
+    plan = golf.depth_plans(config)[-1]
+    plain = model(rows[:, :-1], rows[:, 1:], plan)
+    adapters = golf.LowRank(model, plan)
+    adapters.reset()
+    x_BTD = model.hidden(rows[:, :-1], plan, adapters, adapters.run_block)
+    nats = model.nats(x_BTD, rows[:, 1:], adapters)
+    torch.testing.assert_close(nats, plain)
+    adapters.learn(nats.mean())
+    assert all(b.any() for _, b in adapters.pairs)
+
+
 # ---- Schedules, averages, data order ----
 
 
