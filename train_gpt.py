@@ -297,7 +297,8 @@ class Config:
 NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_path audit resume "
               "tokenizer_path checkpoint_every rank_timeout_seconds max_quant_gap_bpb")
 
-# Where a published system counts steps to the recurrence, here stand shares of its steps.
+# Where a published system counts steps to the recurrence, here stand shares of its steps; what
+# else it counts in steps becomes shares by SCHEDULE_STEPS (README).
 PLAIN: dict = dict(sliding_window_enabled=True, val_tail=False, ttt_mode="sgd")
 PR1445 = PLAIN | dict(
     vocab_size=4096, ttt_enabled=False, residual="two_lane_drop", max_skips=5, ve_layers="9,10",
@@ -308,15 +309,15 @@ PERCENTILES = dict(matrix_clip_quantiles="0.999,0.9995,0.9999,0.99999,1",
                    embed_clip_quantiles="0.9999984")
 PR1453 = PLAIN | dict(
     vocab_size=1024, ttt_enabled=False, num_layers=3, model_dim=880, mlp_mult=3.0, rope_dims=0,
-    ln_scale=False, qk_gain_init=1.5, xsa_last_n=4, xsa_per_visit=True,
-    parallel_residual_start=-1, max_skips=0, num_value_embeds=2, cross_repeat=True,
-    num_loops=3, loop_start=0, loop_end=2, prog_depth="0.3:2,0.5:3,1:4",
-    matrix_init="uniform", train_seq_len=1024, train_batch_tokens=524_288, eval_seq_len=1024,
-    eval_stride=256, matrix_lr=0.018, scalar_lr=0.018, tied_embed_lr=0.021, muon_wd=0.04,
-    embed_wd=0.0, adam_wd=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
-    muon_momentum_warmup_steps=500, muon_row_normalize=False, train_order="sequential",
-    warmdown_iters=3000, averaging="swa", gptq_reserve_seconds=0.0, gptq_calibration_batches=0,
-    attn_qmax=63, mlp_qmax=16, embed_qmax=63, quantiser="nearest",
+    ln_scale=False, qk_gain_init=1.5, xsa_last_n=4, xsa_per_visit=True, parallel_residual_start=-1,
+    max_skips=0, num_value_embeds=2, cross_repeat=True, num_loops=3, loop_start=0, loop_end=2,
+    prog_depth="0.3:2,0.5:3,1:4", matrix_init="uniform", train_seq_len=1024,
+    train_batch_tokens=524_288, eval_seq_len=1024, eval_stride=256, matrix_lr=0.018,
+    scalar_lr=0.018, tied_embed_lr=0.021, muon_wd=0.04, embed_wd=0.0, adam_wd=0.0,
+    muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500,
+    muon_row_normalize=False, train_order="sequential", warmdown_iters=3000, averaging="swa",
+    gptq_reserve_seconds=0.0, gptq_calibration_batches=0, attn_qmax=63, mlp_qmax=16, embed_qmax=63,
+    quantiser="nearest",
     **dict.fromkeys(("matrix_clip_quantiles", "embed_clip_quantiles"),
                     "0.9999,0.99995,0.99999,0.999995,0.999999"), compressor="zstd")
 
@@ -327,8 +328,7 @@ PRESETS: dict[str, dict] = {
     "pr1471": PR1445 | dict(vocab_size=8192, enable_looping_at=2000 / 4968),
     "pr1395": PR1445 | PERCENTILES | dict(
         residual="two_lane_attn", loop_start=4, enable_looping_at=3000 / 5409, matrix_lr=0.02,
-        muon_wd=0.09, embed_wd=0.09, warmdown_frac=0.667, averaging="ema_warm",
-        ema_decay=0.997),
+        muon_wd=0.09, embed_wd=0.09, warmdown_frac=0.667, averaging="ema_warm", ema_decay=0.997),
     "pr1453": PR1453,
     "pr895": PR1453 | dict(
         model_dim=832, mlp_mult=2.0, num_loops=4, prog_depth="0.3:2,0.5:3,0.75:4,1:5",
@@ -943,14 +943,12 @@ class BlockWeights(NamedTuple):
     q_gain: Tensor  # H
     norm_scale: Tensor  # 0-D
 
-Term = tuple[Tensor, Tensor]  # a source and its weight (D)
-
 class Stream(NamedTuple):
     """What enters a block: the residual stream, the embedding, and what joins them there."""
     x: Tensor  # B, T, D
     x0: Tensor  # B, T, D
     skip: tuple[Tensor, ...] = ()  # (B, T, D), its weight (D), and the stream's share (D)
-    terms: tuple[Term, ...] = ()  # added to the stream; sources (B, T, D) or 0-D
+    terms: tuple[tuple[Tensor, Tensor], ...] = ()  # sources (B, T, D) or 0-D, weights (D)
     value: tuple[Tensor, ...] = ()  # (B, T, G*K) and its scale, for the values of attention
     lane: tuple[Tensor, ...] = ()  # (B, T, D), which the MLP reads and adds to instead
 
@@ -1079,8 +1077,8 @@ class GPT(nn.Module):
         L, D, V, ones, zeros = (
             config.num_layers, config.model_dim, config.vocab_size, torch.ones, torch.zeros)
         visits = max(len(plan.visits) for plan in depth_plans(config))
-        skips, extra = min(config.max_skips, visits // 2), config.num_value_embeds
-        ve = len(config.ve_blocks)
+        skips, extra, ve = (min(config.max_skips, visits // 2), config.num_value_embeds,
+                            len(config.ve_blocks))
         self.config, self.attend, self.dtype = config, attend, dtype
         self.embed = nn.Parameter(zeros(V, D))
         self.qkv = nn.Parameter(zeros(L, D + 2 * config.kv_dim, D))
@@ -1159,7 +1157,7 @@ class GPT(nn.Module):
         vectors = [p.unbind() for p in (self.resid_mix, self.q_gain, self.norm_scale)]
         return [BlockWeights(*parts) for parts in zip(*matrices, *vectors, strict=True)]
 
-    def values(self, ids_BT: Tensor) -> dict[int, Term]:
+    def values(self, ids_BT: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """What joins the values of attention, and its weight, by block."""
         if not self.config.ve_blocks:
             return {}
@@ -1188,13 +1186,13 @@ class GPT(nn.Module):
         sources += [F.embedding(ids_BT, table).to(x0) for table in self.rows("value_tables")]
         outputs: list[Tensor] = []
         lane: list[Tensor] = []
-        before: dict[int, Tensor] = {}
+        segment = config.loop_end + 1 - config.loop_start  # visits between two of a block
         for number, visit in enumerate(plan.visits):
             row, block, again = visit.skip_row, visit.block, visit.pass_number
             skip = (outputs[visit.skip_from], *(t[row] for t in skips)) if row >= 0 else ()
             terms = [*zip(sources, *scales[number:number + 1], strict=True)]
             if repeats and again:
-                terms.append((before[block], repeats[block][again - 1]))
+                terms.append((outputs[number - segment], repeats[block][again - 1]))
             if visit.residual.startswith("two"):
                 lane = lane or [x.view_as(x)]
             tap = functools.partial(adapter, number, block) if adapter else None
@@ -1202,7 +1200,6 @@ class GPT(nn.Module):
             stream = Stream(x.view_as(x), x0, skip, tuple(terms), values.get(block, ()),
                             tuple(lane))  # one tensor twice would be another graph
             x, *lane = runner(stream, weights[block], form, rotary, self.attend, tap)
-            before[block] = x
             outputs.append(x)
         for other in lane:
             x = other + self.get_parameter("lane_mix").to(x.dtype) * (x - other)
