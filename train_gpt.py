@@ -1997,13 +1997,16 @@ linecache.cache["<train_gpt>"] = len(s), None, s.splitlines(True), "<train_gpt>"
 exec(compile(s, "<train_gpt>", "exec"))
 """
 
+# The nodes of a syntax tree that hold a name, and where.
+NAMED = {ast.Name: "id", ast.arg: "arg", ast.FunctionDef: "name", ast.ClassDef: "name",
+         ast.ExceptHandler: "name", ast.alias: "name"}
+
 def strip_source(source: str) -> str:
-    """The same program without what only people read: comments, docstrings, annotations, names.
-    Config reads the types of its fields, kernels those of their arguments. Tests compare what the
+    """The same program without what only people read or only packing needs.
+    Config reads the types of its fields, kernels those of their constants. Tests compare what the
     packed and the plain program do.
     """
     tree, read = ast.parse(source), set[ast.AST]()
-    keywords = {n.arg or "" for n in ast.walk(tree) if isinstance(n, ast.keyword)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             node.body = node.body[bool(ast.get_docstring(node)):] or [ast.Pass()]
@@ -2013,32 +2016,54 @@ def strip_source(source: str) -> str:
             node.annotation = ast.Constant(0)
         if isinstance(node, ast.FunctionDef):
             node.returns = None
-            for argument in [*node.args.args, *node.args.kwonlyargs] * (not node.decorator_list):
-                argument.annotation = None
-        if isinstance(node, ast.Module | ast.ClassDef):
-            for function in (n for n in node.body if isinstance(n, ast.FunctionDef)):
-                shorten_names(function, keywords)
+        if isinstance(node, ast.arg) and ast.unparse(node).split(": ")[-1] != "tl.constexpr":
+            node.annotation = None
+    unused = {"pack_program"}  # it is packed already; then whatever nothing mentions any more
+    while unused:
+        tree.body = [n for n in tree.body if not unused & definitions(n)]
+        used = {*names_in(tree, read=True)}
+        unused = {name for n in tree.body if not used & (own := definitions(n)) for name in own}
+    shorten_names(tree)
     lines = [(line, line.lstrip(" ")) for line in ast.unparse(tree).split("\n")]
     return "".join(" " * ((len(line) - len(text)) // 4) + text + "\n" for line, text in lines)
 
-def shorten_names(function: ast.FunctionDef, keywords: set[str]) -> None:
-    """Gives what a function binds the shortest free names, but for what callers name."""
-    nodes = list(ast.walk(function))
-    names = [n for n in nodes if isinstance(n, ast.Name)]
-    own = [a for a in [*function.args.args, *function.args.kwonlyargs] if a.arg not in keywords]
-    kept = {n.arg for n in nodes if isinstance(n, ast.arg) and n not in own}
-    kept |= {n.name or "" for n in nodes
-             if isinstance(n, ast.FunctionDef | ast.ExceptHandler | ast.alias)}
-    kept |= {name for n in nodes if isinstance(n, ast.Nonlocal) for name in n.names}
-    bound = [n.id for n in names if isinstance(n.ctx, ast.Store)] + [a.arg for a in own]
-    counts = Counter(n.id for n in names if n.id in {*bound} - kept)
-    taken, letters = kept | {n.id for n in names} - counts.keys(), "abcdefghijklmnopqrstuvwxyz"
-    free = (a + b for b in ("", *"0123456789") for a in letters if a + b not in taken)
+def names_in(scope: ast.AST, *, read: bool) -> list[str]:
+    """The names that are read inside, or else those that are bound, as often as they are."""
+    return [getattr(n, NAMED[type(n)]) for n in ast.walk(scope)
+            if type(n) in NAMED and isinstance(getattr(n, "ctx", None), ast.Load) == read]
+
+def definitions(node: ast.stmt) -> set[str]:
+    """The names that a statement of the module gives to a function, a class or constants."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    return {*names_in(node, read=False)} if isinstance(node, ast.Assign | ast.AnnAssign) else set()
+
+def shorten_names(tree: ast.Module) -> None:
+    """Renames what functions bind, unless callers or inner functions name it, and definitions."""
+    keywords = {n.arg for n in ast.walk(tree) if isinstance(n, ast.keyword)}
+    bodies = [tree.body, *(n.body for n in tree.body if isinstance(n, ast.ClassDef))]
+    for function in (n for body in bodies for n in body if isinstance(n, ast.FunctionDef)):
+        given, nodes = function.args.args + function.args.kwonlyargs, list(ast.walk(function))
+        own = [a for a in given if a.arg not in keywords]
+        kept = {getattr(n, NAMED[type(n)]) for n in nodes
+                if type(n) in NAMED and not isinstance(n, ast.Name) and n not in own}
+        kept |= {name for n in nodes if isinstance(n, ast.Nonlocal) for name in n.names}
+        rename(function, {*names_in(function, read=False)} - kept, "abcdefghijklmnopqrstuvwxyz")
+    bound = Counter(names_in(tree, read=False))
+    rename(tree, {name for n in tree.body for name in definitions(n)
+                  if bound[name] == 1 and not name.endswith(("Config", "Error"))},
+           "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+def rename(scope: ast.AST, names: set[str], letters: str) -> None:
+    """Gives `names` the shortest that are free in a scope, the most frequent first."""
+    nodes = [(n, NAMED[type(n)]) for n in ast.walk(scope) if type(n) in NAMED]
+    counts = Counter(n.id for n, _ in nodes if isinstance(n, ast.Name) and n.id in names)
+    taken = {getattr(n, place) for n, place in nodes} - counts.keys()
+    free = (a + b for a in ("", *letters.upper()) for b in letters if a + b not in taken)
     short = dict(zip((name for name, _ in counts.most_common()), free, strict=False))
-    for name in names:
-        name.id = short.get(name.id, name.id)
-    for argument in own:
-        argument.arg = short.get(argument.arg, argument.arg)
+    for node, place in nodes:
+        name = getattr(node, place)
+        setattr(node, place, short.get(name, name))
 
 def pack_program(source: str) -> bytes:
     """A zip that Python runs like the script. Equal sources give equal bytes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ def order(tmp_path: Path, **changes: object) -> record.Order:
         "My run", "non_record", WORDS, (42, 314, 999), tmp_path / "records", REQUIREMENTS
     )
     return base._replace(**changes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def synthetic_packer() -> Iterator[None]:
+    """Synthetic programs are packed in a form of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record, "pack_stripped", synthetic.pack_program)
+        yield
 
 
 @pytest.fixture(scope="module")

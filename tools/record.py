@@ -432,6 +432,7 @@ def write_json(path: Path, content: Mapping[str, Json]) -> None:
 def packed_program(runs: Sequence[Run]) -> bytes:
     """The packed program of the runs, made by the packer of the source that stands in their logs.
 
+    A source that ran packed has no packer any more: this repository's writes its archive again.
     Raises: RecordError if a log carries no source, the sources do not all pack to the hash that was
     logged, or no run was started from the packed file.
     """
@@ -442,21 +443,29 @@ def packed_program(runs: Sequence[Run]) -> bytes:
         source = source_in_log(text, wanted) if text else None
         if source is None:
             raise RecordError(f"{run.run_id}: no program text with sha256 {wanted[:12]} in the log")
+        stripped = evidence.is_stripped(source)  # a packed program carries no comments
         if source not in made:
-            made[source] = pack_source(source, run)
+            made[source] = pack_stripped(source) if stripped else pack_source(source, run)
         mine = made[source]
         here, logged = hashlib.sha256(mine).hexdigest(), required_text(run, "packed_sha256")
         if here != logged:
             raise RecordError(
                 f"{run.run_id}: its source packs to sha256 {here[:12]}, the log says {logged[:12]}"
             )
-        ran_packed |= evidence.is_stripped(source)  # a packed program carries no comments
+        ran_packed |= stripped
     if not ran_packed:
         raise RecordError(
             "no run used the packed program: python train_gpt.py pack packed/train_gpt.py, "
             "then run that file for one of the seeds"
         )
     return next(iter(made.values()))
+
+
+def pack_stripped(source: str) -> bytes:
+    """The packed program around a source that came out of one; packing it again changes nothing."""
+    from train_gpt import pack_program
+
+    return pack_program(source)
 
 
 def pack_source(source: str, run: Run) -> bytes:
