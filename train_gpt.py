@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import difflib
 import functools
 import hashlib
@@ -180,6 +181,7 @@ class Config:
     eval_stride: int = within(64, 1, 1 << 20)
     val_batch_tokens: int = within(524_288, 8, 1 << 23)  # eight ranks' share of a forward pass
     sliding_window_enabled: bool = False
+    mixer: Literal["off", "legal", "hedge1453"] = "off"  # beside the model's distribution
     val_tail: bool = True  # 0: without the tail that fills no sequence, as the published runs
     max_eval_seconds: float = within(600.0, 1, 1e7)
     # Test-time training
@@ -997,11 +999,14 @@ class GPT(nn.Module):
         """Nats of all targets, float32 (B, T)."""
         return self.nats(self.hidden(ids_BT, plan, adapter), target_BT, adapter)
 
+    def logits(self, x_BTD: Tensor, adapter: Adapter | None = None) -> Tensor:
+        """Logits (N, V) before their soft cap, given hidden states."""
+        tap = functools.partial(adapter, -1, -1) if adapter else None
+        return linear(x_BTD, self.embed.to(self.dtype), "head", tap).flatten(0, 1)
+
     def nats(self, x_BTD: Tensor, target_BT: Tensor, adapter: Adapter | None = None) -> Tensor:
         """Nats of targets, float32 (B, T), given the hidden states that predict them."""
-        tap = functools.partial(adapter, -1, -1) if adapter else None
-        logits_NV = linear(x_BTD, self.embed.to(self.dtype), "head", tap).flatten(0, 1)
-        target_N = target_BT.flatten().long()
+        logits_NV, target_N = self.logits(x_BTD, adapter), target_BT.flatten().long()
         return fused_nll(logits_NV, target_N, self.config.logit_softcap).view(target_BT.shape)
 
 def block_form(config: Config, block: int) -> BlockForm:
@@ -2104,28 +2109,30 @@ class Windows(NamedTuple):
     def targets(self) -> np.ndarray:
         return np.concatenate(list(map(np.arange, self.first_scored, self.stops)))
 
-    def scores(self, nats_BS: Tensor) -> Tensor:
-        """The nats of `targets`, from those of the positions from the first scored ones on."""
-        counts = (self.stops - self.first_scored)[:, None]
-        kept = np.flatnonzero(np.arange(nats_BS.shape[1]) < counts)
-        return nats_BS.flatten()[torch.from_numpy(kept).to(nats_BS.device, non_blocking=True)]
+    def scores(self, nats_KBS: Tensor) -> Tensor:
+        """Those (K, N) of `targets`, given the positions from the first scored ones on."""
+        counts, device = (self.stops - self.first_scored)[:, None], nats_KBS.device
+        kept = torch.from_numpy(np.flatnonzero(np.arange(nats_KBS.shape[-1]) < counts))
+        return nats_KBS.flatten(-2)[..., kept.to(device, non_blocking=True)]
 
 class ScoreLedger:
     """Every target's score, taken exactly once; nothing is released before it is scored."""
-    def __init__(self, stream: ValStream, world: World, by_document: bool = False) -> None:
+    def __init__(self, stream: ValStream, world: World, by_document: bool = False,
+                 views: int = 0) -> None:
         self.stream, self.world, self.by_document = stream, world, by_document
         self.begin, self.num_commits, self.num_releases = time.perf_counter(), 0, 0
         self.scored = np.zeros(stream.num_targets, dtype=np.uint8)  # how often, by this rank
-        self.nats = torch.zeros(stream.num_targets, device=world.device)
+        self.kept = torch.zeros(1 + views, stream.num_targets, device=world.device)
+        self.nats = self.kept[0]  # what counts; the views are for a mixture
 
-    def commit(self, windows: Windows, nats_BS: Tensor) -> None:
+    def commit(self, windows: Windows, nats_KBS: Tensor) -> None:
         """Takes the scores of some windows. Raises: LegalityError if a target had one."""
         targets = windows.targets()
         np.add.at(self.scored, targets, 1)
         if (self.scored[targets] > 1).any():
             raise LegalityError(f"a target of {targets.min()} to {targets.max()} was scored before")
         place = torch.from_numpy(targets).to(self.nats.device, non_blocking=True)
-        self.nats[place] = windows.scores(nats_BS.detach())
+        self.kept[:, place] = windows.scores(nats_KBS.detach())
         self.num_commits += 1
 
     def released(self, first: int, last: int) -> np.ndarray:
@@ -2149,21 +2156,22 @@ class ScoreLedger:
     def save(self, path: Path) -> None:
         buffer, place = io.BytesIO(), np.flatnonzero(self.scored)
         seconds = time.perf_counter() - self.begin
-        np.savez(buffer, place=place, nats=self.nats.cpu().numpy()[place], seconds=seconds)
+        np.savez(buffer, place=place, kept=self.kept.cpu().numpy()[:, place], seconds=seconds)
         write_atomically(path, buffer.getvalue())
 
     def resume(self, path: Path) -> float:
         """Takes over the scores in a file, and their time, which it returns."""
         with np.load(path) as saved:
             place, seconds = saved["place"], float(saved["seconds"])
-            self.nats[torch.from_numpy(place)] = torch.from_numpy(saved["nats"]).to(self.nats)
+            self.kept[:, torch.from_numpy(place)] = torch.from_numpy(saved["kept"]).to(self.kept)
         self.scored[place], self.begin = 1, self.begin - seconds
         return seconds
 
     def total_nats(self) -> float:
-        """Sum over all targets and ranks, in float64. Raises: LegalityError if one is missing."""
+        """Sum over all targets, in float64; every rank's scores are on all ranks from then on.
+        Raises: LegalityError if one is missing."""
         self.released(0, self.scored.size)
-        return float(self.world.sum_(self.nats.double().sum()))
+        return float(self.world.sum_(self.kept)[0].double().sum())
 
 def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
     """Windows every `stride` targets; the first scores all of its own, the others the last ones.
@@ -2186,7 +2194,12 @@ class Scorer:
         self.audit = audit
         self.tokens = torch.from_numpy(stream.tokens).to(world.device)
         self.earlier_seconds = 0.0  # of an evaluation that was interrupted and went on
+        self.views = 0  # how many further facts of each score a mixture will want
+        self.last: ScoreLedger | None = None  # of the last evaluation, complete
         self.rows = model.config.eval_rows  # windows of a batch, fewer where memory was short
+
+    def open_ledger(self, by_document: bool = False) -> ScoreLedger:
+        return ScoreLedger(self.stream, self.world, by_document, self.views)
 
     @torch.no_grad()
     def score(self, windows: Windows, ledger: ScoreLedger) -> None:
@@ -2205,18 +2218,33 @@ class Scorer:
         starts = torch.from_numpy(np.resize(windows.starts, (shape[0], 1)))
         index = starts.to(device, non_blocking=True) + torch.arange(shape[1] + 1, device=device)
         rows = self.tokens[index.clamp_(max=self.stream.num_targets)]
-        nats_BS = self.nats(rows, windows.skip, adapter)
+        nats_KBS = self.nats(rows, windows.skip, adapter)
         if self.audit:
-            self.audit.observe(self, ledger, windows, rows, nats_BS, adapter)
-        return nats_BS
+            self.audit.observe(self, ledger, windows, rows, nats_KBS, adapter)
+        return nats_KBS
 
     def nats(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
-        return self.model.nats(self.states(rows, skip, adapter), rows[:, 1 + skip:], adapter)
+        return self.judge(self.states(rows, skip, adapter), rows[:, 1 + skip:], adapter)
+
+    def judge(self, x_BSD: Tensor, target_BS: Tensor, adapter: LowRank | None) -> Tensor:
+        """Nats of targets; for a mixture, those of tempered copies and the entropy: (K, B, S)."""
+        cap, target_N = self.model.config.logit_softcap, target_BS.flatten().long()
+        logits_NV = self.model.logits(x_BSD, adapter)
+        found = [fused_nll(logits_NV, target_N, cap)]
+        if self.views:
+            with torch.no_grad():
+                capped_NV = cap * torch.tanh(logits_NV.float() / cap)
+                found += [F.cross_entropy(capped_NV * factor, target_N, reduction="none")
+                          for factor in TEMPERED]
+                log_NV = capped_NV.log_softmax(1)
+                found.append(-(log_NV.exp() * log_NV).sum(1))
+        return torch.stack(found).view(-1, *target_BS.shape)
 
     def states(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
         runner = adapter.run_block if adapter else None
         return self.model.hidden(rows[:, :-1], self.plan, adapter, runner)[:, skip:]
 
+TEMPERED = 1.1, 0.9  # factors of logits
 AUDIT_EVERY = 100  # batches, from the first on: what keeps the overhead at a few percent
 AUDIT_TOLERANCE = 1e-4  # nats, or probability
 CONDITIONS = "c1_causal", "c2_normalised", "c3_score_first", "c4_single_pass", "documents_isolated"
@@ -2227,6 +2255,7 @@ class Audit:
         self.generator = torch.Generator().manual_seed(seed)
         self.checked, self.worst = torch.zeros(2, len(CONDITIONS), dtype=torch.float64)
         self.state: tuple[int, list[int]] = 0, []
+        self.rows: dict[int, np.ndarray] = {}  # by target, what was sampled of every token, K, V
 
     def note(self, condition: str, checked: int, violation: float | Tensor) -> None:
         index = CONDITIONS.index(condition)
@@ -2234,7 +2263,7 @@ class Audit:
         self.worst[index] = self.worst[index].maximum(torch.as_tensor(violation).cpu())
 
     def observe(self, scorer: Scorer, ledger: ScoreLedger, windows: Windows, rows: Tensor,
-                nats_BS: Tensor, adapter: LowRank | None) -> None:
+                nats_KBS: Tensor, adapter: LowRank | None) -> None:
         """Looks at scores that are not committed yet: weights move only after a release."""
         weights = adapter.parameters if adapter else scorer.model.parameters()
         before, self.state = self.state, (ledger.num_releases, [p._version for p in weights])
@@ -2248,25 +2277,45 @@ class Audit:
             inside -= np.searchsorted(starts, windows.starts, "right")
             self.note("documents_isolated", len(inside), float(stale or inside.max() > 0))
         if ledger.num_commits % AUDIT_EVERY == 0:
-            self.sample(scorer, windows, rows, nats_BS, adapter)
+            self.sample(scorer, windows, rows, nats_KBS, adapter)
 
     @torch.no_grad()
-    def sample(self, scorer: Scorer, windows: Windows, rows: Tensor, nats_BS: Tensor,
+    def sample(self, scorer: Scorer, windows: Windows, rows: Tensor, nats_KBS: Tensor,
                adapter: LowRank | None) -> None:
         """Scores up to a drawn target again, with it, all that follows and other rows replaced."""
         model, skip, counts = scorer.model, windows.skip, windows.stops - windows.first_scored
         drawn = int(torch.randint(int(counts.max()), (), generator=self.generator))
         altered = torch.randint(len(model.embed), rows.shape, generator=self.generator).to(rows)
         altered[::2, :skip + drawn + 1] = rows[::2, :skip + drawn + 1]
-        with torch.set_grad_enabled(nats_BS.requires_grad):  # the graph that scored
+        with torch.set_grad_enabled(nats_KBS.requires_grad):  # the graph that scored
             x_BSD = scorer.states(altered, skip, adapter).detach()
-        gap = (model.nats(x_BSD, rows[:, 1 + skip:], adapter) - nats_BS)[:len(counts):2, :drawn + 1]
-        self.note("c1_causal", gap.numel(), gap.abs().max())
-        mass_B = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-        for ids in torch.arange(len(model.embed)).to(rows).split(64):
-            x_BKD = x_BSD[:, drawn:drawn + 1].expand(-1, len(ids), -1)
-            mass_B += (-model.nats(x_BKD, ids.expand(len(rows), -1), adapter).double()).exp().sum(1)
-        self.note("c2_normalised", len(rows), (mass_B - 1).abs().max())
+        gap = scorer.judge(x_BSD, rows[:, 1 + skip:], adapter) - nats_KBS
+        gap = gap[:, :len(counts):2, :drawn + 1]
+        self.note("c1_causal", gap[0].numel(), gap.abs().max())
+        row_KBV = torch.cat([scorer.judge(
+            x_BSD[:, drawn:drawn + 1].expand(-1, len(ids), -1), ids.expand(len(rows), -1), adapter)
+            for ids in torch.arange(len(model.embed)).to(rows).split(64)], dim=2)
+        mass_KB = (-row_KBV[:1 + len(TEMPERED)].double()).exp().sum(2)
+        self.note("c2_normalised", len(rows), (mass_KB - 1).abs().max())
+        if scorer.views and drawn < counts[0]:
+            self.rows[int(windows.first_scored[0]) + drawn] = row_KBV[:, 0].cpu().numpy()
+
+    def replay(self, scorer: Scorer, kept_KT: np.ndarray, ledger: ScoreLedger,
+               rows: dict[int, np.ndarray]) -> None:
+        """Mixes the first chunks again, and with a drawn target and all that follows replaced."""
+        for row_V in rows.values():
+            self.note("c2_normalised", 1, abs(np.exp(-row_V).sum() - 1))
+        stream, vocab_size = scorer.stream, scorer.model.config.vocab_size
+        stop, altered = min(2 * MIX_CHUNK, stream.num_targets), copy.copy(stream)
+        drawn = int(torch.randint(stop, (), generator=self.generator))
+        altered.tokens = stream.tokens.copy()
+        altered.tokens[drawn + 1:] = torch.randint(
+            vocab_size, (stream.num_targets - drawn,), generator=self.generator).numpy()
+        probe = {drawn: np.full((len(kept_KT), vocab_size), math.log(vocab_size))}
+        same, other = (mix(s, kept_KT, stop, probe) for s in (stream, altered))
+        moved = (same[0].nats != other[0].nats) | (same[0].nats != ledger.nats)
+        self.note("c1_causal", drawn, moved[:drawn].any())
+        self.note("c3_score_first", 1, float((same[1][drawn] != other[1][drawn]).any()))
 
     def report(self, world: World) -> dict[str, dict[str, object]]:
         """Of every condition that any rank checked: whether it held, how often, the worst case."""
@@ -2283,13 +2332,13 @@ class Score(NamedTuple):
 
 def evaluate(scorer: Scorer, windows: Windows, by_document: bool = False) -> Score:
     """The score of a fixed model on all windows."""
-    ledger = ScoreLedger(scorer.stream, scorer.world, by_document)
+    ledger = scorer.open_ledger(by_document)
     scorer.score(windows, ledger)
     return finish_score(scorer, ledger)
 
 def finish_score(scorer: Scorer, ledger: ScoreLedger) -> Score:
     """The score of a complete ledger."""
-    nats, stream = ledger.total_nats(), ledger.stream
+    nats, stream, scorer.last = ledger.total_nats(), ledger.stream, ledger
     if scorer.audit and scorer.world.is_main:  # an incomplete or repeated score has raised
         scorer.audit.note("c4_single_pass", stream.num_targets, 0.0)
     return Score(nats / stream.num_targets, nats / math.log(2) / stream.num_bytes,
@@ -2340,7 +2389,7 @@ class ChunkLearner:
 
 def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     """The score of a model that learns, along a cosine, from every chunk but the last."""
-    ledger, learner = ScoreLedger(scorer.stream, scorer.world), ChunkLearner(scorer)
+    ledger, learner = scorer.open_ledger(), ChunkLearner(scorer)
     num_targets, size = scorer.stream.num_targets, learner.config.ttt_chunk_tokens
     last_chunk = (num_targets - 1) // size
     for chunk in range(last_chunk + 1):
@@ -2436,7 +2485,7 @@ def evaluate_documents(scorer: Scorer, prefix: str = "") -> Score:
     """The score when adapters of its own learn from each document, chunk by chunk.
     What files with a `prefix` hold of an interrupted evaluation by as many ranks is kept."""
     stream, world, adapters = scorer.stream, scorer.world, LowRank(scorer.model, scorer.plan)
-    ledger, rows = ScoreLedger(stream, world, by_document=True), adapters.config.ttt_batch_size
+    ledger, rows = scorer.open_ledger(by_document=True), adapters.config.ttt_batch_size
     path = Path(f"{prefix}_{world.rank}_of_{world.size}.npz")
     if prefix and path.is_file():
         scorer.earlier_seconds = ledger.resume(path)
@@ -2479,6 +2528,103 @@ def project_documents(scorer: Scorer) -> float:
     costs = [np.interp([width for _, width in passes], widths, list(seconds.values())).sum()
              for passes in groups]
     return float(np.bincount(share_out(costs, RECORD_RANKS), costs).max())
+
+MIX_CHUNK = 8192  # targets that a mixture scores before it learns from them
+MIX_ORDERS = 2, 3, 5  # tokens of context of an n-gram row
+MIX_ROWS = 1 << 24  # of all orders together; a new context may take an old one's place
+MIX_FLOOR = 5e-6  # least share of what stands beside the neural distribution
+ENTROPIES = 0.05, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0  # nats: bounds of the classes of weights
+RUNS = 1, 2, 4  # likewise, of how often the last token after a context came in a row
+
+class Mixed(NamedTuple):
+    """Scores of a mixture, and what to learn from once they are final."""
+    nats: np.ndarray  # N
+    neural: np.ndarray
+    place: np.ndarray  # O, N: of the n-gram row of every order
+    cell: np.ndarray  # O, N, 4: that row: check of the context, token, its run, 0 if unknown
+    kind: np.ndarray  # N: class of weights
+    credit: np.ndarray  # E, N: share of each expert in the chance of the target
+
+class Mixture:
+    """The neural distribution, tempered copies of it, and what followed the same context before.
+    Every expert is a whole distribution whose weight is set before the target is known, so the
+    mixture sums to one. An n-gram row counts the last token after a context as often as it came in
+    a row; the rest of it is the next shorter context's row, in the end the neural distribution."""
+    def __init__(self) -> None:
+        num_classes = (1 + len(MIX_ORDERS) * len(RUNS)) * (1 + len(ENTROPIES))
+        self.cells = np.zeros((MIX_ROWS, 4), np.uint16)
+        self.credit = np.full((1 + len(TEMPERED) + len(MIX_ORDERS), num_classes), 0.2)
+        self.credit[0] = 20.0
+        self.gain, self.share = 0.0, MIX_FLOOR  # nats won so far, and what they allow to stake
+
+    def score(self, context_NC: np.ndarray, target_N: np.ndarray, kept_KN: np.ndarray) -> Mixed:
+        """Scores of targets after a context, given what the neural distribution says of them."""
+        place_ON, check_ON = hash_contexts(context_NC)
+        cell_ONF = self.cells.take(place_ON, axis=0)
+        cell_ONF[..., 2] *= cell_ONF[..., 0] == check_ON
+        cell_ONF[..., 0] = check_ON
+        experts = list(np.exp(-kept_KN[:-1].astype(np.float64)))
+        level_N, row_N = np.zeros(len(target_N), np.int64), experts[0]
+        for order, (token_N, run_N) in enumerate(np.moveaxis(cell_ONF[..., 1:3], 2, 1)):
+            row_N = (run_N * (token_N == target_N) + 0.5 * row_N) / (run_N + 0.5)
+            experts.append(row_N)
+            step_N = np.searchsorted(RUNS, run_N, side="right")
+            level_N = np.where(run_N, order * len(RUNS) + step_N, level_N)
+        kind_N = level_N * (1 + len(ENTROPIES)) + np.searchsorted(ENTROPIES, kept_KN[-1])
+        parts_EN = (self.credit / self.credit.sum(axis=0))[:, kind_N] * experts
+        chance_N = parts_EN.sum(axis=0)
+        nats_N = -np.log((1 - self.share) * experts[0] + self.share * chance_N)
+        return Mixed(nats_N, kept_KN[0], place_ON, cell_ONF, kind_N, parts_EN / chance_N)
+
+    def learn(self, tokens: np.ndarray, found: Mixed) -> None:
+        """Takes up released tokens. What is staked on the next chunk was won before it."""
+        run_ON = found.cell[..., 2] * (found.cell[..., 1] == tokens[1:])
+        found.cell[..., 1], found.cell[..., 2] = tokens[1:], np.minimum(run_ON, 999) + 1
+        self.cells[found.place] = found.cell  # of equal places the last one stays
+        for credit, credit_N in zip(self.credit, found.credit, strict=True):
+            credit += np.bincount(found.kind, credit_N, len(credit))
+        self.gain += float((found.neural - found.nats).sum())
+        self.share = max(MIX_FLOOR, -math.expm1(-max(self.gain, 0.0) / MIX_CHUNK))
+
+def hash_contexts(context_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For the contexts of every order, the place of their row, and 16 bits that tell them apart."""
+    state_N, found = np.zeros(len(context_NC), np.uint64), []
+    for order in range(1, MIX_ORDERS[-1] + 1):
+        state_N = (state_N + context_NC[:, -order] + 1) * 0x9E3779B97F4A7C15
+        state_N ^= state_N >> 29
+        if order in MIX_ORDERS:
+            found.append(state_N)
+    return np.stack(found) % MIX_ROWS, (np.stack(found) >> 48).astype(np.uint16)
+
+def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.ndarray]
+        ) -> tuple[ScoreLedger, dict[int, np.ndarray]]:
+    """A ledger of the targets before `stop`, mixed in order, and every token's nats where probed.
+    All ranks do the same, so that there is one result for any number of them."""
+    ledger, mixture, longest = ScoreLedger(stream, World()), Mixture(), MIX_ORDERS[-1]
+    padded, rows = np.pad(stream.tokens, (longest - 1, 0)).astype(np.uint64), {}
+    contexts = np.lib.stride_tricks.sliding_window_view(padded, longest)
+    for first in range(0, stop, MIX_CHUNK):
+        last = min(first + MIX_CHUNK, stop)
+        found = mixture.score(contexts[first:last], stream.tokens[first + 1:last + 1],
+                              kept_KT[:, first:last])  # 1. predict
+        for target, row_KV in probes.items():
+            if first <= target < last:
+                ids = np.arange(row_KV.shape[1])
+                rows[target] = mixture.score(contexts[target + 0 * ids], ids, row_KV).nats
+        whole = Windows(*np.array([[first], [first], [last]]))
+        ledger.commit(whole, torch.from_numpy(found.nats)[None].float())  # 2. final
+        mixture.learn(ledger.released(first, last), found)  # 3. learn from final tokens only
+    return ledger, rows
+
+def evaluate_mixture(scorer: Scorer) -> Score:
+    """The score of a mixture on top of the last evaluation."""
+    source, audit = scorer.last, scorer.audit
+    assert source
+    kept_KT, stream = source.kept.cpu().numpy(), scorer.stream
+    ledger, rows = mix(stream, kept_KT, stream.num_targets, audit.rows if audit else {})
+    if audit:
+        audit.replay(scorer, kept_KT, ledger, rows)
+    return finish_score(scorer, ledger)
 
 # ==================================================================================================
 # 11  Main
@@ -2597,6 +2743,26 @@ def train_to_artifact(setup: Setup, path: Path) -> None:
     log_score(log, "averaged", "pre-quantization post-ema", score(plan))
     log.write_result("partial", "evaluating")
 
+def score_fixed(setup: Setup, scorer: Scorer, key: str, label: str, windows: Windows) -> Score:
+    """The logged score of the model as it is. Raises: TrainingError if quantisation lost much."""
+    config, _, log, *_ = setup
+    while True:
+        try:
+            score = evaluate(scorer, windows, key == "documents")
+            break
+        except torch.OutOfMemoryError:
+            require(scorer.rows > 1, "eval_seq_len", config.eval_seq_len, "shorter: memory is full")
+            scorer.rows //= 2
+            log.warn(f"out of memory: batches of {scorer.rows} windows from here on")
+    log_score(log, key, label, score)
+    if key == "quantised" and "averaged" in log.result["bpb"]:
+        gap = score.bits - log.result["bpb"]["averaged"]
+        log.put("quantisation", gap_bpb=gap)
+        if not gap <= config.max_quant_gap_bpb:
+            raise TrainingError(f"quantisation lost {gap:.4f} BPB, over MAX_QUANT_GAP_BPB; "
+                                f"{log.folder} keeps the weights")
+    return score
+
 def evaluate_artifact(setup: Setup, path: Path) -> None:
     """Scores what the file at `path` stands for; the last evaluation is the headline."""
     config, world, log, attend, val, _ = setup
@@ -2612,22 +2778,11 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         plans += [("sliding", "quantized_sliding_window", sliding)]
     if by_document:
         plans += [("documents", "quantized_documents", document_windows(val, seq_len, stride))]
-    for headline, label, windows in plans:
-        while True:
-            try:
-                score = evaluate(scorer, windows, headline == "documents")
-                break
-            except torch.OutOfMemoryError:
-                require(scorer.rows > 1, "eval_seq_len", seq_len, "shorter: memory is full")
-                scorer.rows //= 2
-                log.warn(f"out of memory: batches of {scorer.rows} windows from here on")
-        log_score(log, headline, label, score)
-        if headline == "quantised" and "averaged" in log.result["bpb"]:
-            gap = score.bits - log.result["bpb"]["averaged"]
-            log.put("quantisation", gap_bpb=gap)
-            if not gap <= config.max_quant_gap_bpb:
-                raise TrainingError(f"quantisation lost {gap:.4f} BPB, over MAX_QUANT_GAP_BPB; "
-                                    f"{log.folder} keeps the weights")
+    views = (1 + len(TEMPERED)) * (config.mixer != "off")
+    for number, (headline, label, windows) in enumerate(plans, 1 - config.ttt_enabled):
+        scorer.views = views * (number == len(plans))  # of the headline only
+        score = score_fixed(setup, scorer, headline, label, windows)
+    scorer.views = views
     full = project_documents(scorer) if by_document and config.ttt_enabled else 0.0
     if config.ttt_enabled:
         headline = f"ttt_{config.ttt_mode}"
@@ -2637,6 +2792,11 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
                  else evaluate_adapting(scorer, sliding))
         log_score(log, headline, "quantized_ttt", score)
     full = full or score.seconds * OFFICIAL_VAL_TARGETS / RECORD_RANKS * world.size / targets
+    if config.mixer == "legal":
+        mixed, headline = evaluate_mixture(scorer), "mixer"
+        log_score(log, headline, "quantized_mixture", mixed)
+        score = mixed._replace(seconds=score.seconds + mixed.seconds)
+        full += mixed.seconds * OFFICIAL_VAL_TARGETS / targets
     # The strict clock runs from opening the file on, the lenient one in the headline alone.
     strict = time.perf_counter() - begin + scorer.earlier_seconds
     log.put("clocks", eval_seconds_strict=strict, eval_seconds_lenient=score.seconds,
