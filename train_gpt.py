@@ -171,9 +171,9 @@ class Config:
     embed_clip_sigmas: float = within(20.0, 0.5, 1000)
     gptq_calibration_batches: int = within(64, 1, 10**7)  # of micro_batch_tokens, all ranks
     max_quant_gap_bpb: float = within(0.05, 0, 100)  # a larger loss by quantisation is no result
-    gptq_damp: float = within(0.01, 1e-6, 1)  # of the mean Hessian diagonal
-    quantiser: Literal["gptq", "rate"] = "gptq"  # clips as given, or steps by their effect per bit
-    compressor: Literal["brotli", "ans"] = "brotli"
+    gptq_damp: float = within(0.03, 1e-6, 1)  # of the mean Hessian diagonal
+    quantiser: Literal["gptq", "rate"] = "rate"  # clips as given, or steps by their effect per bit
+    compressor: Literal["brotli", "ans"] = "ans"
     fit: bool = True  # one factor on all steps fits the artifact to its cap
     artifact_cap_bytes: int = within(16_000_000, 1000, 10**12)  # packed program and model file
     # Evaluation
@@ -268,7 +268,8 @@ NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_
 
 PRESETS: dict[str, dict] = {
     "record": {},
-    "pr1493": dict(sliding_window_enabled=True, val_tail=False, ttt_mode="sgd"),
+    "pr1493": dict(quantiser="gptq", compressor="brotli", gptq_damp=0.01, val_tail=False,
+                   sliding_window_enabled=True, ttt_mode="sgd"),
     # The same program at laptop size: two CPU cores, about two minutes.
     "demo": dict(
         data_path="data/datasets/demo_sp1024", tokenizer_path="data/tokenizers/demo_1024_bpe.model",
@@ -1670,7 +1671,7 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
             weights.append(w_RC.T[order_C])
             factors.append(factor_CC / column_C[order_C])
         if own:
-            solved = gptq(torch.stack(weights), torch.stack(factors), most, 0.04 * balanced)
+            solved = gptq(torch.stack(weights), torch.stack(factors), most, 0.02 * balanced)
             for block, q_CR in zip(own, solved, strict=True):
                 levels[block][:, known[hessian_name(name, block)][0]] = q_CR.T.to(torch.int8)
         integers[name] = world.sum_(levels).view(stack.shape).cpu()
