@@ -194,6 +194,7 @@ LABELS = {
     "quantised": "quantized",
     "sliding": "quantized_sliding_window",
     "ttt_sgd": "quantized_ttt",
+    "ttt_documents": "quantized_ttt",
 }
 
 

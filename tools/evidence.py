@@ -32,6 +32,7 @@ from tools.runs import (
     read_events,
     read_json,
     read_text,
+    same_score,
     sha256_of,
     source_in_log,
 )
@@ -754,13 +755,11 @@ def _other_files(run: Run) -> Iterator[str]:
         if kind not in run.files:
             yield f"no {kind} log beside the result file"
             continue
-        other = reader(run.files[kind])
-        for item in other.evaluations:
-            mine = run.evaluation(item.name)
-            known = mine is not None and mine.bpb is not None and item.bpb is not None
-            if mine is None or (known and abs((mine.bpb or 0) - (item.bpb or 0)) > 6e-9):
-                theirs = "absent" if mine is None else mine.bpb
-                yield f"bpb.{item.name} is {theirs}, the {kind} log says {item.bpb}"
+        for item in reader(run.files[kind]).evaluations:
+            if not any(same_score(item, mine) for mine in run.evaluations):
+                named = run.evaluation(item.name)
+                mine = "absent" if named is None else named.bpb
+                yield f"bpb.{item.name} is {mine}, the {kind} log says {item.bpb}"
 
 
 def _check_artifacts(folder: Folder, artifacts: Sequence[Path]) -> Iterator[Finding]:

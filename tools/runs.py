@@ -21,7 +21,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -443,12 +443,37 @@ EVENT_HANDLERS: dict[str, Callable[[Run, dict[str, Json]], None]] = {
 }
 
 
+def same_score(one: Evaluation, other: Evaluation) -> bool:
+    """Whether two readings hold one score, as far as a text log prints it."""
+    if one.bpb is None or other.bpb is None or one.loss is None or other.loss is None:
+        return False
+    return abs(one.bpb - other.bpb) < 6e-9 and abs(one.loss - other.loss) < 6e-9
+
+
+def _with_names_of(run: Run, evaluations: Sequence[Evaluation]) -> Run:
+    """The run, its evaluations called as those with the same scores are called."""
+    names = {
+        item.name: twin.name for item in run.evaluations
+        for twin in evaluations if same_score(item, twin)
+    }
+    facts = dict(run.facts)
+    for key in ("bpb", "nats"):
+        if key in facts:
+            facts[key] = {names.get(name, name): value for name, value in run.table(key).items()}
+    if run.headline in names:
+        facts["headline"] = names[run.headline]
+    renamed = [item._replace(name=names.get(item.name, item.name)) for item in run.evaluations]
+    return replace(run, facts=facts, evaluations=renamed)
+
+
 def combine(base: Run, over: Run) -> Run:
     """One run of two readings of the same run; `over` is the more trusted.
 
-    Series are taken whole from `over` where it has them. Evaluations are matched by name: the more
-    trusted score is kept and gets the other's seconds.
+    Series are taken whole from `over` where it has them. Evaluations are matched by score, for the
+    text log calls all test-time training alike, then by name: the more trusted one is kept and gets
+    the other's seconds.
     """
+    base = _with_names_of(base, over.evaluations)
     seconds = {item.name: item.seconds for item in base.evaluations}
     mine = [
         item if item.seconds is not None else item._replace(seconds=seconds.get(item.name))
