@@ -160,7 +160,7 @@ def test_sweep_runs_everything_once_and_a_repeat_runs_nothing(
     assert "4 already settled" in capsys.readouterr().out
 
     assert run(trainer, "--seeds", "1,2,3", "--set", "MATRIX_LR=.01,.02") == 0
-    assert len(ledger(trainer)) == len(rows) + 4
+    assert len(ledger(trainer)) == len(rows) + 5  # the plan, two starts and two ends
 
 
 def test_a_lost_result_is_run_again_under_a_new_id(trainer: Path) -> None:

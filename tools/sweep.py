@@ -8,10 +8,10 @@
     AUDIT=1 python tools/sweep.py --packed --seeds 42,314,999 --out runs/sweeps/mine    for a record
 
 Every combination of seeds and settings becomes one run in its own folder `<out>/<label>/`.
-`<out>/ledger.jsonl` gets one line when a run starts and one when it ends; repeating the command
-skips what is complete and runs the rest. Every setting is passed to the child by name and read back
-from its log and result: a run that did not use what it was given is stopped and reported, never
-averaged. `--reference` ends runs that fall behind a finished run's loss at the same step.
+`<out>/ledger.jsonl` gets the plan, one line when a run starts and one when it ends; repeating the
+command skips what is complete and runs the rest. Every setting is passed to the child by name and
+read back from its log and result: a run that did not use what it was given is stopped and reported,
+never averaged. `--reference` ends runs that fall behind a finished run's loss at the same step.
 `--packed` runs the packed program, the one whose bytes count; `record.py make` takes the folder.
 
 Exit status: 0 all runs complete or stopped early, 1 a run failed, 2 bad arguments, 3 a setting did
@@ -377,6 +377,25 @@ class Ledger:
         """The last recorded end of a run."""
         ends = [row for row in self.rows if row.get("key") == key and row.get("event") == "end"]
         return ends[-1] if ends else None
+
+    def announce(self, plan: Sequence[Run]) -> None:
+        """Writes down the seeds of a plan, unless they are there: none can be dropped later."""
+        seeds = {run.settings["SEED"]: None for run in plan if "SEED" in run.settings}
+        if not {int(seed) for seed in seeds} <= set(self.seeds()):
+            self.add(event="plan", seeds=list(seeds))
+
+    def seeds(self) -> list[int]:
+        """Seeds of all runs that were ever planned, run or not."""
+        plans = [row["seeds"] for row in self.rows if row.get("event") == "plan"]
+        lists = [seeds for seeds in plans if isinstance(seeds, list)]
+        return list(dict.fromkeys(int(seed) for seeds in lists for seed in seeds))
+
+    def results(self) -> list[Path]:
+        """Result files of the runs that are complete, in the order of their ends."""
+        keys = dict.fromkeys(str(row["key"]) for row in self.rows if "key" in row)
+        ends = map(self.last_end, keys)
+        return [self.path.parent / str(end["result"]) for end in ends
+                if end is not None and end.get("status") == "complete"]
 
     def is_settled(self, run: Run) -> bool:
         """Whether a run was stopped early, or is complete with its result still there."""
@@ -878,6 +897,7 @@ def run_sweep(plan: list[Run], settings: Settings) -> int:
         ledger = Ledger(settings.out / "ledger.jsonl")
         sweep = Sweep(plan, settings, ledger, lock)
         ledger.check_trainer(sweep.digest)
+        ledger.announce(sweep.plan)
         status = sweep.execute()
         print(table(ledger))
     return status
