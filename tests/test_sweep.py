@@ -268,7 +268,7 @@ def test_ledger_with_a_truncated_last_line_is_read_and_stays_readable(trainer: P
     path = trainer.parent / "sweep" / "ledger.jsonl"
     path.write_bytes(path.read_bytes() + b'{"event": "end", "key": "cut')
     assert run(trainer, "--seeds", "1,2") == 0
-    assert len(sweep.Ledger(path).rows) == 4
+    assert len(sweep.Ledger(path).rows) == 6  # of each: plan, start, end
 
 
 def test_only_one_sweep_works_in_a_folder(trainer: Path, capsys: pytest.CaptureFixture) -> None:
