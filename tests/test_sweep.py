@@ -296,7 +296,7 @@ def test_terminated_sweep_ends_its_runs_and_continues_later(trainer: Path) -> No
     wait_for(trainer.parent / "sweep" / "seed7" / "logs" / "sweep-seed7.jsonl")
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 130
-    child = ledger(trainer)[0]["pid"]
+    child = ledger(trainer)[1]["pid"]
     assert ledger(trainer)[-1]["status"] == "interrupted"
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
@@ -312,7 +312,7 @@ def test_run_left_behind_by_a_killed_sweep_keeps_the_folder_locked(
     wait_for(trainer.parent / "sweep" / "seed7" / "logs" / "sweep-seed7.jsonl")
     process.kill()
     process.wait(10)
-    child = ledger(trainer)[0]["pid"]
+    child = ledger(trainer)[1]["pid"]
     try:
         assert run(trainer, "--seeds", "7") == 2
         assert "a run it left behind" in capsys.readouterr().err
