@@ -212,7 +212,7 @@ def _facts(runs: Sequence[Run]) -> str:
         values = [run.number(key) if form else run.text(key) for run in runs]
         if all(value is None for value in values):
             continue
-        cells = ["" if v is None else f"{v:{form}}" if form else str(v)[:40] for v in values]
+        cells = ["" if v is None else f"{v:{form}}" if form else str(v)[:24] for v in values]
         rows.append([label, *cells, *_difference(values, form, len(runs))])
     header = ["", *_names(runs), *(["Difference"] if len(runs) == 2 else [])]
     return _table(header, rows, dots=len(runs) > 1)

@@ -233,6 +233,11 @@ def load_run(name: str | Path, logs: Path = Path("logs")) -> Run:
         run = combine(run, read_events(_with(stem, ".jsonl")))
     if _with(stem, ".json").is_file():
         run = combine(run, read_result(_with(stem, ".json")))
+    steps, seconds = run.number("train.steps"), run.number("train.seconds")
+    run.validation = [  # the last one belongs to the end, however long before a step was logged
+        point._replace(seconds=seconds) if seconds and point.step == steps else point
+        for point in run.validation
+    ]
     return run
 
 
@@ -921,12 +926,12 @@ def _exact_clock(run: Run, parser: _Text) -> None:
     run.train = exact
     times = [(p.step, p.seconds) for p in exact if p.seconds is not None]
     run.validation = [
-        point._replace(seconds=_interpolate(times, point.step)) if point.seconds is None else point
+        point._replace(seconds=interpolate(times, point.step)) if point.seconds is None else point
         for point in run.validation
     ]
 
 
-def _interpolate(times: list[tuple[int, float]], step: int) -> float | None:
+def interpolate(times: list[tuple[int, float]], step: int) -> float | None:
     """Seconds at a step by a straight line between its neighbours; None without neighbours."""
     earlier = [item for item in [(0, 0.0), *times] if item[0] <= step]
     later = [item for item in times if item[0] >= step]
