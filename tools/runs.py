@@ -811,7 +811,8 @@ def read_text(path: Path) -> Run:
             parser.line = lines + 1
             parser.feed(chunk[start:end], handlers)
         lines, last, words = lines + chunk.count("\n", before), chunk[-1:], TEXT_HANDLERS
-    if last not in ("", "\n", "\r") and not run.evaluations:
+    # A number at the very end may lack digits.
+    if last not in ("", "\n", "\r") and (last.isdigit() or not run.evaluations):
         run.problems.append(f"{path.name}: the last line is cut")
     if parser.glued:
         run.problems.append(f"{path.name}: {parser.glued} line(s) of two ranks run into each other")
