@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import synthetic_runs as synthetic
 
+import train_gpt
 from tools import evidence, record, sweep, welch
 from tools.runs import Run, RunError, find_runs, load_run
 
@@ -321,6 +322,16 @@ def test_other_program_in_our_folder_is_found(ours: Path) -> None:
     assert any("bytes are shipped" in message for message in found)
 
 
+def test_text_inside_our_packed_program_is_compared(tmp_path: Path) -> None:
+    program = train_gpt.packed_program()
+    (tmp_path / "train_gpt.py").write_bytes(program)
+    inside = train_gpt.unpack_program(tmp_path / "train_gpt.py")
+    assert evidence.same_program(inside, program) is True
+    assert evidence.same_program(inside.replace("786432", "786433"), program) is False
+    assert evidence.same_program(train_gpt.program_source(), program) is None
+    assert evidence.same_program(inside, program[:-200]) is False
+
+
 def test_result_that_disagrees_with_its_text_log_is_found(ours: Path) -> None:
     path = next(ours.glob("*-42-*.txt"))
     edit_text(path, f"val_bpb:{synthetic.bpb(2.8):.8f}", "val_bpb:1.07000000")
@@ -363,6 +374,10 @@ REFUSED = {
     "partial": (mutate(status="partial"), "status is partial"),
     "over the cap": (mutate(artifact__cap_bytes=15_000_000), "over the cap"),
     "training budget": (mutate(clocks__training_seconds=300.5), "training took 300.5 s of 300.0 s"),
+    "evaluation budget": (
+        mutate(clocks__eval_seconds_strict=601.0),
+        "evaluation took 601.0 s of 600.0 s",
+    ),
     "no audit": (mutate(audit=None), "audit absent"),
     "audit failed": (
         mutate(audit__c1_causal={"passed": False, "checked": 9, "worst": 0.1}),

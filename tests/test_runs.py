@@ -226,7 +226,7 @@ def test_truncated_last_lines(tmp_path: Path) -> None:
     cut = read(tmp_path, MINUTES[: MINUTES.index("3.0686") + 3])
     assert cut.problems == ["train.log: the last line is cut"]
     assert cut.headline is None
-    short = read(tmp_path, MINUTES[: MINUTES.index("79352 eval")])  # a score without its last digits
+    short = read(tmp_path, MINUTES[: MINUTES.index("79352 eval")])  # its last digits are missing
     assert short.val_bpb == 1.080 and short.problems == ["train.log: the last line is cut"]
     assert read(tmp_path, MINUTES).problems == []
 
