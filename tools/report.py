@@ -223,6 +223,8 @@ def _difference(values: Sequence[float | str | None], form: str, count: int) -> 
     if count != 2:
         return []
     first, second = values
+    if form and None in values:
+        return [""]
     if isinstance(first, float) and isinstance(second, float):
         return [f"{second - first:+{form}}" if second != first else "equal"]
     return ["equal" if first == second else "differs"]
