@@ -94,13 +94,15 @@ def _line_figure(name: str, chart: svg.Chart, keys: str) -> list[Figure]:
 def headline_plot(runs: Sequence[Run]) -> list[Figure]:
     """Bits per byte against seconds: training loss, validations, and the final scores as lines."""
     lines = _bpb_lines(runs)
+    if not lines:  # levels over no time at all say nothing
+        return []
     scores = [
         (run, item, i)
         for i, run in enumerate(runs)
         for item in run.evaluations
         if item.bpb is not None and (len(runs) == 1 or item.name == run.headline)
     ]
-    end = max((max(line.x) for line in lines), default=1.0)
+    end = max(max(line.x) for line in lines)
     for run, item, i in scores:
         label = f"{item.name} {item.bpb:.4f}" if len(runs) == 1 else f"{run.name}: {item.bpb:.4f}"
         colour = i + 2 + run.evaluations.index(item) if len(runs) == 1 else i

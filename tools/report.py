@@ -245,7 +245,8 @@ def _evaluations(runs: Sequence[Run]) -> str:
             cells.append(f"{item.bpb:.5f}{mark}{seconds}" if item and known else "not run")
         rows.append([name, *cells, *_difference(scores, ".5f", len(runs))])
     header = ["BPB", *_names(runs), *(["Difference"] if len(runs) == 2 else [])]
-    note = '<p class="note">* the evaluation that counts</p>' if rows else ""
+    marked = any(run.headline in names for run in runs)
+    note = '<p class="note">* the evaluation that counts</p>' if marked else ""
     return _table(header, rows, dots=len(runs) > 1) + note
 
 
@@ -423,7 +424,7 @@ def _train_status(run: Run) -> list[tuple[str, str]]:
     parts += [point.plan] if point.plan else []
     parts += [f"{point.mem_mib:,.0f} MiB"] if point.mem_mib else []
     lines = [("training", ", ".join(parts))]
-    if point.progress:
+    if point.progress and not run.evaluations:
         width = 30
         full = min(width, int(width * point.progress))
         left = ""
