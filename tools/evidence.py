@@ -24,6 +24,7 @@ from tools.runs import (
     CAP_BYTES,
     LOG_SUFFIXES,
     NOT_A_RUN,
+    PARTS,
     Json,
     Run,
     RunError,
@@ -42,7 +43,6 @@ BLANKS = {"", "-", "--", "---", "\u2013", "\u2014", "?", "tbd", "todo", "n/a", "
 BUDGET_SECONDS = 600.0
 RECORD_SEEDS = 3
 MAX_PROGRAM_BYTES = 16 * 2**20
-PARTS = ("code", "model", "total")
 PROOFS = ("c1_causal", "c2_normalised", "c3_score_first", "c4_single_pass")
 # Settings that say where and who, not how; they may differ between the seeds of one record.
 PLACES = re.compile(

@@ -29,6 +29,7 @@ Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | 
 
 LOG_SUFFIXES = (".txt", ".log", ".out")
 NOT_A_RUN = ("bench_", "quantiser_curve", "submission", "manifest")  # JSON files that are no result
+PARTS = ("code", "model", "total")
 CAP_BYTES = 16_000_000
 MAX_RESULT_BYTES = 256 * 2**20  # a result is kilobytes; anything near this is not one of ours
 EVALUATIONS = ("raw", "averaged", "quantised", "sliding", "documents", "ttt_sgd", "ttt_documents")
@@ -523,7 +524,7 @@ STOP = re.compile(r"step\s*[:=]\s*(\d+)\s*/\s*(\d+)")
 LOOP = re.compile(rf"layer_loop\s*:\s*enabled step\s*:\s*(\d+)(?: frac\s*:\s*{NUMBER})?")
 PEAK = re.compile(r"peak memory(?: allocated)?\s*[:=]\s*(\d+) MiB")
 HESSIANS = re.compile(rf"Hessians in {NUMBER}\s*s")
-PRUNED = re.compile(r"prun\w*[^\d\n]{0,40}?([\d,]+)\s*(?:values|weights|params|/|of\b)", re.I)
+PRUNED = re.compile(r"prun\w*[^\d\n]{0,40}?(\d[\d,]*)\s*(?:values|weights|params|/|of\b)", re.I)
 FACT = re.compile(r"\b([a-z_]+)\s*[:=]\s*(\d[\d,]*)(?![\w.])")
 SETTING = re.compile(r"^  ([a-z][a-z0-9_]*): ?(.*)$")
 CRASH = re.compile(
@@ -537,6 +538,8 @@ UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, None: 0.001}
 RULE = re.compile(rb"^[=-]{50,}\s*$|^run \S+[ :|]+PRESET=|^Hyperparameters:\s*$")
 CODE = re.compile(rb'^(?:#!|"""|import |from \w)')
 ARTIFACT = re.compile(r"artifact_bytes = ([\d,]+) code \+ ([\d,]+) model = ([\d,]+)")
+EVAL_TOTAL = re.compile(rf"total_eval_time\s*[:=]\s*{NUMBER}\s*s")
+TORCH = re.compile(r"^(?!.*import).*\b(?:PyTorch|torch)(?: version)?\s*[:= ]\s*v?(\d+\.\d+[\w.+]*)")
 TRAINED = re.compile(rf"^training: (\d+) steps, {NUMBER}s")
 
 # Line facts that published trainers print as `name: value`, and the key each becomes.
@@ -669,19 +672,6 @@ class _Text:
         evaluations.append(Evaluation(name, label, loss, bpb, seconds))
         self.score_line = self.line
 
-    def on_artifact(self, line: str) -> None:
-        match = ARTIFACT.search(line)
-        for key, text in zip(
-            ("code", "model", "total"), match.groups() if match else (), strict=False
-        ):
-            assign(self.run.facts, f"artifact.{key}_bytes", int(text.replace(",", "")))
-
-    def on_trained(self, line: str) -> None:
-        match = TRAINED.match(line)
-        if match:
-            assign(self.run.facts, "train.steps", int(match[1]))
-            assign(self.run.facts, "train.seconds", float(match[2]))
-
     def on_bytes(self, line: str) -> None:
         match = BYTES.match(line)
         if match is None:
@@ -713,23 +703,6 @@ class _Text:
             self.run.plans.append(PlanChange(int(match[1]), "looped", progress))
             assign(self.run.facts, "train.loop_enabled_step", int(match[1]))
 
-    def on_memory(self, line: str) -> None:
-        match = PEAK.search(line)
-        if match:
-            assign(self.run.facts, "train.peak_mib", int(match[1]))
-
-    def on_hessians(self, line: str) -> None:
-        match = HESSIANS.search(line)
-        if match:
-            self.run.phases.append(Phase("hessians", float(match[1])))
-            assign(self.run.facts, "quantisation.seconds_hessians", float(match[1]))
-
-    def on_prune(self, line: str) -> None:
-        match = PRUNED.search(line)
-        if match:
-            values = int(match[1].replace(",", "") or 0)
-            assign(self.run.facts, "quantisation.pruned_values", values)
-
     def on_fact(self, line: str) -> None:
         if len(line) > 400 or "{" in line:
             return  # a dump, not a statement of the run
@@ -748,43 +721,44 @@ class _Text:
         if match and not any(mark in line for mark in ("NVIDIA-SMI", "{", '"')):
             self.run.facts.setdefault("hardware", {"gpu": f"NVIDIA {match[1]}"})
 
-    def on_torch(self, line: str) -> None:
-        match = re.search(r"\b(?:PyTorch|torch)(?: version)?\s*[:= ]\s*v?(\d+\.\d+[\w.+]*)", line)
-        if match and "import" not in line:
-            assign(self.run.facts, "versions.torch", match[1])
 
-    def on_eval_total(self, line: str) -> None:
-        match = re.search(rf"total_eval_time\s*[:=]\s*{NUMBER}\s*s", line)
-        if match:
-            assign(self.run.facts, "clocks.eval_seconds_lenient", float(match[1]))
+def takes(pattern: re.Pattern[str], kinds: dict[str, Callable[[str], Json]]) -> Handler:
+    """A handler that puts the groups of a pattern under log keys, each as its kind."""
+
+    def take(text: _Text, line: str) -> None:
+        match = pattern.search(line)
+        for group, (key, kind) in zip(match.groups() if match else (), kinds.items(), strict=False):
+            assign(text.run.facts, key, kind(group.replace(",", "")))
+
+    return take
 
 
 # Only lines with one of these words are looked at, which keeps 100 MB of log within seconds.
 TEXT_HANDLERS: tuple[tuple[str, Handler], ...] = (
+    ("artifact_bytes", takes(ARTIFACT, {f"artifact.{part}_bytes": int for part in PARTS})),
+    ("training:", takes(TRAINED, {"train.steps": int, "train.seconds": float})),
+    ("peak memory", takes(PEAK, {"train.peak_mib": int})),
+    ("Hessians in", takes(HESSIANS, {"quantisation.seconds_hessians": float})),
+    ("prun", takes(PRUNED, {"quantisation.pruned_values": int})),
+    ("Prun", takes(PRUNED, {"quantisation.pruned_values": int})),
+    ("total_eval_time", takes(EVAL_TOTAL, {"clocks.eval_seconds_lenient": float})),
     ("train_loss", _Text.on_train),
     ("val_bpb", _Text.on_bpb),
     (" bytes", _Text.on_bytes),
-    ("artifact_bytes", _Text.on_artifact),
-    ("training:", _Text.on_trained),
     ("stopping_early", _Text.on_stop),
     ("layer_loop", _Text.on_loop),
-    ("peak memory", _Text.on_memory),
-    ("Hessians in", _Text.on_hessians),
-    ("prun", _Text.on_prune),
-    ("Prun", _Text.on_prune),
     ("Error", _Text.on_crash),
     ("Traceback", _Text.on_crash),
     ("exitcode", _Text.on_crash),
     ("Watchdog", _Text.on_crash),
     ("Segmentation", _Text.on_crash),
-    ("total_eval_time", _Text.on_eval_total),
     ("total_docs", _Text.on_fact),
 )
 # Said once, near the head of a log.
 HEAD_HANDLERS: tuple[tuple[str, Handler], ...] = (
     *TEXT_HANDLERS,
     ("NVIDIA ", _Text.on_gpu),
-    ("orch", _Text.on_torch),
+    ("orch", takes(TORCH, {"versions.torch": str})),
     ("train_shards", _Text.on_fact),
     ("_tokens", _Text.on_fact),
     ("model_params", _Text.on_fact),
