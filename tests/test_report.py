@@ -21,7 +21,7 @@ from tools.runs import Run, TrainPoint, load_run
 HOSTILE = "<script>alert(1)</script>\"'&<img src=http://evil/x>"
 BREAKDOWN = {
     "document_length": [
-        {"upto": 2**k, "documents": 5, "quantised": 1.3 - k / 50} for k in range(6)
+        {"upto": 2**k, "bytes": 5, "quantised": 1.3, "documents": 1.3 - k / 50} for k in range(6)
     ],
     "position": [{"upto": 64, "sliding": 1.2}, {"upto": 128, "sliding": 1.1}],
     "stream": [{"share": i / 4, "ttt_sgd": 1.1 - i / 100} for i in range(1, 5)],
@@ -86,6 +86,7 @@ def test_page_of_one_run(logs: Path) -> None:
     assert len(text.encode()) < 2_000_000
     page = Page(text)
     assert page.tags.count("figure") == 13
+    assert {"quantised", "documents"} <= set(page.texts)  # lines of one chart, named in its legend
     for words in (
         "1.0844",
         "15,900,982",

@@ -312,7 +312,7 @@ def _value(row: dict[str, Json], name: str) -> float:
 
 def _columns(run: Run, key: str) -> list[str]:
     """Names of the score columns of a breakdown: all numbers that are no axis and no count."""
-    aside = {"upto", "share", "from", "targets", "documents", "bytes"}
+    aside = {"upto", "share", "bytes"}
     names: dict[str, None] = {}
     for row in run.rows(f"breakdown.{key}"):
         names |= {n: None for n, v in row.items() if n not in aside and as_number(v) is not None}
