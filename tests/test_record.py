@@ -347,9 +347,7 @@ def test_artifact_is_checked_by_hash_and_size(tmp_path: Path) -> None:
     code = content["artifact"]["code_bytes"]
     digest = hashlib.sha256(artifact.read_bytes()).hexdigest()
     content["artifact"] |= {
-        "sha256": digest,
-        "model_bytes": 5000,
-        "total_bytes": code + 5000,
+        "sha256": digest, "model_bytes": 5000, "total_bytes": code + 5000,
         "unused_bytes": 16_000_000 - code - 5000,
     }
     synthetic.write_run(tmp_path / "logs", content, source)
@@ -418,11 +416,7 @@ def test_missing_seeds_tracks_and_packed_runs_are_refused(tmp_path: Path) -> Non
 
 def test_run_command_repeats_the_settings_without_machine_paths() -> None:
     differs = {
-        "ttt_enabled": False,
-        "data_path": "/mnt/x/sp8192",
-        "run_id": "r",
-        "seed": 42,
-        "a": "b c",
+        "ttt_enabled": False, "data_path": "/mnt/x/sp8192", "run_id": "r", "seed": 42, "a": "b c",
     }
     content = synthetic.result(differs=differs, world_size=8)
     command = record.run_command(Run("r", content))

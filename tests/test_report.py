@@ -116,10 +116,7 @@ def test_page_of_seeds_overlays_them(logs: Path) -> None:
 def test_foreign_text_is_escaped_everywhere(tmp_path: Path) -> None:
     content = synthetic.result(
         42,
-        run_id="odd",
-        preset=HOSTILE,
-        differs={HOSTILE: HOSTILE},
-        exit_reason=HOSTILE,
+        run_id="odd", preset=HOSTILE, differs={HOSTILE: HOSTILE}, exit_reason=HOSTILE,
         breakdown={"position": [{"upto": 8, HOSTILE: 1.0}]},
     )
     content["quantisation"]["by_tensor"][0]["name"] = HOSTILE
@@ -213,8 +210,7 @@ def test_tensorboard_is_optional_and_gets_all_series(
 @settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=40),
-    focus=st.booleans(),
-    name=st.text(max_size=60),
+    focus=st.booleans(), name=st.text(max_size=60),
 )
 def test_any_series_gives_well_formed_svg(values: list[float], focus: bool, name: str) -> None:
     line = svg.Series(name, [float(i) for i in range(len(values))], values, dots=True)
@@ -293,10 +289,7 @@ def readme(logs: Path) -> Path:
         "gpu": "NVIDIA H200",
         "rows": [
             {
-                "name": "micro-step",
-                "value": 1_072_000.4,
-                "unit": "tok/s",
-                "floor": 1.7e6,
+                "name": "micro-step", "value": 1_072_000.4, "unit": "tok/s", "floor": 1.7e6,
                 "ratio_to_floor": 0.63,
             },
             {"name": "start", "value": 61.25, "unit": "s"},

@@ -554,8 +554,7 @@ def command_page(arguments: Sequence[str]) -> int:
 def command_readme(arguments: Sequence[str]) -> int:
     """Rewrite or check the generated blocks of a Markdown file."""
     parser = argparse.ArgumentParser(
-        prog="report.py readme",
-        description=readme_blocks.__doc__,
+        prog="report.py readme", description=readme_blocks.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", type=Path)
@@ -582,11 +581,7 @@ def command_watch(arguments: Sequence[str]) -> int:
     parser.add_argument("--interval", type=float, default=2.0, help="seconds between looks")
     parser.add_argument("--once", action="store_true", help="print the present state and end")
     parser.add_argument(
-        "--html",
-        nargs="?",
-        type=int,
-        const=8765,
-        metavar="PORT",
+        "--html", nargs="?", type=int, const=8765, metavar="PORT",
         help="also serve a refreshing page on 127.0.0.1 (0: any free port)",
     )
     options = parser.parse_args(arguments)
