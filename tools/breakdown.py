@@ -4,9 +4,9 @@
     PRESET=pr1493 python tools/breakdown.py runs/<run_id>/artifact.bin
     PRESET=pr1493 torchrun --standalone --nproc_per_node=8 tools/breakdown.py runs/<id>/artifact.bin
 
-Settings come from the environment, as for `EVAL_ONLY=... train_gpt.py`, which this is. The result
-of that run gets two sections more: `breakdown`, BPB by document length, by position in the document
-and along the stream, and `artifact.parts`. `tools/report.py RUN` draws both.
+Settings, SEED too, come from the environment, as for `EVAL_ONLY=... train_gpt.py`, which this is.
+The result of that run gets two sections more: `breakdown`, BPB by document length, by position in
+the document and along the stream, and `artifact.parts`. `tools/report.py RUN` draws both.
 
 Exit status: that of train_gpt.py; 2 bad arguments.
 """

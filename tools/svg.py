@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 # Distinguishable with every common colour blindness, in this order.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b5b5b")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b5b5b",
+           "#882255", "#44aa99")
 INK, SOFT, GRID, PAPER = "#1f2328", "#59636e", "#e3e6ea", "#ffffff"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 MAX_POINTS = 3000  # in one chart, shared by its series, so that a page of charts stays small
