@@ -54,9 +54,6 @@ if HAS_TRITON:
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-if typing.TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
-
 # ==================================================================================================
 # 1  Config
 # Enters: environment variables named like fields. Leaves: one frozen `Config`, checked. A preset is
@@ -394,10 +391,13 @@ class World:
             text = store.compare_set("failure", "", text).decode()
         return text
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def combine(self, tensor: Tensor, operation: typing.Any = dist.ReduceOp.SUM) -> Tensor:
+        """`tensor`, combined in place over ranks; one of the CPU never waits for the device."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, operation, None if tensor.is_cuda else self.control)
         return tensor
+
+    sum_ = combine
 
     def sum_all_(self, tensors: list[Tensor], scale: float = 1.0) -> None:
         """Replaces each tensor by `scale` times its sum over ranks, in one collective."""
@@ -428,12 +428,6 @@ class World:
         box = self.combine(torch.tensor([*mine, self.signalled], dtype=torch.float64)).tolist()
         self.stopping = box.pop() > 0
         return tuple(box)
-
-    def combine(self, tensor: Tensor, operation: typing.Any = dist.ReduceOp.SUM) -> Tensor:
-        """A CPU tensor, combined over ranks."""
-        if self.size > 1:
-            dist.all_reduce(tensor, operation, group=self.control)
-        return tensor
 
     def synchronize(self) -> None:
         if self.is_cuda:
@@ -653,7 +647,7 @@ class TokenBytes(NamedTuple):
     leading_space: np.ndarray  # bool
     boundary: np.ndarray  # bool: control, unknown, unused; a leading space after it is no byte
 
-def load_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
+def load_tokenizer(path: Path, vocab_size: int) -> typing.Any:
     """The SentencePiece model at `path`. Raises: DataError if missing or of another size."""
     from sentencepiece import SentencePieceProcessor
     try:
@@ -665,7 +659,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
         raise DataError(f"{path}: {tokenizer.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
     return tokenizer
 
-def token_bytes(tokenizer: SentencePieceProcessor) -> TokenBytes:
+def token_bytes(tokenizer: typing.Any) -> TokenBytes:
     """Bytes of decoded text per token id, 0 for control tokens; `bytes_of_targets` adds the space.
     Raises: DataError if U+2581 is no piece (its fallback bytes would count as 3), or inside one.
     Example: pieces (U+2581)"caf", "<0xC3>", "<0xA9>" -> 3 and a leading space, 1, 1
@@ -2001,8 +1995,7 @@ def strip_source(source: str) -> str:
         used = names_in(tree, read=True).keys()
         unused = {name for n in tree.body if not used & (own := definitions(n)) for name in own}
     shorten_names(tree)
-    lines = [(line, line.lstrip(" ")) for line in ast.unparse(tree).split("\n")]
-    return "".join(" " * ((len(line) - len(text)) // 4) + text + "\n" for line, text in lines)
+    return re.sub("^ +", lambda indent: indent[0][::4], ast.unparse(tree), flags=re.M) + "\n"
 
 def names_in(scope: ast.AST, *, read: bool) -> Counter[str]:
     """How often which names are read inside, or else bound."""
@@ -2049,7 +2042,6 @@ def pack_program(source: str) -> bytes:
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in (("source", data), ("__main__.py", PACKED_STUB.encode())):
             member = zipfile.ZipInfo(name)  # its fixed date makes the archive reproducible
-            member.create_system = 3
             archive.writestr(member, content, zipfile.ZIP_DEFLATED, 9)
     return buffer.getvalue()
 
