@@ -25,9 +25,7 @@ import hashlib
 import io
 import json
 import math
-import operator
 import os
-import platform
 import re
 import signal
 import sys
@@ -57,14 +55,10 @@ if HAS_TRITON:
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-if typing.TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
-
 # ==================================================================================================
 # 1  Config
 # Enters: environment variables named like fields. Leaves: one frozen `Config`, checked. A preset is
 # a table of differences from the defaults. A misspelt setting is an error: it costs a paid run.
-# ==================================================================================================
 
 class GolfError(Exception):
     """An error to act on: the message names the variable or file, the value and the bound."""
@@ -256,7 +250,7 @@ class Config:
 
     @property
     def config_hash(self) -> str:
-        return hashlib.sha256(json.dumps(self.method(), sort_keys=True).encode()).hexdigest()[:16]
+        return digest(json.dumps(self.method(), sort_keys=True))[:16]
 
     def differs(self) -> dict[str, object]:
         """The settings that are unlike the preset's."""
@@ -283,12 +277,11 @@ PRESETS: dict[str, dict] = {
         ttt_chunk_size=32, ttt_lora_rank=16, ttt_lora_alpha=32.0, ttt_lora_lr=1e-3)}
 
 # Published variables without effect here, and what to do instead.
-RETIRED = {
-    "MUON_BETA2": "use MUON_MOMENTUM", "ROPE_TRAIN_SEQ_LEN": "use TRAIN_SEQ_LEN",
-    "EMBEDDING_DIM": "use MODEL_DIM", "CONTROL_TENSOR_NAME_PATTERNS": "remove it",
-    **dict.fromkeys(("EMBED_LR", "HEAD_LR"), "use TIED_EMBED_LR"),
-    **dict.fromkeys(("TIE_EMBEDDINGS", "SKIP_GATES_ENABLED"), "remove it"),
-    **dict.fromkeys(("ETLB_ENABLED", "ETLB_LR", "ETLB_STEPS", "ETLB_CLIP"), "use TTT_ENABLED")}
+RETIRED = {"MUON_BETA2": "use MUON_MOMENTUM", "ROPE_TRAIN_SEQ_LEN": "use TRAIN_SEQ_LEN",
+           "EMBEDDING_DIM": "use MODEL_DIM", "CONTROL_TENSOR_NAME_PATTERNS": "remove it",
+           **dict.fromkeys(("EMBED_LR", "HEAD_LR"), "use TIED_EMBED_LR"),
+           **dict.fromkeys(("TIE_EMBEDDINGS", "SKIP_GATES_ENABLED"), "remove it"),
+           **{f"ETLB_{part}": "use TTT_ENABLED" for part in ("ENABLED", "LR", "STEPS", "CLIP")}}
 
 # A variable with one of these words between underscores can only be meant for this program.
 OWNED_WORDS = "TTT MUON GPTQ EMA SWA WARMDOWN LOOPS XSA ROPE WALLCLOCK EMBED CLIP LORA MLP QK LR"
@@ -297,16 +290,14 @@ def parse_setting(name: str, text: str, kind: typing.Any) -> object:
     """The value of `text` as a type or as one of the literals. Raises: ConfigError."""
     choices = ("0", "1") if kind is bool else typing.get_args(kind) or (text,)
     require(text in choices, name, repr(text), "one of " + ", ".join(choices))
-    if kind is bool:
-        return text == "1"
     try:
-        return kind(text) if kind in (int, float) else text
+        return text == "1" if kind is bool else kind(text) if kind in (int, float) else text
     except ValueError:
         raise ConfigError(f"{name}={text!r} must be a number ({kind.__name__})") from None
 
 # Relations between settings in words, and what contradicts them.
-RELATIONS = {"%": ("a multiple of", operator.mod), "<=": ("at most", operator.gt),
-             "<": ("below", operator.ge)}
+RELATIONS = {"%": ("a multiple of", np.mod), "<=": ("at most", np.greater),
+             "<": ("below", np.greater_equal)}
 
 def check_consistency(config: Config) -> None:
     """Raises ConfigError for the first two settings that contradict each other."""
@@ -332,7 +323,6 @@ def check_consistency(config: Config) -> None:
 # 2  Runtime
 # Enters: the variables that torchrun sets. Leaves: a `World` (who we are, which device, how ranks
 # talk) and a `RunLog` (text for people, JSON lines for programs, one result file). All in seconds.
-# ==================================================================================================
 
 class World:
     """This process among its peers. At world size 1 every collective is the identity."""
@@ -366,8 +356,7 @@ class World:
             if self.size > 1:
                 backend, device = ("nccl", self.device) if self.is_cuda else ("gloo", None)
                 wait = timedelta(seconds=timeout_seconds)
-                dist.init_process_group(backend, rank=self.rank, world_size=self.size,
-                                        device_id=device, timeout=wait)
+                dist.init_process_group(backend, device_id=device, timeout=wait)
                 self.control = dist.new_group(backend="gloo", timeout=wait)
             yield
             if self.size > 1:
@@ -405,11 +394,13 @@ class World:
             text = store.compare_set("failure", "", text).decode()
         return text
 
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """`tensor`, replaced by its sum over ranks."""
+    def combine(self, tensor: Tensor, operation: typing.Any = dist.ReduceOp.SUM) -> Tensor:
+        """`tensor`, combined in place over ranks; one of the CPU never waits for the device."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, operation, None if tensor.is_cuda else self.control)
         return tensor
+
+    sum_ = combine
 
     def sum_all_(self, tensors: list[Tensor], scale: float = 1.0) -> None:
         """Replaces each tensor by `scale` times its sum over ranks, in one collective."""
@@ -422,12 +413,8 @@ class World:
         """This rank's equal share, along dim 0, of the mean of `stack` over ranks."""
         if self.size == 1:
             return stack
-        share = stack.chunk(self.size)[self.rank]
-        if self.is_cuda:
-            share = torch.empty_like(share)
-            dist.reduce_scatter_tensor(share, stack, op=dist.ReduceOp.AVG)
-        else:  # gloo has no reduce-scatter
-            self.sum_(stack).div_(self.size)
+        share = torch.empty_like(stack.chunk(self.size)[0])
+        dist.reduce_scatter_tensor(share, stack, op=dist.ReduceOp.AVG)
         return share
 
     def gather(self, share: Tensor) -> Tensor:
@@ -441,18 +428,11 @@ class World:
     def decide(self, *values: float) -> tuple[float, ...]:
         """Rank 0's `values` on every rank, and in `stopping`, whether one was told to stop."""
         mine = values if self.is_main else [0.0] * len(values)
-        box = self.combine(torch.tensor([*mine, self.signalled], dtype=torch.float64))
-        *decided, self.stopping = *box[:-1].tolist(), bool(box[-1])
-        return tuple(decided)
-
-    def combine(self, tensor: Tensor, operation: typing.Any = dist.ReduceOp.SUM) -> Tensor:
-        """A CPU tensor, combined over ranks."""
-        if self.size > 1:
-            dist.all_reduce(tensor, operation, group=self.control)
-        return tensor
+        box = self.combine(torch.tensor([*mine, self.signalled], dtype=torch.float64)).tolist()
+        self.stopping = box.pop() > 0
+        return tuple(box)
 
     def synchronize(self) -> None:
-        """Waits for all ranks and for what their devices were given."""
         if self.is_cuda:
             torch.cuda.synchronize()
         if self.size > 1:
@@ -482,7 +462,7 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=mode == "a")
             self.lock = owner.open("a")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            owner.write_text(f"process {os.getpid()} on {platform.node()}")
+            owner.write_text(f"process {os.getpid()} on {os.uname().nodename}")
             self.files = [self.result_path.with_name(run_id + suffix).open(mode)
                           for suffix in (".txt", ".jsonl")]
         except BlockingIOError:
@@ -504,8 +484,7 @@ class RunLog:
         self.append(0, text)
 
     def event(self, kind: str, **values: object) -> None:
-        record = {"event": kind, "t": time.time() - self.started, **values}
-        self.append(1, json.dumps(record))
+        self.append(1, json.dumps({"event": kind, "t": time.time() - self.started, **values}))
 
     def warn(self, message: str) -> None:
         self.line(f"warning: {message}")
@@ -523,6 +502,10 @@ class RunLog:
 def utc_text(form: str = "%Y-%m-%dT%H:%M:%SZ", seconds: float | None = None) -> str:
     """A time, or the time now, as ISO 8601 text."""
     return time.strftime(form, time.gmtime(seconds))
+
+def digest(data: bytes | str) -> str:
+    """The SHA-256 of bytes, or of a text, in hexadecimal digits."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Writes `data` so that a reader, or a crash, never sees half of it, nor through a link."""
@@ -552,12 +535,11 @@ def packed_program() -> bytes:
 
 def environment_facts(world: World) -> dict[str, object]:
     """Hardware and versions: everything outside the program whose change could move a number."""
-    hardware: dict = {"gpu": torch.cuda.get_device_name(world.device) if world.is_cuda else "none",
-                      "gpus": world.size * world.is_cuda, "cpu_count": os.cpu_count()}
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "numpy": np.__version__, "cuda": torch.version.cuda,
-                "cudnn": torch.backends.cudnn.version()}
+    hardware: dict = {"gpu": "none", "gpus": 0, "cpu_count": os.cpu_count()}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy":
+                np.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     if world.is_cuda:
+        hardware |= {"gpu": torch.cuda.get_device_name(world.device), "gpus": world.size}
         versions["triton"] = triton.__version__
         with contextlib.suppress(OSError, IndexError):  # the version follows the module's name
             hardware["driver"] = Path("/proc/driver/nvidia/version").read_text().split("  ")[1]
@@ -567,7 +549,6 @@ def environment_facts(world: World) -> dict[str, object]:
 # 3  Data
 # Enters: shards of uint16 token ids and a SentencePiece model. Leaves: training windows in an order
 # that only the seed decides, and the validation stream with the bytes every target stands for.
-# ==================================================================================================
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 BOS_ID = 1
@@ -604,31 +585,30 @@ class TrainLoader:
     """Windows of `seq_len + 1` tokens; number n depends on the seed and the shards alone."""
     def __init__(self, shards: Sequence[np.ndarray], config: Config) -> None:
         self.shards, self.config, self.seq_len = shards, config, config.train_seq_len
-        self.offsets = np.cumsum([0] + [s.size for s in shards])
-        self.num_tokens = int(self.offsets[-1])
+        self.num_tokens = sum(shard.size for shard in shards)
         self.enter_epoch(0)
-        if not self.starts.size:
+        if not len(self.starts):
             raise DataError(f"{config.dataset_dir}: {self.num_tokens} training tokens; shards need "
                             f"TRAIN_SEQ_LEN ({self.seq_len}) + 1 at least")
 
     def enter_epoch(self, epoch: int) -> None:
-        """Draws boundaries and order of one pass: start positions in all shards, concatenated."""
+        """Draws boundaries and order of the windows of one pass: rows of a shard and a start."""
         rng, starts = np.random.Generator(np.random.PCG64([self.config.seed, epoch])), []
-        for shard, offset in zip(self.shards, self.offsets[:-1], strict=True):
+        for number, shard in enumerate(self.shards):
             count, spare = divmod(max(0, shard.size - 1), self.seq_len)
-            starts.append(offset + rng.integers(spare + 1) + self.seq_len * np.arange(count))
+            begin = rng.integers(spare + 1) + self.seq_len * np.arange(count)
+            starts.append(np.stack([np.full(count, number), begin], axis=1))
         self.epoch, self.starts = epoch, rng.permutation(np.concatenate(starts))
 
     def read(self, first: int, count: int) -> np.ndarray:
         """Windows `first` to `first + count`, int32 (count, seq_len + 1). Raises: DataError."""
         windows = np.empty((count, self.seq_len + 1), dtype=np.int32)
         for row, number in zip(windows, range(first, first + count), strict=True):
-            epoch, index = divmod(number, self.starts.size)
+            epoch, index = divmod(number, len(self.starts))
             if epoch != self.epoch:
                 self.enter_epoch(epoch)
-            start = self.starts[index]
-            shard = int(np.searchsorted(self.offsets, start, side="right")) - 1
-            row[:] = self.shards[shard][start - self.offsets[shard]:][:self.seq_len + 1]
+            shard, start = self.starts[index]
+            row[:] = self.shards[shard][start:start + self.seq_len + 1]
         check_ids(windows, self.config.vocab_size, f"{self.config.dataset_dir}: training shards")
         return windows
 
@@ -640,10 +620,9 @@ class BatchShape(NamedTuple):
 def batch_shape(config: Config, world_size: int) -> BatchShape:
     """The fewest micro-steps within MICRO_BATCH_TOKENS, same global batch. Raises: ConfigError."""
     total = config.train_batch_tokens // config.train_seq_len
-    if total % world_size:
-        possible = ", ".join(str(w) for w in range(1, 9) if total % w == 0)
-        raise ConfigError(f"WORLD_SIZE={world_size} does not divide the {total} sequences of "
-                          f"TRAIN_BATCH_TOKENS ({config.train_batch_tokens}); possible: {possible}")
+    divisors = [size for size in range(1, 9) if total % size == 0]
+    require(total % world_size == 0, "world_size", world_size,
+            f"a divisor of TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN ({total}): {divisors}")
     per_rank, most = total // world_size, config.micro_batch_tokens // config.train_seq_len
     sequences = next(n for n in range(most, 0, -1) if per_rank % n == 0)
     return BatchShape(per_rank // sequences, sequences)
@@ -671,7 +650,7 @@ class TokenBytes(NamedTuple):
     leading_space: np.ndarray  # bool
     boundary: np.ndarray  # bool: control, unknown, unused; a leading space after it is no byte
 
-def load_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
+def load_tokenizer(path: Path, vocab_size: int) -> typing.Any:
     """The SentencePiece model at `path`. Raises: DataError if missing or of another size."""
     from sentencepiece import SentencePieceProcessor
     try:
@@ -683,7 +662,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
         raise DataError(f"{path}: {tokenizer.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
     return tokenizer
 
-def token_bytes(tokenizer: SentencePieceProcessor) -> TokenBytes:
+def token_bytes(tokenizer: typing.Any) -> TokenBytes:
     """Bytes of decoded text per token id, 0 for control tokens; `bytes_of_targets` adds the space.
     Raises: DataError if U+2581 is no piece (its fallback bytes would count as 3), or inside one.
     Example: pieces (U+2581)"caf", "<0xC3>", "<0xA9>" -> 3 and a leading space, 1, 1
@@ -733,7 +712,6 @@ class ValStream:
 # Enters: token ids, a `DepthPlan`, perhaps an adapter. Leaves: hidden states, or nats per target.
 #   B batch   T tokens   D model width   H query heads   G key/value heads   K head width
 #   F hidden width of the MLP   V vocabulary   L physical blocks   N rows (B*T)
-# ==================================================================================================
 
 NORM_EPS = torch.finfo(torch.float32).eps
 LEAKY_SLOPE = 0.5
@@ -1097,7 +1075,6 @@ def maybe_compile(function: Callable[..., Tensor], config: Config) -> Callable[.
 # Enters: gradients of this rank's share of a batch. Leaves: parameters, updated alike everywhere.
 # Matrices go to Muon, whose momentum and work are shared out over the ranks; the rest to AdamW.
 #   M matrices of one shape, laid wide   R rows   C columns (R <= C)
-# ==================================================================================================
 
 def lr_scale(progress: float, warmdown_frac: float, floor: float) -> float:
     """1 until the last `warmdown_frac` of the run, then linear down to `floor`."""
@@ -1223,7 +1200,6 @@ class WeightAverage:
 # 6  Training
 # Enters: model, batches, clock. Leaves: averaged weights and calibration statistics, in the time
 # budget. The host runs two steps ahead of the device and never waits for a value it does not need.
-# ==================================================================================================
 
 @dataclass
 class TrainState:
@@ -1527,7 +1503,6 @@ class Trainer:
 # Enters: averaged weights and Hessians (second moments of every linear layer's inputs). Leaves:
 # integers with scales of rows and columns. "6 bits" names a range; entropy coded as they are, the
 # step decides the size.   L blocks   R rows (outputs)   C columns (inputs)
-# ==================================================================================================
 
 class Hessians:
     """An adapter that changes nothing and sums x x^T of every linear layer over all visits."""
@@ -1721,7 +1696,6 @@ def estimate_artifact_bytes(config: Config) -> int:
 # Enters: a `QuantisedModel`. Leaves: one flat file, and back. Nothing in it is executed, it is
 # compared with the settings before memory is taken. The packed program, too, is made here.
 #   magic | JSON header, streams, each behind its length | start of the SHA-256 of it all
-# ==================================================================================================
 
 ARTIFACT_MAGIC = b"GOLF\x00\x02\r\n"
 PIECE = 1 << 19  # of a brotli stream: many small ones share out among cores
@@ -1988,7 +1962,7 @@ def save_artifact(path: Path, blob: bytes, found: QuantisedModel, model: GPT, lo
     total = code_bytes + len(blob)
     sizes = {"code_bytes": code_bytes, "model_bytes": len(blob), "total_bytes": total}
     log.put("artifact", **sizes, cap_bytes=cap, unused_bytes=cap - total, path=str(path),
-            sha256=hashlib.sha256(blob).hexdigest(), codec=model.config.compressor)
+            sha256=digest(blob), codec=model.config.compressor)
     weights = sum(q.numel() for q in found.integers.values())
     log.put("quantisation", bits_per_weight=round(8 * len(blob) / weights, 4),
             by_tensor=[*tensor_report(model, found)])
@@ -2003,40 +1977,36 @@ linecache.cache["<train_gpt>"] = len(s), None, s.splitlines(True), "<train_gpt>"
 exec(compile(s, "<train_gpt>", "exec"))
 """
 
-# The nodes of a syntax tree that hold a name, and where.
 NAMED = {ast.Name: "id", ast.arg: "arg", ast.FunctionDef: "name", ast.ClassDef: "name",
-         ast.ExceptHandler: "name", ast.alias: "name"}
+         ast.ExceptHandler: "name", ast.alias: "name"}  # nodes of a syntax tree that hold names
 
 def strip_source(source: str) -> str:
-    """The same program without what only people read or only packing needs.
-    Config reads the types of its fields, kernels those of their constants. Tests compare what the
-    packed and the plain program do.
-    """
+    """The same program without what only people read, or only packing needs, under short names.
+    Types stay where they are read: of the fields of Config, of the constants of kernels."""
     tree, read = ast.parse(source), set[ast.AST]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             node.body = node.body[bool(ast.get_docstring(node)):] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             read.update(node.body)
         if isinstance(node, ast.AnnAssign) and node not in read:
             node.annotation = ast.Constant(0)
-        if isinstance(node, ast.FunctionDef):
-            node.returns = None
         if isinstance(node, ast.arg) and ast.unparse(node).split(": ")[-1] != "tl.constexpr":
             node.annotation = None
     unused = {"pack_program"}  # it is packed already; then whatever nothing mentions any more
     while unused:
         tree.body = [n for n in tree.body if not unused & definitions(n)]
-        used = {*names_in(tree, read=True)}
+        used = names_in(tree, read=True).keys()
         unused = {name for n in tree.body if not used & (own := definitions(n)) for name in own}
     shorten_names(tree)
-    lines = [(line, line.lstrip(" ")) for line in ast.unparse(tree).split("\n")]
-    return "".join(" " * ((len(line) - len(text)) // 4) + text + "\n" for line, text in lines)
+    return re.sub("^ +", lambda indent: indent[0][::4], ast.unparse(tree), flags=re.M) + "\n"
 
-def names_in(scope: ast.AST, *, read: bool) -> list[str]:
-    """The names that are read inside, or else those that are bound, as often as they are."""
-    return [getattr(n, NAMED[type(n)]) for n in ast.walk(scope)
-            if type(n) in NAMED and isinstance(getattr(n, "ctx", None), ast.Load) == read]
+def names_in(scope: ast.AST, *, read: bool) -> Counter[str]:
+    """How often which names are read inside, or else bound."""
+    return Counter(getattr(n, NAMED[type(n)]) for n in ast.walk(scope)
+                   if type(n) in NAMED and isinstance(getattr(n, "ctx", None), ast.Load) == read)
 
 def definitions(node: ast.stmt) -> set[str]:
     """The names that a statement of the module gives to a function, a class or constants."""
@@ -2055,7 +2025,7 @@ def shorten_names(tree: ast.Module) -> None:
                 if type(n) in NAMED and not isinstance(n, ast.Name) and n not in own}
         kept |= {name for n in nodes if isinstance(n, ast.Nonlocal) for name in n.names}
         rename(function, {*names_in(function, read=False)} - kept, "abcdefghijklmnopqrstuvwxyz")
-    bound = Counter(names_in(tree, read=False))
+    bound = names_in(tree, read=False)
     rename(tree, {name for n in tree.body for name in definitions(n)
                   if bound[name] == 1 and not name.endswith(("Config", "Error"))},
            "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
@@ -2078,7 +2048,6 @@ def pack_program(source: str) -> bytes:
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in (("source", data), ("__main__.py", PACKED_STUB.encode())):
             member = zipfile.ZipInfo(name)  # its fixed date makes the archive reproducible
-            member.create_system = 3
             archive.writestr(member, content, zipfile.ZIP_DEFLATED, 9)
     return buffer.getvalue()
 
@@ -2092,7 +2061,6 @@ def unpack_program(path: Path) -> str:
 # 9  Evaluation
 # Enters: a model and the validation stream. Leaves: nats per target in a ledger, and their total in
 # bits per byte. Target t is token t+1 of the stream, predicted from tokens up to t.
-# ==================================================================================================
 
 class Windows(NamedTuple):
     """Stretches of the stream to run through the model, and which targets each of them scores."""
@@ -2357,7 +2325,6 @@ def log_score(log: RunLog, key: str, label: str, score: Score) -> None:
 # 10  Test-time training
 # Enters: a model from an artifact and the validation stream. Leaves: its score when it learns from
 # every chunk after, and only after, that chunk was scored. The ledger enforces the order.
-# ==================================================================================================
 
 class ChunkLearner:
     """Full-weight SGD on tokens that the ledger released."""
@@ -2631,7 +2598,6 @@ def evaluate_mixture(scorer: Scorer) -> Score:
 # 11  Main
 # The story: checks before any paid time, training, quantisation, one file, and from there on only
 # that file. Every error that a user can act on ends the program with one line.
-# ==================================================================================================
 
 OFFICIAL_VAL_TARGETS = 40_540_160  # whole sequences of 2,048
 OFFICIAL_VAL_BYTES = range(151_070_000, 151_090_000)  # tokenizers truncate at different places
@@ -2649,8 +2615,7 @@ def resolve_track(config: Config, world: World, val: ValStream, attention: str) 
         return "non_record"
     require(world.size == RECORD_RANKS, "world_size", world.size, f"{RECORD_RANKS}{claim}")
     require(official, "val_targets", val.num_targets, f"{OFFICIAL_VAL_TARGETS}{claim}")
-    compiled = config.compile and not os.environ.get("TORCH_COMPILE_DISABLE")
-    require(compiled, "compile", 0, f"1{claim}")
+    require(config.compile and not torch._dynamo.config.disable, "compile", 0, f"1{claim}")
     require(attention not in ("flash", "math"), "attention", attention, f"fa3, fa4 or cudnn{claim}")
     for name, most in (("max_wallclock_seconds", 600), ("max_eval_seconds", 600),
                        ("artifact_cap_bytes", 16_000_000)):
@@ -2663,34 +2628,24 @@ def prepare(config: Config, world: World) -> Setup:
     torch.set_float32_matmul_precision("high")
     batch_shape(config, world.size)
     require_compressor(config)
-    val = ValStream.load(config)
-    source, packed = program_source(), packed_program()
-    require(len(packed) < config.artifact_cap_bytes, "artifact_cap_bytes",
-            config.artifact_cap_bytes, f"above the bytes of the packed program ({len(packed)})")
-    data = data_facts(config, val)
+    val, source, packed = ValStream.load(config), program_source(), packed_program()
+    data, total, cap = data_facts(config, val), len(packed), config.artifact_cap_bytes
     if config.eval_only:
         open_artifact(Path(config.eval_only), config)
-        total, cap = len(packed) + Path(config.eval_only).stat().st_size, config.artifact_cap_bytes
-        require(total <= cap, "artifact_cap_bytes", cap, f"at least {total} for EVAL_ONLY")
-    else:
-        shards = [read_shard(path) for path in find_shards(config.dataset_dir, "train")]
-        ends = b"".join(shard[-999:].tobytes() for shard in shards)
-        data |= {"train_tokens": TrainLoader(shards, config).num_tokens,
-                 "train_shards": len(shards), "train_ends_sha256": hashlib.sha256(ends).hexdigest()}
-    backend = choose_attention(config.attention, world.device)
+        total += Path(config.eval_only).stat().st_size
+    require(total <= cap, "artifact_cap_bytes", cap, f"at least {total}, what there is already")
+    backend, differs = choose_attention(config.attention, world.device), config.differs()
     track, agreed = resolve_track(config, world, val, backend.name), world.decide(time.time())
     log = RunLog(config, world, *agreed)
     facts: dict = {**environment_facts(world), "data": {**log.result.get("data", {}), **data}}
     facts["versions"] |= {"attention_backend": backend.name, "rejected": backend.rejected}
-    identity = {"seed": config.seed, "world_size": world.size,
-                "source_sha256": hashlib.sha256(source.encode()).hexdigest()}
+    identity = {"seed": config.seed, "world_size": world.size, "source_sha256": digest(source)}
     log.result = {"started": utc_text(), **log.result, "run_id": log.run_id, "track": track,
                   "preset": config.preset, "config_hash": config.config_hash, **identity, **facts,
-                  "packed_sha256": hashlib.sha256(packed).hexdigest(),
-                  "config": asdict(config), "differs": config.differs()}
+                  "packed_sha256": digest(packed), "config": asdict(config), "differs": differs}
     log.event("start", **log.result)
     log.line(source, console=False)
-    log.line(f"run {log.run_id} | PRESET={config.preset} differs: {config.differs() or None}")
+    log.line(f"run {log.run_id} | PRESET={config.preset} differs: {differs or None}")
     for name in ("track", "world_size", "source_sha256", "packed_sha256", *facts):
         log.line(f"{name}: {log.result[name]}")
     start = find_start(config, {**config.method(), **identity, **data}, log)
@@ -2698,20 +2653,25 @@ def prepare(config: Config, world: World) -> Setup:
 
 def data_facts(config: Config, val: ValStream) -> dict[str, object]:
     """The data section of the result. Raises: DataError if tokenizer and shards do not match."""
-    path, digest = config.dataset_dir / "manifest.json", hashlib.sha256
+    folder, tokenizer = config.dataset_dir, digest(config.tokenizer_file.read_bytes())
+    path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}") from None
-    tokenizer = digest(config.tokenizer_file.read_bytes()).hexdigest()
     if (written := manifest.get("tokenizer_sha256", tokenizer)) != tokenizer:
         raise DataError(f"{config.tokenizer_file}: sha256 {tokenizer}, but {path} says {written}")
     if is_official(val) and val.num_bytes not in OFFICIAL_VAL_BYTES:
-        raise DataError(f"{config.dataset_dir}: {val.num_bytes} bytes, not in {OFFICIAL_VAL_BYTES}")
-    return {"name": config.dataset_dir.name, "tokenizer_sha256": tokenizer,
-            "val_documents": val.num_documents, "val_targets": val.num_targets,
-            "fingerprint": digest(val.tokens.tobytes()).hexdigest()[:16],
-            "val_bytes": val.num_bytes, "val_raw_bytes": manifest.get("val_raw_bytes")}
+        raise DataError(f"{folder}: {val.num_bytes} bytes, not in {OFFICIAL_VAL_BYTES}")
+    facts = {"name": folder.name, "val_documents": val.num_documents, "val_bytes": val.num_bytes,
+             "val_targets": val.num_targets, "val_raw_bytes": manifest.get("val_raw_bytes"),
+             "fingerprint": digest(val.tokens.tobytes())[:16], "tokenizer_sha256": tokenizer}
+    if not config.eval_only:
+        shards = [read_shard(path) for path in find_shards(folder, "train")]
+        ends = b"".join(shard[-999:].tobytes() for shard in shards)
+        facts |= {"train_tokens": TrainLoader(shards, config).num_tokens,
+                  "train_shards": len(shards), "train_ends_sha256": digest(ends)}
+    return facts
 
 def train_to_artifact(setup: Setup, path: Path) -> None:
     """Trains, quantises and writes the artifact to `path`."""
@@ -2788,7 +2748,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     if config.ttt_enabled:
         headline = f"ttt_{config.ttt_mode}"
         text = config.config_hash + program_source()  # with the artifact, what the scores are of
-        mark = hashlib.sha256(path.read_bytes() + text.encode()).hexdigest()[:16]
+        mark = digest(path.read_bytes() + text.encode())[:16]
         score = (evaluate_documents(scorer, f"{log.folder}/ledger_{mark}") if by_document
                  else evaluate_adapting(scorer, sliding))
         log_score(log, headline, "quantized_ttt", score)
@@ -2819,20 +2779,19 @@ def describe_config(config: Config, world: World) -> str:
                      f"{flops_per_token(config, plan) / 1e6:.1f} MFLOP per token")
         for number, (block, pass_number, skip_row, skip_from) in enumerate(plan.visits):
             form = block_form(config, block)
-            skip = f", skip {skip_row} from visit {skip_from}" if skip_row >= 0 else ""
-            kind = form.residual + " xsa" * form.exclusive + skip
-            lines.append(f"  visit {number:>2}: block {block} pass {pass_number} {kind}")
+            lines.append(f"  visit {number:>2}: block {block} pass {pass_number} {form.residual}"
+                         + " xsa" * form.exclusive
+                         + f", skip {skip_row} from visit {skip_from}" * (skip_row >= 0))
     with torch.device("meta"):
         groups = count_parameters(GPT(config, sdpa_attend))
     lines += [f"{name}: {tensors} tensors, {count:,} parameters"
               for name, (tensors, count) in groups.items()]
     micro_steps, sequences = batch_shape(config, world.size)
-    lines += [f"total: {sum(count for _, count in groups.values()):,} parameters",
-              f"batch: {world.size} ranks x {micro_steps} micro-steps x {sequences} sequences x "
-              f"{config.train_seq_len} tokens",
-              f"expected artifact: {estimate_artifact_bytes(config):,} of "
-              f"{config.artifact_cap_bytes:,} bytes"]
-    return "\n".join(lines)
+    return "\n".join([
+        *lines, f"total: {sum(count for _, count in groups.values()):,} parameters",
+        f"batch: {world.size} ranks x {micro_steps} micro-steps x {sequences} sequences x "
+        f"{config.train_seq_len} tokens", "expected artifact: "
+        f"{estimate_artifact_bytes(config):,} of {config.artifact_cap_bytes:,} bytes"])
 
 def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
     """One run from settings to result. Raises: GolfError."""
@@ -2842,10 +2801,9 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
         return {}
     with world.process_group(config.rank_timeout_seconds):
         _, _, log, _, _, (state, _) = setup = prepare(config, world)
+        path, result = Path(config.eval_only or log.folder / "artifact.bin"), log.result
         try:
-            path, result = Path(config.eval_only or log.folder / "artifact.bin"), log.result
-            scored = state.trained and "averaged" in result.get("bpb", {})
-            if not (config.eval_only or scored):
+            if not (config.eval_only or (state.trained and "averaged" in result.get("bpb", {}))):
                 train_to_artifact(setup, path)
             evaluate_artifact(setup, path)  # from here on only the artifact exists
             for key, bits in result["bpb"].items():
@@ -2876,7 +2834,7 @@ def command_line(arguments: Sequence[str]) -> int:
         if len(arguments) == 2 and arguments[0] == "pack":
             packed = packed_program()
             write_atomically(Path(arguments[1]), packed)
-            print(f"{arguments[1]}: {len(packed):,} bytes, {hashlib.sha256(packed).hexdigest()}")
+            print(f"{arguments[1]}: {len(packed):,} bytes, {digest(packed)}")
         elif arguments:
             raise ConfigError("usage: train_gpt.py [pack OUT], settings as environment variables")
         else:
@@ -2892,7 +2850,6 @@ def command_line(arguments: Sequence[str]) -> int:
 # Then Triton kernels for what torch.compile would move more often than necessary, each bound to its
 # PyTorch reference by `fused`; rows and heads are padded to powers of two in registers only.
 # Tolerance: against float32, twice the error of the reference in bf16.
-# ==================================================================================================
 
 def require_capability(device: torch.device, *majors: int) -> None:
     """Raises GolfError unless the device is a GPU of one of these compute-capability majors."""
