@@ -2504,21 +2504,24 @@ def project_documents(scorer: Scorer) -> float:
              for passes in groups]
     return float(np.bincount(share_out(costs, RECORD_RANKS), costs).max())
 
-MIX_CHUNK = 8192  # targets that a mixture scores before it learns from them
-MIX_ORDERS = 2, 3, 5  # tokens of context of an n-gram row
+MIX_CHUNK = 512  # targets that a mixture scores before it learns from them
+MIX_ORDERS = 2, 4, 6  # tokens of context of an n-gram row
 MIX_ROWS = 1 << 24  # of all orders together; a new context may take an old one's place
-MIX_FLOOR = 5e-6  # least share of what stands beside the neural distribution
-ENTROPIES = 0.05, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0  # nats: bounds of the classes of weights
-RUNS = 1, 2, 4  # likewise, of how often the last token after a context came in a row
+MIX_SHARE = 5e-6  # of the mixture in the beginning, and its loss in nats at worst
+ENTROPIES = 1.0, 3.0  # nats: bounds of classes that have weights of their own
 
 class Mixed(NamedTuple):
-    """Scores of a mixture, and what to learn from once they are final."""
-    nats: np.ndarray  # N
-    neural: np.ndarray
+    """Chances of targets in a mixture, and what to learn from once they are final."""
+    chance: np.ndarray  # N
+    neural: np.ndarray  # N
     place: np.ndarray  # O, N: of the n-gram row of every order
     cell: np.ndarray  # O, N, 4: that row: check of the context, token, its run, 0 if unknown
     kind: np.ndarray  # N: class of weights
     credit: np.ndarray  # E, N: share of each expert in the chance of the target
+
+    def nats(self, odds: np.ndarray) -> np.ndarray:
+        """Scores of the mixture and the neural distribution as bets of these log odds."""
+        return np.logaddexp(0, odds) - np.logaddexp(odds + np.log(self.chance), np.log(self.neural))
 
 class Mixture:
     """The neural distribution, tempered copies of it, and what followed the same context before.
@@ -2526,40 +2529,42 @@ class Mixture:
     mixture sums to one. An n-gram row counts the last token after a context as often as it came in
     a row; the rest of it is the next shorter context's row, in the end the neural distribution."""
     def __init__(self) -> None:
-        num_classes = (1 + len(MIX_ORDERS) * len(RUNS)) * (1 + len(ENTROPIES))
-        self.cells = np.zeros((MIX_ROWS, 4), np.uint16)
+        num_classes = (1 + len(MIX_ORDERS)) * (1 + len(ENTROPIES))
+        self.cells = np.zeros(MIX_ROWS, np.uint64)
         self.credit = np.full((1 + len(TEMPERED) + len(MIX_ORDERS), num_classes), 0.2)
         self.credit[0] = 20.0
-        self.gain, self.share = 0.0, MIX_FLOOR  # nats won so far, and what they allow to stake
+        self.odds = math.log(MIX_SHARE)
 
     def score(self, context_NC: np.ndarray, target_N: np.ndarray, kept_KN: np.ndarray) -> Mixed:
-        """Scores of targets after a context, given what the neural distribution says of them."""
+        """Chances of targets after a context, given what the neural distribution says of them."""
         place_ON, check_ON = hash_contexts(context_NC)
-        cell_ONF = self.cells.take(place_ON, axis=0)
+        cell_ONF = self.cells[place_ON][..., None].view(np.uint16)
         cell_ONF[..., 2] *= cell_ONF[..., 0] == check_ON
         cell_ONF[..., 0] = check_ON
         experts = list(np.exp(-kept_KN[:-1].astype(np.float64)))
-        level_N, row_N = np.zeros(len(target_N), np.int64), experts[0]
-        for order, (token_N, run_N) in enumerate(np.moveaxis(cell_ONF[..., 1:3], 2, 1)):
+        longest_N, row_N = np.zeros(len(target_N), np.int64), experts[0]
+        for order, (token_N, run_N) in enumerate(np.moveaxis(cell_ONF[..., 1:3], 2, 1), 1):
             row_N = (run_N * (token_N == target_N) + 0.5 * row_N) / (run_N + 0.5)
             experts.append(row_N)
-            step_N = np.searchsorted(RUNS, run_N, side="right")
-            level_N = np.where(run_N, order * len(RUNS) + step_N, level_N)
-        kind_N = level_N * (1 + len(ENTROPIES)) + np.searchsorted(ENTROPIES, kept_KN[-1])
+            longest_N[run_N > 0] = order
+        kind_N = longest_N * (1 + len(ENTROPIES)) + np.searchsorted(ENTROPIES, kept_KN[-1])
         parts_EN = (self.credit / self.credit.sum(axis=0))[:, kind_N] * experts
         chance_N = parts_EN.sum(axis=0)
-        nats_N = -np.log((1 - self.share) * experts[0] + self.share * chance_N)
-        return Mixed(nats_N, kept_KN[0], place_ON, cell_ONF, kind_N, parts_EN / chance_N)
+        return Mixed(chance_N, experts[0], place_ON, cell_ONF, kind_N, parts_EN / chance_N)
+
+    def bet(self, found: Mixed) -> np.ndarray:
+        """Log odds of the mixture, one more than targets: each counts what came before it. So the
+        sum of all scores is, but for MIX_SHARE, no worse than that of the neural distribution."""
+        return self.odds + np.cumsum(np.append(0, np.log(found.chance / found.neural)))
 
     def learn(self, tokens: np.ndarray, found: Mixed) -> None:
-        """Takes up released tokens. What is staked on the next chunk was won before it."""
+        """Takes up released tokens: the last of all with the same place stays."""
         run_ON = found.cell[..., 2] * (found.cell[..., 1] == tokens[1:])
         found.cell[..., 1], found.cell[..., 2] = tokens[1:], np.minimum(run_ON, 999) + 1
-        self.cells[found.place] = found.cell  # of equal places the last one stays
+        self.cells[found.place] = found.cell.view(np.uint64)[..., 0]
         for credit, credit_N in zip(self.credit, found.credit, strict=True):
             credit += np.bincount(found.kind, credit_N, len(credit))
-        self.gain += float((found.neural - found.nats).sum())
-        self.share = max(MIX_FLOOR, -math.expm1(-max(self.gain, 0.0) / MIX_CHUNK))
+        self.odds = self.bet(found)[-1]
 
 def hash_contexts(context_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For the contexts of every order, the place of their row, and 16 bits that tell them apart."""
@@ -2582,12 +2587,14 @@ def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.
         last = min(first + MIX_CHUNK, stop)
         found = mixture.score(contexts[first:last], stream.tokens[first + 1:last + 1],
                               kept_KT[:, first:last])  # 1. predict
+        odds = mixture.bet(found)
         for target, row_KV in probes.items():
             if first <= target < last:
                 ids = np.arange(row_KV.shape[1])
-                rows[target] = mixture.score(contexts[target + 0 * ids], ids, row_KV).nats
+                row = mixture.score(contexts[target + 0 * ids], ids, row_KV)
+                rows[target] = row.nats(odds[target - first])
         whole = Windows(*np.array([[first], [first], [last]]))
-        ledger.commit(whole, torch.from_numpy(found.nats)[None].float())  # 2. final
+        ledger.commit(whole, torch.from_numpy(found.nats(odds[:-1]))[None].float())  # 2. final
         mixture.learn(ledger.released(first, last), found)  # 3. learn from final tokens only
     return ledger, rows
 
