@@ -2087,8 +2087,9 @@ class Windows(NamedTuple):
 class ScoreLedger:
     """Every target's score, taken exactly once; nothing is released before it is scored."""
     def __init__(self, stream: ValStream, world: World, by_document: bool = False,
-                 views: int = 0) -> None:
+                 views: int = 0, worst: float = math.nan) -> None:
         self.stream, self.world, self.by_document = stream, world, by_document
+        self.worst = worst  # stands for the score of a model that learning has broken
         self.begin, self.num_commits, self.num_releases = time.perf_counter(), 0, 0
         self.scored = np.zeros(stream.num_targets, dtype=np.uint8)  # how often, by this rank
         self.kept = torch.zeros(1 + views, stream.num_targets, device=world.device)
@@ -2101,7 +2102,8 @@ class ScoreLedger:
         if (self.scored[targets] > 1).any():
             raise LegalityError(f"a target of {targets.min()} to {targets.max()} was scored before")
         place = torch.from_numpy(targets).to(self.nats.device, non_blocking=True)
-        self.kept[:, place] = windows.scores(nats_KBS.detach())
+        scores = windows.scores(nats_KBS.detach())
+        self.kept[:, place] = scores.nan_to_num(self.worst, posinf=self.worst)
         self.num_commits += 1
 
     def released(self, first: int, last: int) -> np.ndarray:
@@ -2165,10 +2167,17 @@ class Scorer:
         self.earlier_seconds = 0.0  # of an evaluation that was interrupted and went on
         self.views = 0  # how many further facts of each score a mixture will want
         self.last: ScoreLedger | None = None  # of the last evaluation, complete
+        self.stopped_at = 0  # targets scored when learning was given up; 0: never
         self.rows = model.config.eval_rows  # windows of a batch, fewer where memory was short
 
-    def open_ledger(self, by_document: bool = False) -> ScoreLedger:
-        return ScoreLedger(self.stream, self.world, by_document, self.views)
+    def open_ledger(self, by_document: bool = False, learns: bool = False) -> ScoreLedger:
+        worst = math.log(self.model.config.vocab_size) if learns else math.nan
+        return ScoreLedger(self.stream, self.world, by_document, self.views, worst)
+
+    def harm(self, ledger: ScoreLedger, targets: np.ndarray) -> float:
+        """Mean nats by which these scores are worse than those of the last evaluation."""
+        place = torch.from_numpy(targets)
+        return float((ledger.nats[place] - self.last.nats[place]).mean()) if self.last else 0.0
 
     @torch.no_grad()
     def score(self, windows: Windows, ledger: ScoreLedger) -> None:
@@ -2272,16 +2281,21 @@ class Audit:
     def replay(self, scorer: Scorer, kept_KT: np.ndarray, ledger: ScoreLedger,
                rows: dict[int, np.ndarray]) -> None:
         """Mixes the first chunks again, and with a drawn target and all that follows replaced."""
-        for row_V in rows.values():
-            self.note("c2_normalised", 1, abs(np.exp(-row_V).sum() - 1))
+        for row_FV in rows.values():  # the mixture with the neural distribution, and without
+            self.note("c2_normalised", 1, abs(np.exp(-row_FV).sum(1) - 1).max())
         stream, vocab_size = scorer.stream, scorer.model.config.vocab_size
         stop, altered = min(2 * MIX_CHUNK, stream.num_targets), copy.copy(stream)
         drawn = int(torch.randint(stop, (), generator=self.generator))
         altered.tokens = stream.tokens.copy()
         altered.tokens[drawn + 1:] = torch.randint(
             vocab_size, (stream.num_targets - drawn,), generator=self.generator).numpy()
-        probe = {drawn: np.full((len(kept_KT), vocab_size), math.log(vocab_size))}
-        same, other = (mix(s, kept_KT, stop, probe) for s in (stream, altered))
+        logits_V = torch.randn(vocab_size, generator=self.generator)
+        rows_KV = [-(logits_V * factor).log_softmax(0) for factor in (1, *TEMPERED)]
+        probe = {drawn: torch.stack([*rows_KV, torch.ones(vocab_size)]).numpy()}
+        changed_KT = kept_KT[:, :stop].copy()
+        changed_KT[0, drawn:] += 1  # as of other targets, which entropies do not know
+        same = mix(stream, kept_KT, stop, probe)
+        other = mix(altered, changed_KT, stop, probe)
         moved = (same[0].nats != other[0].nats) | (same[0].nats != ledger.nats)
         self.note("c1_causal", drawn, moved[:drawn].any())
         self.note("c3_score_first", 1, float((same[1][drawn] != other[1][drawn]).any()))
@@ -2326,11 +2340,14 @@ def log_score(log: RunLog, key: str, label: str, score: Score) -> None:
 # Enters: a model from an artifact and the validation stream. Leaves: its score when it learns from
 # every chunk after, and only after, that chunk was scored. The ledger enforces the order.
 
+MAX_HARM = 0.1  # nats per target of a chunk or batch of documents, at which learning is given up
+
 class ChunkLearner:
     """Full-weight SGD on tokens that the ledger released."""
     def __init__(self, scorer: Scorer) -> None:
         self.scorer, self.config, self.world = scorer, scorer.model.config, scorer.world
         self.parameters = list(scorer.model.parameters())
+        self.artifact = [p.detach().clone() for p in self.parameters]
         self.sgd = torch.optim.SGD(self.parameters, lr=0.0, momentum=self.config.ttt_momentum)
 
     def adapt(self, tokens: np.ndarray, lr: float) -> None:
@@ -2357,14 +2374,21 @@ class ChunkLearner:
 
 def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     """The score of a model that learns, along a cosine, from every chunk but the last."""
-    ledger, learner = scorer.open_ledger(), ChunkLearner(scorer)
-    num_targets, size = scorer.stream.num_targets, learner.config.ttt_chunk_tokens
+    ledger, learner = scorer.open_ledger(learns=True), ChunkLearner(scorer)
+    num_targets, config = scorer.stream.num_targets, learner.config
+    size = config.ttt_chunk_tokens
     last_chunk = (num_targets - 1) // size
     for chunk in range(last_chunk + 1):
+        first, last = chunk * size, min((chunk + 1) * size, num_targets)
         scorer.score(windows.select(windows.first_scored // size == chunk), ledger)  # 1. predict
-        tokens = ledger.released(chunk * size, min((chunk + 1) * size, num_targets))  # 2. final
-        if chunk < last_chunk:
-            lr = learner.config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
+        tokens = ledger.released(first, last)  # 2. final
+        harm, = scorer.world.decide(
+            scorer.harm(ledger, first + np.flatnonzero(ledger.scored[first:last])))
+        if harm > MAX_HARM and not scorer.stopped_at:
+            torch._foreach_copy_([p.data for p in learner.parameters], learner.artifact)
+            scorer.stopped_at = last
+        if chunk < last_chunk and not scorer.stopped_at:
+            lr = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
             learner.adapt(tokens, lr)  # 3. learn from final tokens only
     return finish_score(scorer, ledger)
 
@@ -2453,7 +2477,7 @@ def evaluate_documents(scorer: Scorer, prefix: str = "") -> Score:
     """The score when adapters of its own learn from each document, chunk by chunk.
     What files with a `prefix` hold of an interrupted evaluation by as many ranks is kept."""
     stream, world, adapters = scorer.stream, scorer.world, LowRank(scorer.model, scorer.plan)
-    ledger, rows = scorer.open_ledger(by_document=True), adapters.config.ttt_batch_size
+    ledger, rows = scorer.open_ledger(by_document=True, learns=True), adapters.config.ttt_batch_size
     path = Path(f"{prefix}_{world.rank}_of_{world.size}.npz")
     if prefix and path.is_file():
         scorer.earlier_seconds = ledger.resume(path)
@@ -2465,10 +2489,13 @@ def evaluate_documents(scorer: Scorer, prefix: str = "") -> Score:
             continue
         adapters.reset()
         for windows, width in groups[index]:
-            nats_BS = scorer.predict(windows, (rows, width), ledger, adapters)  # 1. predict
-            ledger.commit(windows, nats_BS)  # 2. final
-            if windows is not groups[index][-1][0]:
-                adapters.learn(ledger.released_nats(windows, nats_BS))  # 3. from final scores
+            nats_KBS = scorer.predict(windows, (rows, width), ledger, adapters)  # 1. predict
+            ledger.commit(windows, nats_KBS)  # 2. final
+            if windows is not groups[index][-1][0] and not scorer.stopped_at:
+                adapters.learn(ledger.released_nats(windows, nats_KBS[0]))  # 3. from final scores
+        targets = np.concatenate([windows.targets() for windows, _ in groups[index]])
+        if scorer.harm(ledger, targets) > MAX_HARM and not scorer.stopped_at:
+            scorer.stopped_at = int(ledger.scored.sum())
         if prefix and time.perf_counter() > saved + SAVE_SECONDS:
             with contextlib.suppress(OSError):  # a full disk costs the safety net, not the run
                 ledger.save(path)
@@ -2497,21 +2524,24 @@ def project_documents(scorer: Scorer) -> float:
              for passes in groups]
     return float(np.bincount(share_out(costs, RECORD_RANKS), costs).max())
 
-MIX_CHUNK = 8192  # targets that a mixture scores before it learns from them
-MIX_ORDERS = 2, 3, 5  # tokens of context of an n-gram row
+MIX_CHUNK = 512  # targets that a mixture scores before it learns from them
+MIX_ORDERS = 2, 4, 6  # tokens of context of an n-gram row
 MIX_ROWS = 1 << 24  # of all orders together; a new context may take an old one's place
-MIX_FLOOR = 5e-6  # least share of what stands beside the neural distribution
-ENTROPIES = 0.05, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0  # nats: bounds of the classes of weights
-RUNS = 1, 2, 4  # likewise, of how often the last token after a context came in a row
+MIX_SHARE = 5e-6  # of the mixture in the beginning, and its loss in nats at worst
+ENTROPIES = 1.0, 3.0  # nats: bounds of classes that have weights of their own
 
 class Mixed(NamedTuple):
-    """Scores of a mixture, and what to learn from once they are final."""
-    nats: np.ndarray  # N
-    neural: np.ndarray
+    """Chances of targets in a mixture, and what to learn from once they are final."""
+    chance: np.ndarray  # N
+    neural: np.ndarray  # N
     place: np.ndarray  # O, N: of the n-gram row of every order
     cell: np.ndarray  # O, N, 4: that row: check of the context, token, its run, 0 if unknown
     kind: np.ndarray  # N: class of weights
     credit: np.ndarray  # E, N: share of each expert in the chance of the target
+
+    def nats(self, odds: np.ndarray) -> np.ndarray:
+        """Scores of the mixture and the neural distribution as bets of these log odds."""
+        return np.logaddexp(0, odds) - np.logaddexp(odds + np.log(self.chance), np.log(self.neural))
 
 class Mixture:
     """The neural distribution, tempered copies of it, and what followed the same context before.
@@ -2519,40 +2549,42 @@ class Mixture:
     mixture sums to one. An n-gram row counts the last token after a context as often as it came in
     a row; the rest of it is the next shorter context's row, in the end the neural distribution."""
     def __init__(self) -> None:
-        num_classes = (1 + len(MIX_ORDERS) * len(RUNS)) * (1 + len(ENTROPIES))
-        self.cells = np.zeros((MIX_ROWS, 4), np.uint16)
+        num_classes = (1 + len(MIX_ORDERS)) * (1 + len(ENTROPIES))
+        self.cells = np.zeros(MIX_ROWS, np.uint64)
         self.credit = np.full((1 + len(TEMPERED) + len(MIX_ORDERS), num_classes), 0.2)
         self.credit[0] = 20.0
-        self.gain, self.share = 0.0, MIX_FLOOR  # nats won so far, and what they allow to stake
+        self.odds = math.log(MIX_SHARE)
 
     def score(self, context_NC: np.ndarray, target_N: np.ndarray, kept_KN: np.ndarray) -> Mixed:
-        """Scores of targets after a context, given what the neural distribution says of them."""
+        """Chances of targets after a context, given what the neural distribution says of them."""
         place_ON, check_ON = hash_contexts(context_NC)
-        cell_ONF = self.cells.take(place_ON, axis=0)
+        cell_ONF = self.cells[place_ON][..., None].view(np.uint16)
         cell_ONF[..., 2] *= cell_ONF[..., 0] == check_ON
         cell_ONF[..., 0] = check_ON
         experts = list(np.exp(-kept_KN[:-1].astype(np.float64)))
-        level_N, row_N = np.zeros(len(target_N), np.int64), experts[0]
-        for order, (token_N, run_N) in enumerate(np.moveaxis(cell_ONF[..., 1:3], 2, 1)):
+        longest_N, row_N = np.zeros(len(target_N), np.int64), experts[0]
+        for order, (token_N, run_N) in enumerate(np.moveaxis(cell_ONF[..., 1:3], 2, 1), 1):
             row_N = (run_N * (token_N == target_N) + 0.5 * row_N) / (run_N + 0.5)
             experts.append(row_N)
-            step_N = np.searchsorted(RUNS, run_N, side="right")
-            level_N = np.where(run_N, order * len(RUNS) + step_N, level_N)
-        kind_N = level_N * (1 + len(ENTROPIES)) + np.searchsorted(ENTROPIES, kept_KN[-1])
+            longest_N[run_N > 0] = order
+        kind_N = longest_N * (1 + len(ENTROPIES)) + np.searchsorted(ENTROPIES, kept_KN[-1])
         parts_EN = (self.credit / self.credit.sum(axis=0))[:, kind_N] * experts
         chance_N = parts_EN.sum(axis=0)
-        nats_N = -np.log((1 - self.share) * experts[0] + self.share * chance_N)
-        return Mixed(nats_N, kept_KN[0], place_ON, cell_ONF, kind_N, parts_EN / chance_N)
+        return Mixed(chance_N, experts[0], place_ON, cell_ONF, kind_N, parts_EN / chance_N)
+
+    def bet(self, found: Mixed) -> np.ndarray:
+        """Log odds of the mixture, one more than targets: each counts what came before it. So the
+        sum of all scores is, but for MIX_SHARE, no worse than that of the neural distribution."""
+        return self.odds + np.cumsum(np.append(0, np.log(found.chance / found.neural)))
 
     def learn(self, tokens: np.ndarray, found: Mixed) -> None:
-        """Takes up released tokens. What is staked on the next chunk was won before it."""
+        """Takes up released tokens: the last of all with the same place stays."""
         run_ON = found.cell[..., 2] * (found.cell[..., 1] == tokens[1:])
         found.cell[..., 1], found.cell[..., 2] = tokens[1:], np.minimum(run_ON, 999) + 1
-        self.cells[found.place] = found.cell  # of equal places the last one stays
+        self.cells[found.place] = found.cell.view(np.uint64)[..., 0]
         for credit, credit_N in zip(self.credit, found.credit, strict=True):
             credit += np.bincount(found.kind, credit_N, len(credit))
-        self.gain += float((found.neural - found.nats).sum())
-        self.share = max(MIX_FLOOR, -math.expm1(-max(self.gain, 0.0) / MIX_CHUNK))
+        self.odds = self.bet(found)[-1]
 
 def hash_contexts(context_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For the contexts of every order, the place of their row, and 16 bits that tell them apart."""
@@ -2575,12 +2607,14 @@ def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.
         last = min(first + MIX_CHUNK, stop)
         found = mixture.score(contexts[first:last], stream.tokens[first + 1:last + 1],
                               kept_KT[:, first:last])  # 1. predict
+        odds = mixture.bet(found)
         for target, row_KV in probes.items():
             if first <= target < last:
                 ids = np.arange(row_KV.shape[1])
-                rows[target] = mixture.score(contexts[target + 0 * ids], ids, row_KV).nats
+                row = mixture.score(contexts[target + 0 * ids], ids, row_KV)
+                rows[target] = np.stack([row.nats(odds[target - first]), -np.log(row.chance)])
         whole = Windows(*np.array([[first], [first], [last]]))
-        ledger.commit(whole, torch.from_numpy(found.nats)[None].float())  # 2. final
+        ledger.commit(whole, torch.from_numpy(found.nats(odds[:-1]))[None].float())  # 2. final
         mixture.learn(ledger.released(first, last), found)  # 3. learn from final tokens only
     return ledger, rows
 
@@ -2752,6 +2786,10 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         score = (evaluate_documents(scorer, f"{log.folder}/ledger_{mark}") if by_document
                  else evaluate_adapting(scorer, sliding))
         log_score(log, headline, "quantized_ttt", score)
+        stopped = int(world.combine(torch.tensor(scorer.stopped_at), dist.ReduceOp.MAX))
+        if stopped:
+            log.result["ttt_stopped_at"] = stopped
+            log.warn(f"test-time training made scores worse: stopped after {stopped} targets")
     full = full or score.seconds * OFFICIAL_VAL_TARGETS / RECORD_RANKS * world.size / targets
     if config.mixer == "legal":
         mixed, headline = evaluate_mixture(scorer), "mixer"
