@@ -175,7 +175,7 @@ def test_other_pythons_strip_to_the_same_text(version: str, program: Path) -> No
               if isinstance(node, ast.FunctionDef | ast.Assign)
               and defined(node) & {"NAMED", "strip_source", "names_in", "definitions", "rename",
                                    "shorten_names"}]
-    text = "\n".join(["from __future__ import annotations", "import ast, sys",
+    text = "\n".join(["from __future__ import annotations", "import ast, re, sys",
                       "from collections import Counter", *map(ast.unparse, packer),
                       "sys.stdout.write(strip_source(sys.stdin.read()))"])
     try:
