@@ -53,7 +53,6 @@ HAS_TRITON = "triton" in sys.modules or torch.cuda.is_available()
 if HAS_TRITON:
     import triton
     import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
 # ==================================================================================================
 # 1  Config
@@ -842,18 +841,10 @@ def attention(x_BTD: Tensor, w: BlockWeights, form: BlockForm, rotary: Rotary, a
         y_BTHK = fused_exclude_self(y_BTHK, v_BTGK)
     return linear(y_BTHK.flatten(2), w.out, "out", tap)
 
-def mlp_parts(x_BTD: Tensor, up_FD: Tensor, down_DF: Tensor,
-              tap: Tap | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, hidden layer, and what the hidden layer is the square of the leaky ReLU of."""
-    pre_BTF = linear(x_BTD, up_FD, "up", tap)
-    hidden_BTF = F.leaky_relu(pre_BTF, LEAKY_SLOPE).square()
-    return linear(hidden_BTF, down_DF, "down", tap), hidden_BTF, pre_BTF
-
 def mlp(x_BTD: Tensor, w: BlockWeights, tap: Tap | None) -> Tensor:
     """Two linear layers round the square of a leaky ReLU."""
-    if tap is None:
-        return fused_mlp(x_BTD, w.up, w.down)[0]
-    return mlp_parts(x_BTD, w.up, w.down, tap)[0]
+    hidden_BTF = F.leaky_relu(linear(x_BTD, w.up, "up", tap), LEAKY_SLOPE).square()
+    return linear(hidden_BTF, w.down, "down", tap)
 
 def run_block(stream: Stream, w: BlockWeights, form: BlockForm, rotary: Rotary, attend: Attend,
               tap: Tap | None = None) -> Tensor:
@@ -3071,73 +3062,6 @@ def run_exclude_self(gradients: list[Tensor], tensors: list[Tensor],
 
 fused_exclude_self = fused("exclude_self", "(Tensor y, Tensor v) -> Tensor", exclude_self,
                            run_exclude_self, 2)
-
-# MLP. The activation is the epilogue of the product with `up`, its derivative that of the product
-# which gives the hidden layer's gradient; the other products are cuBLAS. Tiles are stored in halves
-# by the copy engine; tensors start and rows continue at multiples of 16 bytes.
-@jit
-def activation_product_kernel(left, right, pre, out, N, WIDE: tl.constexpr,  # type: ignore # noqa: PLR0913
-                              DEEP: tl.constexpr, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
-                              ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                              DEPTH: tl.constexpr) -> None:
-    """pre = left right^T (N, WIDE) and out = act(pre); or out = act'(pre) (left right)."""
-    across = tl.cdiv(WIDE, COLUMNS)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS) * across, tl.num_programs(0),
-                         flatten=True):
-        row, column = tile // across * ROWS, tile % across * COLUMNS
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for depth in tl.range(0, DEEP, DEPTH):
-            if BACKWARD:  # noqa: SIM108 - one of the two has the wrong shape and is not compiled
-                b = right.load([depth, column])
-            else:
-                b = right.load([column, depth]).T
-            total = tl.dot(left.load([row, depth]), b, total)
-        first, second = tl.split(
-            tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-        for part in tl.static_range(2):
-            product = first if part == 0 else second
-            place = [row, column + part * (COLUMNS // 2)]
-            if BACKWARD:
-                p = pre.load(place).to(tl.float32)
-                y = product * tl.where(p > 0, 2.0 * p, 2.0 * SLOPE * SLOPE * p)
-            else:
-                rounded = product.to(pre.dtype)
-                pre.store(place, rounded)
-                p = rounded.to(tl.float32)
-                p = tl.where(p > 0, p, SLOPE * p)
-                y = p * p
-            out.store(place, y.to(out.dtype))
-
-def activation_product(left: Tensor, right: Tensor, pre: Tensor, out: Tensor, *,
-                       backward: bool) -> None:
-    """Fills `out` (N, F), and forward `pre`. Tiles and programs per processor are measured."""
-    rows, columns, depth, warps, each = (128, 256, 64, 8, 1) if backward else (128, 128, 64, 4, 2)
-    N, F = pre.shape
-    programs = -(-N // rows) * -(-F // columns)
-    if left.is_cuda:
-        properties = torch.cuda.get_device_properties(left.device)
-        programs = min(programs, each * properties.multi_processor_count)
-    described = TensorDescriptor.from_tensor
-    activation_product_kernel[(programs,)](
-        described(left, [rows, depth]),
-        described(right, [depth, columns] if backward else [columns, depth]),
-        described(pre, [rows, columns // 2]), described(out, [rows, columns // 2]), N, F,
-        left.shape[1], LEAKY_SLOPE, backward, rows, columns, depth, num_warps=warps, num_stages=3)
-
-def run_mlp(gradients: list[Tensor], tensors: list[Tensor], numbers: list[float]) -> list[Tensor]:
-    """The results of `mlp_parts`, or the gradients of input and both matrices."""
-    x, up, down, *results = (t.flatten(0, -2) for t in tensors)
-    if not gradients:
-        pre, hidden = (x.new_empty(*tensors[0].shape[:-1], len(up)) for _ in range(2))
-        activation_product(x, up, pre.flatten(0, -2), hidden.flatten(0, -2), backward=False)
-        return [F.linear(hidden, down), hidden, pre]
-    (_, hidden, pre), dy = results, gradients[0].flatten(0, -2)
-    dpre = torch.empty_like(pre)
-    activation_product(dy, down, pre, dpre, backward=True)
-    return [(dpre @ up).view(tensors[0].shape), dpre.T @ x, dy.T @ hidden]
-
-fused_mlp = fused("mlp", "(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor, Tensor)",
-                  mlp_parts, run_mlp, 3)
 
 # Loss. An item is one row of logits, read once each way.
 @jit

@@ -46,11 +46,6 @@ def cases(device: str, dtype: torch.dtype) -> list[tuple[str, Function, Function
         target = torch.randint(V, (T,), generator=generator).to(device)
         found.append(("nll", ops.nll, golf.softcapped_nll,
                       [normal(T, V, scale=10.0), target, 30.0]))
-    for D, hidden in ((64, 96), (72, 264)):
-        found.append(("mlp", lambda *inputs: ops.mlp(*inputs)[0],
-                      lambda *inputs: golf.mlp_parts(*inputs)[0],
-                      [normal(B, T, D), normal(hidden, D, scale=0.1),
-                       normal(D, hidden, scale=0.1)]))
     return found
 
 
