@@ -22,6 +22,7 @@ import copy
 import difflib
 import functools
 import hashlib
+import importlib.metadata
 import io
 import json
 import math
@@ -31,7 +32,6 @@ import signal
 import sys
 import time
 import typing
-import warnings
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -47,12 +47,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-# Only where a GPU may want it: importing Triton takes long beside importing torch.
-HAS_TRITON = "triton" in sys.modules or torch.cuda.is_available()
-if HAS_TRITON:
-    import triton
-    import triton.language as tl
 
 # ==================================================================================================
 # 1  Config
@@ -102,7 +96,7 @@ class Config:
     checkpoint_every: float = within(0.0, 0, 1e7)  # seconds; 0: only when a signal ends training
     rank_timeout_seconds: float = within(900.0, 1, 1e7)  # for which a rank waits for the others
     audit: bool = False  # checks sampled scores live and refuses a headline that fails
-    attention: Literal["auto", "fa3", "fa4", "cudnn", "flash", "math"] = "auto"
+    attention: Literal["auto", "fa3", "cudnn", "flash", "math"] = "auto"
     compile: bool = True
     # Data
     data_dir: str = "./data"  # holds datasets/ and tokenizers/
@@ -539,7 +533,7 @@ def environment_facts(world: World) -> dict[str, object]:
                 np.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     if world.is_cuda:
         hardware |= {"gpu": torch.cuda.get_device_name(world.device), "gpus": world.size}
-        versions["triton"] = triton.__version__
+        versions["triton"] = importlib.metadata.version("triton")
         with contextlib.suppress(OSError, IndexError):  # the version follows the module's name
             hardware["driver"] = Path("/proc/driver/nvidia/version").read_text().split("  ")[1]
     return {"hardware": hardware, "versions": versions}
@@ -718,7 +712,6 @@ LEAKY_SLOPE = 0.5
 Site = Literal["qkv", "out", "up", "down", "head"]
 SITES: tuple[Site, ...] = typing.get_args(Site)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q_BTHK, k_BTGK, v_BTGK -> y_BTHK, causal
-Result = typing.TypeVar("Result", Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor])
 Tap = Callable[[Site, Tensor, Tensor], Tensor]  # input and output of a layer -> output to use
 
 class Adapter(Protocol):
@@ -816,14 +809,15 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     y_BTGRK = y_BTHK.float().unflatten(2, (v.shape[2], -1))
     return (y_BTGRK - (y_BTGRK * v).sum(-1, keepdim=True) * v).flatten(2, 3).to(y_BTHK.dtype)
 
-def split_heads(qkv_BTNK: Tensor, gain_H: Tensor, cos: Tensor,
-                sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values: the first two normalised and rotated, queries gained."""
+def split_heads(qkv_BTNK: Tensor, gain_H: Tensor,
+                rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values: the first two normalised and rotated, queries gained.
+    Each kind by itself: of queries and keys together, the compiler writes slower code."""
     H, dtype = len(gain_H), qkv_BTNK.dtype
     G = (qkv_BTNK.shape[2] - H) // 2
-    qk = rotate(rms_norm(qkv_BTNK[:, :, :H + G].float()), Rotary(cos, sin))
-    q_BTHK = (qk[:, :, :H] * gain_H[:, None]).to(dtype)
-    return q_BTHK, qk[:, :, H:].to(dtype), qkv_BTNK[:, :, H + G:]
+    q_BTHK, k_BTGK, v_BTGK = qkv_BTNK.split((H, G, G), dim=2)
+    q_BTHK, k_BTGK = (rotate(rms_norm(z.float()), rotary) for z in (q_BTHK, k_BTGK))
+    return (q_BTHK * gain_H[:, None]).to(dtype), k_BTGK.to(dtype), v_BTGK.contiguous()
 
 def linear(x: Tensor, w_OI: Tensor, site: Site, tap: Tap | None) -> Tensor:
     """`x` times the transpose of `w`, as seen or changed by an adapter."""
@@ -835,10 +829,10 @@ def attention(x_BTD: Tensor, w: BlockWeights, form: BlockForm, rotary: Rotary, a
     """Grouped-query attention with normalised, rotated, gained queries and keys."""
     num_heads = form.num_heads + 2 * form.num_kv_heads
     qkv_BTNK = linear(x_BTD, w.qkv, "qkv", tap).unflatten(-1, (num_heads, -1))
-    q_BTHK, k_BTGK, v_BTGK = fused_split_heads(qkv_BTNK, w.q_gain, *rotary)
+    q_BTHK, k_BTGK, v_BTGK = split_heads(qkv_BTNK, w.q_gain, rotary)
     y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK)
     if form.exclusive:
-        y_BTHK = fused_exclude_self(y_BTHK, v_BTGK)
+        y_BTHK = exclude_self(y_BTHK, v_BTGK)
     return linear(y_BTHK.flatten(2), w.out, "out", tap)
 
 def mlp(x_BTD: Tensor, w: BlockWeights, tap: Tap | None) -> Tensor:
@@ -908,8 +902,8 @@ class GPT(nn.Module):
             self.register_buffer(name, table, persistent=False)
         self.forms = tuple(block_form(config, block) for block in range(L))
         # One graph per form of a block serves every visit, plan and evaluation.
-        self.run_block, self.embed_tokens, self.norm = (
-            maybe_compile(f, config) for f in (run_block, embed_tokens, rms_norm))
+        self.run_block, self.embed_tokens, self.norm, self.softcapped_nll = (
+            maybe_compile(f, config) for f in (run_block, embed_tokens, rms_norm, softcapped_nll))
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -976,8 +970,12 @@ class GPT(nn.Module):
 
     def nats(self, x_BTD: Tensor, target_BT: Tensor, adapter: Adapter | None = None) -> Tensor:
         """Nats of targets, float32 (B, T), given the hidden states that predict them."""
-        logits_NV, target_N = self.logits(x_BTD, adapter), target_BT.flatten().long()
-        return fused_nll(logits_NV, target_N, self.config.logit_softcap).view(target_BT.shape)
+        nats_N = self.target_nats(self.logits(x_BTD, adapter), target_BT.flatten().long())
+        return nats_N.view(target_BT.shape)
+
+    def target_nats(self, logits_NV: Tensor, target_N: Tensor) -> Tensor:
+        torch._dynamo.maybe_mark_dynamic(logits_NV, 0)  # one graph for all numbers of targets
+        return self.softcapped_nll(logits_NV, target_N, self.config.logit_softcap)
 
 def block_form(config: Config, block: int) -> BlockForm:
     """The fixed part of one physical block."""
@@ -1039,7 +1037,7 @@ def attention_error(attend: Attend, device: torch.device) -> float:
 
 def choose_attention(name: str, device: torch.device) -> AttentionBackend:
     """The named back-end, or the first that loads and is exact enough. Raises: ConfigError."""
-    loaders: dict[str, Callable[[torch.device], Attend]] = {"fa3": load_fa3, "fa4": load_fa4}
+    loaders: dict[str, Callable[[torch.device], Attend]] = {"fa3": load_fa3}
     loaders |= {k: functools.partial(load_sdpa, kernel=k) for k in ("cudnn", "flash", "math")}
     rejected, tolerance = dict[str, str](), 0.02 if device.type == "cuda" else 1e-4
     for candidate in loaders if name == "auto" else (name,):
@@ -2199,7 +2197,7 @@ class Scorer:
         """Nats of targets; for a mixture, those of tempered copies and the entropy: (K, B, S)."""
         cap, target_N = self.model.config.logit_softcap, target_BS.flatten().long()
         logits_NV = self.model.logits(x_BSD, adapter)
-        found = [fused_nll(logits_NV, target_N, cap)]
+        found = [self.model.target_nats(logits_NV, target_N)]
         if self.views:
             with torch.no_grad():
                 capped_NV = cap * torch.tanh(logits_NV.float() / cap)
@@ -2641,7 +2639,7 @@ def resolve_track(config: Config, world: World, val: ValStream, attention: str) 
     require(world.size == RECORD_RANKS, "world_size", world.size, f"{RECORD_RANKS}{claim}")
     require(official, "val_targets", val.num_targets, f"{OFFICIAL_VAL_TARGETS}{claim}")
     require(config.compile and not torch._dynamo.config.disable, "compile", 0, f"1{claim}")
-    require(attention not in ("flash", "math"), "attention", attention, f"fa3, fa4 or cudnn{claim}")
+    require(attention not in ("flash", "math"), "attention", attention, f"fa3 or cudnn{claim}")
     for name, most in (("max_wallclock_seconds", 600), ("max_eval_seconds", 600),
                        ("artifact_cap_bytes", 16_000_000)):
         value = getattr(config, name)
@@ -2875,10 +2873,8 @@ def command_line(arguments: Sequence[str]) -> int:
 
 # ==================================================================================================
 # 12  Kernels
-# Attention libraries, each imported by its loader: a machine without one only loses the choice.
-# Then Triton kernels for what torch.compile would move more often than necessary, each bound to its
-# PyTorch reference by `fused`; rows and heads are padded to powers of two in registers only.
-# Tolerance: against float32, twice the error of the reference in bf16.
+# Attention of libraries, each imported by its loader: a machine without one only loses the choice.
+# All else is PyTorch that torch.compile turns into kernels; docs/NOTEBOOK.md says what own ones won.
 
 def require_capability(device: torch.device, *majors: int) -> None:
     """Raises GolfError unless the device is a GPU of one of these compute-capability majors."""
@@ -2895,211 +2891,6 @@ def load_fa3(device: torch.device) -> Attend:
         return y[0] if isinstance(y, tuple) else y
 
     return attend
-
-def load_fa4(device: torch.device) -> Attend:
-    """flash-attn-4, as an operator of our own, because the package registers none."""
-    require_capability(device, 9, 10)
-    attend = fa4_operator()
-    return lambda q_BTHK, k_BTGK, v_BTGK: attend(q_BTHK, k_BTGK, v_BTGK)[0]
-
-@functools.cache
-def fa4_operator() -> Callable[..., tuple[Tensor, Tensor]]:
-    """Causal attention, differentiable: q, k, v -> y (B, T, H, K) and log-sum-exp (B, H, T)."""
-    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
-    warnings.filterwarnings("ignore", "Argument aux_data")  # of its compiler, at every new shape
-
-    def run(gradients: list[Tensor], tensors: list[Tensor], numbers: list[float]) -> list[Tensor]:
-        if not gradients:
-            return list(_flash_attn_fwd(*tensors, causal=True, return_lse=True)[:2])
-        *inputs, log_sum = tensors
-        return list(_flash_attn_bwd(*inputs, gradients[0], log_sum, causal=True)[:3])
-
-    def shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return q, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-
-    return fused("fa4", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)", shapes, run, 3)
-
-Runner = Callable[[list[Tensor], list[Tensor], list[float]], list[Tensor]]
-jit: Callable[..., typing.Any] = triton.jit if HAS_TRITON else lambda kernel: kernel
-
-def launch(kernel: typing.Any, count: int, items: int, *arguments: object, warps: int = 4) -> None:
-    """Runs a kernel over `count` items, so many per program, their number its last argument."""
-    kernel[(-(-count // items),)](*arguments, items, num_warps=warps)
-
-def fused(name: str, schema: str, reference: Callable[..., Result], run: Runner,
-          num_gradients: int) -> Callable[..., Result]:
-    """`reference`; for a GPU an operator with like results that torch.compile and autograd know.
-    `run` returns them, given no gradients and the arguments: tensors, then numbers. Given gradients
-    of results, and arguments followed by results, it returns gradients of the first arguments.
-    """
-    if not HAS_TRITON:
-        return reference
-
-    def forward(*arguments: typing.Any) -> typing.Any:
-        tensors = [t.contiguous() for t in arguments if isinstance(t, Tensor)]
-        results = run([], tensors, list(arguments[len(tensors):]))
-        return tuple(results) if len(results) > 1 else results[0]
-
-    registered = torch.library.custom_op(f"golf::{name}", forward, mutates_args=(), schema=schema)
-    gradient = torch.library.custom_op(
-        f"golf::{name}_backward", run, mutates_args=(),
-        schema="(Tensor[] gradients, Tensor[] tensors, float[] numbers) -> Tensor[]")
-    gradient.register_fake(
-        lambda _, tensors, numbers: [t.new_empty(t.shape) for t in tensors[:num_gradients]])
-    registered.register_fake(lambda *arguments: torch.utils._pytree.tree_map(
-        lambda t: t.new_empty(t.shape), reference(*arguments)))
-
-    def save(ctx: typing.Any, inputs: tuple[object, ...], output: Result) -> None:
-        results: Sequence[Tensor] = [output] if isinstance(output, Tensor) else output
-        ctx.save_for_backward(*(t for t in (*inputs, *results) if isinstance(t, Tensor)))
-        ctx.numbers, ctx.num_inputs = [x for x in inputs if isinstance(x, float)], len(inputs)
-        ctx.set_materialize_grads(False)  # results only kept for the backward pass have none
-
-    def differentiate(ctx: typing.Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = [g.contiguous() for g in gradients if g is not None]
-        found: list[Tensor] = gradient(
-            given, [t.contiguous() for t in ctx.saved_tensors], ctx.numbers)
-        return (*found, *[None] * (ctx.num_inputs - num_gradients))
-
-    registered.register_autograd(differentiate, setup_context=save)
-    return lambda *arguments: (registered if arguments[0].is_cuda else reference)(*arguments)
-
-# Splitting heads. An item is one head of one row; in the packed projection they lie side by side.
-# The backward pass owns the whole gradient of the projection, so nothing is concatenated.
-@jit
-def split_heads_kernel(qkv, gain, cos, sin, q, k, v, dqkv, dgain, N, T,  # type: ignore # noqa: PLR0913
-                       EPS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
-                       HALF: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
-                       ITEMS: tl.constexpr) -> None:
-    """qkv (N, H+2G, K), gain (H), tables (T, HALF) -> q (N, H, K), k and v (N, G, K).
-    Backward these three are gradients; dgain (N, H) float32 is to be summed over rows.
-    """
-    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None]
-    column, row, head = tl.arange(0, WIDTH)[None, :], item // (H + 2 * G), item % (H + 2 * G)
-    inside, is_q, is_v = (row < N) & (column < K), head < H, head >= H + G
-    is_k, turns = ~(is_q | is_v), inside & (column < 2 * HALF) & ~is_v
-    at_q, at_k = q + (row * H + head) * K, k + (row * G + head - H) * K
-    at_v = v + (row * G + head - H - G) * K
-    # A pair turns together: each column takes its partner times the signed sine.
-    angle, first = row % T * HALF + column % HALF, column < HALF
-    partner = tl.where(first, column + HALF, column - HALF)
-    c = tl.load(cos + angle, mask=turns, other=1.0)
-    s = tl.load(sin + angle, mask=turns, other=0.0)
-    s = tl.where(first, s, -s)
-    x = tl.load(qkv + item * K + column, mask=inside, other=0.0).to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / K + EPS)[:, None]
-    factor = tl.where(is_v, 1.0, inverse * tl.load(gain + head, mask=is_q, other=1.0))
-    if BACKWARD:
-        d = tl.load(at_q + column, mask=inside & is_q, other=0.0).to(tl.float32)
-        d += tl.load(at_k + column, mask=inside & is_k, other=0.0).to(tl.float32)
-        d += tl.load(at_v + column, mask=inside & is_v, other=0.0).to(tl.float32)
-        other = tl.load(at_q + partner, mask=turns & is_q, other=0.0).to(tl.float32)
-        other += tl.load(at_k + partner, mask=turns & is_k, other=0.0).to(tl.float32)
-        d = d * c - other * s
-        normed = tl.where(is_v, 0.0, x * inverse)
-        dot = tl.sum(d * normed, axis=1)[:, None]
-        tl.store(dgain + row * H + head, dot, mask=(row < N) & is_q)
-        tl.store(dqkv + item * K + column, factor * (d - normed * dot / K), mask=inside)
-    else:
-        other = tl.load(qkv + item * K + partner, mask=turns, other=0.0).to(tl.float32)
-        y = (x * c + other * s) * factor
-        tl.store(at_q + column, y, mask=inside & is_q)
-        tl.store(at_k + column, y, mask=inside & is_k)
-        tl.store(at_v + column, y, mask=inside & is_v)
-
-def run_split_heads(gradients: list[Tensor], tensors: list[Tensor],
-                    numbers: list[float]) -> list[Tensor]:
-    """Contiguous heads, or the gradients of projection and gain."""
-    qkv, gain, cos, sin = tensors[:4]
-    (B, T, num_heads, K), H = qkv.shape, len(gain)
-    G = (num_heads - H) // 2
-    heads = gradients or [qkv.new_empty(B, T, n, K) for n in (H, G, G)]
-    dqkv, dgain = torch.empty_like(qkv), gain.new_empty(B * T, H, dtype=torch.float32)
-    launch(split_heads_kernel, B * T * num_heads, 32, qkv, gain, cos, sin, *heads, dqkv, dgain,
-           B * T, T, NORM_EPS, H, G, K, cos.shape[1], triton.next_power_of_2(K), bool(gradients))
-    return [dqkv, dgain.sum(0).to(gain.dtype)] if gradients else heads
-
-fused_split_heads = fused(
-    "split_heads", "(Tensor qkv, Tensor gain, Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)",
-    split_heads, run_split_heads, 2)
-
-# Excluding the own value. An item is one value head of one row and its REPEAT query heads.
-@jit
-def exclude_self_kernel(y, v, d, out, dv, N, REPEAT: tl.constexpr,  # type: ignore # noqa: PLR0913
-                        K: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
-                        ITEMS: tl.constexpr) -> None:
-    """out = y - a v with a = y.v / v.v; or, with b = d.v / v.v, the gradients of y and v.
-    dy = d - b v and dv = sum over heads (2ab v - b y - a d)
-    """
-    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None]
-    column = tl.arange(0, WIDTH)[None, :]
-    inside = (item < N) & (column < K)
-    value = tl.load(v + item * K + column, mask=inside, other=0.0).to(tl.float32)
-    square = tl.maximum(tl.sum(value * value, axis=1), 1e-24)[:, None]
-    total = tl.zeros((ITEMS, WIDTH), tl.float32)
-    for repeat in tl.static_range(REPEAT):
-        place = (item * REPEAT + repeat) * K + column
-        head = tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
-        a = tl.sum(head * value, axis=1)[:, None] / square
-        if BACKWARD:
-            change = tl.load(d + place, mask=inside, other=0.0).to(tl.float32)
-            b = tl.sum(change * value, axis=1)[:, None] / square
-            tl.store(out + place, change - b * value, mask=inside)
-            total += 2.0 * a * b * value - b * head - a * change
-        else:
-            tl.store(out + place, head - a * value, mask=inside)
-    if BACKWARD:
-        tl.store(dv + item * K + column, total, mask=inside)
-
-def run_exclude_self(gradients: list[Tensor], tensors: list[Tensor],
-                     numbers: list[float]) -> list[Tensor]:
-    """The remaining output, or the gradients of output and value."""
-    y, v = tensors[:2]
-    K, out, dv = v.shape[-1], torch.empty_like(y), torch.empty_like(v)
-    launch(exclude_self_kernel, v.numel() // K, 16, y, v, *(gradients or [y]), out, dv,
-           v.numel() // K, y.numel() // v.numel(), K, triton.next_power_of_2(K), bool(gradients))
-    return [out, dv] if gradients else [out]
-
-fused_exclude_self = fused("exclude_self", "(Tensor y, Tensor v) -> Tensor", exclude_self,
-                           run_exclude_self, 2)
-
-# Loss. An item is one row of logits, read once each way.
-@jit
-def nll_kernel(logits, target, weight, out, V, CAP: tl.constexpr, WIDTH: tl.constexpr,  # type: ignore # noqa: PLR0913
-               BACKWARD: tl.constexpr, FAST: tl.constexpr, ITEMS: tl.constexpr) -> None:
-    """Nats of a row; or the gradient of its logits, given that of its nats.
-    FAST: tanh as one instruction, whose error is below half a bf16 step.
-    """
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    inside, is_target = column < V, column == tl.load(target + row)
-    x = tl.load(logits + row * V + column, mask=inside, other=0.0).to(tl.float32)
-    x *= 1.0 / CAP  # a division would cost the unit that is short here, that of tanh and exp
-    if FAST:
-        x = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32,
-                                      is_pure=True, pack=1)
-    else:
-        x = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
-    top = tl.max(tl.where(inside, x, -1.0), axis=0)
-    p = tl.where(inside, tl.exp((x - top) * CAP), 0.0)
-    total = tl.sum(p, axis=0)
-    if BACKWARD:
-        change = (p * (1.0 / total) - tl.where(is_target, 1.0, 0.0)) * (1.0 - x * x)
-        tl.store(out + row * V + column, tl.load(weight + row) * change, mask=inside)
-    else:
-        chosen = tl.sum(tl.where(is_target, x, 0.0), axis=0)
-        tl.store(out + row, CAP * (top - chosen) + tl.log(total))
-
-def run_nll(gradients: list[Tensor], tensors: list[Tensor], numbers: list[float]) -> list[Tensor]:
-    """Nats of every row, or the gradient of the logits."""
-    (logits, target, *_), (cap,) = tensors, numbers
-    N, V = logits.shape
-    out = torch.empty_like(logits) if gradients else logits.new_empty(N, dtype=torch.float32)
-    launch(nll_kernel, N, 1, logits, target, *(gradients or [out]), out, V, cap,
-           triton.next_power_of_2(V), bool(gradients), logits.is_cuda, warps=16)
-    return [out]
-
-fused_nll = fused("nll", "(Tensor logits, Tensor target, float cap) -> Tensor", softcapped_nll,
-                  run_nll, 1)
 
 if __name__ == "__main__":
     sys.exit(command_line(sys.argv[1:]))
