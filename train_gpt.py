@@ -2348,6 +2348,7 @@ def log_score(log: RunLog, key: str, label: str, score: Score) -> None:
 # ==================================================================================================
 
 MAX_HARM = 0.1  # nats per target of a chunk or batch of documents, at which learning is given up
+HARM_EVERY = 8  # passes over a batch of documents: each look waits for the device
 
 class ChunkLearner:
     """Full-weight SGD on tokens that the ledger released."""
@@ -2495,14 +2496,16 @@ def evaluate_documents(scorer: Scorer, prefix: str = "") -> Score:
         if ledger.scored[groups[index][0][0].targets()].all():
             continue
         adapters.reset()
-        for windows, width in groups[index]:
+        for number, (windows, width) in enumerate(groups[index], 1):
             nats_KBS = scorer.predict(windows, (rows, width), ledger, adapters)  # 1. predict
             ledger.commit(windows, nats_KBS)  # 2. final
-            if windows is not groups[index][-1][0] and not scorer.stopped_at:
+            if number < len(groups[index]) and not scorer.stopped_at:
                 adapters.learn(ledger.released_nats(windows, nats_KBS[0]))  # 3. from final scores
-        targets = np.concatenate([windows.targets() for windows, _ in groups[index]])
-        if scorer.harm(ledger, targets) > MAX_HARM and not scorer.stopped_at:
-            scorer.stopped_at = int(ledger.scored.sum())
+            if number % HARM_EVERY == 0 and not scorer.stopped_at:
+                targets = np.concatenate([part.targets() for part, _ in groups[index][:number]])
+                if scorer.harm(ledger, targets) > MAX_HARM:
+                    adapters.reset()
+                    scorer.stopped_at = int(ledger.scored.sum())
         if prefix and time.perf_counter() > saved + SAVE_SECONDS:
             with contextlib.suppress(OSError):  # a full disk costs the safety net, not the run
                 ledger.save(path)
@@ -2535,7 +2538,8 @@ MIX_CHUNK = 512  # targets that a mixture scores before it learns from them
 MIX_ORDERS = 2, 4, 6  # tokens of context of an n-gram row
 MIX_ROWS = 1 << 24  # of all orders together; a new context may take an old one's place
 MIX_SHARE = 5e-6  # of the mixture in the beginning, and its loss in nats at worst
-ENTROPIES = 1.0, 3.0  # nats: bounds of classes that have weights of their own
+MIX_MEMORY = 500.0  # targets that weights remember
+MIX_ENTROPY = 2.0  # nats, above which a neural distribution has weights of its own
 
 class Mixed(NamedTuple):
     """Chances of targets in a mixture, and what to learn from once they are final."""
@@ -2556,9 +2560,8 @@ class Mixture:
     mixture sums to one. An n-gram row counts the last token after a context as often as it came in
     a row; the rest of it is the next shorter context's row, in the end the neural distribution."""
     def __init__(self) -> None:
-        num_classes = (1 + len(MIX_ORDERS)) * (1 + len(ENTROPIES))
-        self.cells = np.zeros(MIX_ROWS, np.uint64)
-        self.credit = np.full((1 + len(TEMPERED) + len(MIX_ORDERS), num_classes), 0.2)
+        self.cells, orders = np.zeros(MIX_ROWS, np.uint64), len(MIX_ORDERS)
+        self.credit = np.full((1 + len(TEMPERED) + orders, 2 * (1 + orders)), 0.2)
         self.credit[0] = 20.0
         self.odds = math.log(MIX_SHARE)
 
@@ -2574,7 +2577,7 @@ class Mixture:
             row_N = (run_N * (token_N == target_N) + 0.5 * row_N) / (run_N + 0.5)
             experts.append(row_N)
             longest_N[run_N > 0] = order
-        kind_N = longest_N * (1 + len(ENTROPIES)) + np.searchsorted(ENTROPIES, kept_KN[-1])
+        kind_N = 2 * longest_N + (kept_KN[-1] > MIX_ENTROPY)
         parts_EN = (self.credit / self.credit.sum(axis=0))[:, kind_N] * experts
         chance_N = parts_EN.sum(axis=0)
         return Mixed(chance_N, experts[0], place_ON, cell_ONF, kind_N, parts_EN / chance_N)
@@ -2591,6 +2594,7 @@ class Mixture:
         self.cells[found.place] = found.cell.view(np.uint64)[..., 0]
         for credit, credit_N in zip(self.credit, found.credit, strict=True):
             credit += np.bincount(found.kind, credit_N, len(credit))
+        self.credit /= np.maximum(1, self.credit.sum(axis=0) / MIX_MEMORY)
         self.odds = self.bet(found)[-1]
 
 def hash_contexts(context_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
