@@ -24,10 +24,9 @@ def small_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 def views_of(chance_N: np.ndarray) -> np.ndarray:
     """What a scorer keeps, of a model that gives the target a chance and all others the rest."""
     rest_N = (1 - chance_N) / 383
-    entropy_N = -chance_N * np.log(chance_N) - 383 * rest_N * np.log(rest_N)
     nats = [np.log(chance_N ** f + 383 * rest_N ** f) - f * np.log(chance_N)
             for f in (1, *golf.TEMPERED)]
-    return np.stack([*nats, entropy_N]).astype(np.float32)
+    return np.stack(nats).astype(np.float32)
 
 
 def bits_gained(tokens: np.ndarray, chance_N: np.ndarray) -> float:
@@ -47,12 +46,12 @@ def test_repeated_text_is_what_pays() -> None:
 
 def test_overconfidence_is_tempered() -> None:
     """A model that is sure nine times in ten and right every other time."""
-    stream, kept_KT = stream_of(text(4000, longest=3000), 1), views_of(np.full(3999, 0.9))
-    right = np.random.default_rng(1).random(3999) < 0.5
-    for row, factor in zip(kept_KT, (1, *golf.TEMPERED), strict=False):
+    stream, kept_KT = stream_of(text(9000, longest=3000), 1), views_of(np.full(8999, 0.9))
+    right = np.random.default_rng(1).random(8999) < 0.5
+    for row, factor in zip(kept_KT, (1, *golf.TEMPERED), strict=True):
         row[~right] += factor * math.log(0.9 * 383 / 0.1)
-    saved = kept_KT[0].sum(dtype=float) - golf.mix(stream, kept_KT, 3999, {})[0].total_nats()
-    assert saved / 3999 > 0.2
+    saved = kept_KT[0].sum(dtype=float) - golf.mix(stream, kept_KT, 8999, {})[0].total_nats()
+    assert saved / 8999 > 0.1
 
 
 def adversary(kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -88,8 +87,8 @@ def test_every_row_sums_to_one_while_it_learns() -> None:
     tokens = np.tile(PHRASE, 12)
     stream, kept_KT = stream_of(tokens, 1), views_of(np.full(599, 0.2))
     logits = np.random.default_rng(5).normal(0, 2, 384)
-    row_KV = np.stack([np.log(np.exp(f * logits).sum()) - f * logits for f in (1, *golf.TEMPERED)]
-                      + [np.full(384, kept_KT[3, 0])])
+    row_KV = np.stack([np.log(np.exp(f * logits).sum()) - f * logits
+                       for f in (1, *golf.TEMPERED)])
     probes = dict.fromkeys((0, 1, 63, 64, 65, 200, 333, 598), row_KV)
     _, rows = golf.mix(stream, kept_KT, stream.num_targets, probes)
     assert rows.keys() == probes.keys()
@@ -109,9 +108,9 @@ def test_later_tokens_move_no_score() -> None:
     assert before[300] < after[300]
 
 
-def test_views_are_tempered_copies_and_the_entropy(make_config: MakeConfig) -> None:
+def test_views_are_tempered_copies(make_config: MakeConfig) -> None:
     scorer = make_scorer(make_config(), stream_of(text(200)))
-    scorer.audit, scorer.views = None, 3
+    scorer.audit, scorer.views = None, 2
     golf.evaluate(scorer, golf.sliding_windows(199, 64, 64))
     assert scorer.last
     kept, model = scorer.last.kept, scorer.model
@@ -122,8 +121,6 @@ def test_views_are_tempered_copies_and_the_entropy(make_config: MakeConfig) -> N
     for number, factor in enumerate((1, *golf.TEMPERED)):
         wanted = -(capped * factor).log_softmax(1).gather(1, row[0, 1:65, None].long())[:, 0]
         torch.testing.assert_close(kept[number, :64], wanted, rtol=1e-4, atol=1e-4)
-    entropy = torch.distributions.Categorical(logits=capped).entropy()
-    torch.testing.assert_close(kept[3, :64], entropy, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["sgd", "documents", "off"])
