@@ -168,7 +168,7 @@ class Config:
     eval_stride: int = within(64, 1, 1 << 20)
     val_batch_tokens: int = within(524_288, 8, 1 << 23)  # eight ranks' share of a forward pass
     sliding_window_enabled: bool = False
-    mixer: Literal["off", "legal", "hedge1453"] = "off"  # beside the model's distribution
+    mixer: Literal["off", "legal"] = "off"  # of the model with n-grams of scored tokens
     val_tail: bool = True  # 0: without the tail that fills no sequence, as the published runs
     max_eval_seconds: float = within(600.0, 1, 1e7)
     # Test-time training
@@ -2073,12 +2073,13 @@ class Windows(NamedTuple):
         kept = torch.from_numpy(np.flatnonzero(np.arange(nats_KBS.shape[-1]) < counts))
         return nats_KBS.flatten(-2)[..., kept.to(device, non_blocking=True)]
 
+BROKEN = 16 * math.log(2)  # nats where a score is no number: all 16-bit ids are equally likely
+
 class ScoreLedger:
     """Every target's score, taken exactly once; nothing is released before it is scored."""
     def __init__(self, stream: ValStream, world: World, by_document: bool = False,
-                 views: int = 0, worst: float = math.nan) -> None:
+                 views: int = 0) -> None:
         self.stream, self.world, self.by_document = stream, world, by_document
-        self.worst = worst  # stands for the score of a model that learning has broken
         self.begin, self.num_commits, self.num_releases = time.perf_counter(), 0, 0
         self.scored = np.zeros(stream.num_targets, dtype=np.uint8)  # how often, by this rank
         self.kept = torch.zeros(1 + views, stream.num_targets, device=world.device)
@@ -2091,8 +2092,7 @@ class ScoreLedger:
         if (self.scored[targets] > 1).any():
             raise LegalityError(f"a target of {targets.min()} to {targets.max()} was scored before")
         place = torch.from_numpy(targets).to(self.nats.device, non_blocking=True)
-        scores = windows.scores(nats_KBS.detach())
-        self.kept[:, place] = scores.nan_to_num(self.worst, posinf=self.worst)
+        self.kept[:, place] = windows.scores(nats_KBS.detach()).nan_to_num(BROKEN, posinf=BROKEN)
         self.num_commits += 1
 
     def released(self, first: int, last: int) -> np.ndarray:
@@ -2159,9 +2159,8 @@ class Scorer:
         self.stopped_at = 0  # targets scored when learning was given up; 0: never
         self.rows = model.config.eval_rows  # windows of a batch, fewer where memory was short
 
-    def open_ledger(self, by_document: bool = False, learns: bool = False) -> ScoreLedger:
-        worst = math.log(self.model.config.vocab_size) if learns else math.nan
-        return ScoreLedger(self.stream, self.world, by_document, self.views, worst)
+    def open_ledger(self, by_document: bool = False) -> ScoreLedger:
+        return ScoreLedger(self.stream, self.world, by_document, self.views)
 
     def harm(self, ledger: ScoreLedger, targets: np.ndarray) -> float:
         """Mean nats by which these scores are worse than those of the last evaluation."""
@@ -2194,7 +2193,7 @@ class Scorer:
         return self.judge(self.states(rows, skip, adapter), rows[:, 1 + skip:], adapter)
 
     def judge(self, x_BSD: Tensor, target_BS: Tensor, adapter: LowRank | None) -> Tensor:
-        """Nats of targets; for a mixture, those of tempered copies and the entropy: (K, B, S)."""
+        """Nats of targets and, for a mixture, those of tempered copies of the model: (K, B, S)."""
         cap, target_N = self.model.config.logit_softcap, target_BS.flatten().long()
         logits_NV = self.model.logits(x_BSD, adapter)
         found = [self.model.target_nats(logits_NV, target_N)]
@@ -2203,8 +2202,6 @@ class Scorer:
                 capped_NV = cap * torch.tanh(logits_NV.float() / cap)
                 found += [F.cross_entropy(capped_NV * factor, target_N, reduction="none")
                           for factor in TEMPERED]
-                log_NV = capped_NV.log_softmax(1)
-                found.append(-(log_NV.exp() * log_NV).sum(1))
         return torch.stack(found).view(-1, *target_BS.shape)
 
     def states(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
@@ -2262,27 +2259,23 @@ class Audit:
         row_KBV = torch.cat([scorer.judge(
             x_BSD[:, drawn:drawn + 1].expand(-1, len(ids), -1), ids.expand(len(rows), -1), adapter)
             for ids in torch.arange(len(model.embed)).to(rows).split(64)], dim=2)
-        mass_KB = (-row_KBV[:1 + len(TEMPERED)].double()).exp().sum(2)
+        mass_KB = (-row_KBV.double()).exp().sum(2)
         self.note("c2_normalised", len(rows), (mass_KB - 1).abs().max())
         if scorer.views and drawn < counts[0]:
             self.rows[int(windows.first_scored[0]) + drawn] = row_KBV[:, 0].cpu().numpy()
 
-    def replay(self, scorer: Scorer, kept_KT: np.ndarray, ledger: ScoreLedger,
+    def replay(self, stream: ValStream, kept_KT: np.ndarray, ledger: ScoreLedger,
                rows: dict[int, np.ndarray]) -> None:
         """Mixes the first chunks again, and with a drawn target and all that follows replaced."""
         for row_FV in rows.values():  # the mixture with the neural distribution, and without
             self.note("c2_normalised", 1, abs(np.exp(-row_FV).sum(1) - 1).max())
-        stream, vocab_size = scorer.stream, scorer.model.config.vocab_size
         stop, altered = min(2 * MIX_CHUNK, stream.num_targets), copy.copy(stream)
         drawn = int(torch.randint(stop, (), generator=self.generator))
-        altered.tokens = stream.tokens.copy()
+        row_KV, altered.tokens = next(iter(self.rows.values())), stream.tokens.copy()
         altered.tokens[drawn + 1:] = torch.randint(
-            vocab_size, (stream.num_targets - drawn,), generator=self.generator).numpy()
-        logits_V = torch.randn(vocab_size, generator=self.generator)
-        rows_KV = [-(logits_V * factor).log_softmax(0) for factor in (1, *TEMPERED)]
-        probe = {drawn: torch.stack([*rows_KV, torch.ones(vocab_size)]).numpy()}
-        changed_KT = kept_KT[:, :stop].copy()
-        changed_KT[0, drawn:] += 1  # as of other targets, which entropies do not know
+            row_KV.shape[1], (stream.num_targets - drawn,), generator=self.generator).numpy()
+        changed_KT, probe = kept_KT[:, :stop].copy(), {drawn: row_KV}
+        changed_KT[0, drawn:] += 1  # as of other targets
         same = mix(stream, kept_KT, stop, probe)
         other = mix(altered, changed_KT, stop, probe)
         moved = (same[0].nats != other[0].nats) | (same[0].nats != ledger.nats)
@@ -2330,6 +2323,7 @@ def log_score(log: RunLog, key: str, label: str, score: Score) -> None:
 # every chunk after, and only after, that chunk was scored. The ledger enforces the order.
 
 MAX_HARM = 0.1  # nats per target of a chunk or batch of documents, at which learning is given up
+HARM_EVERY = 8  # passes over a batch of documents: each look waits for the device
 
 class ChunkLearner:
     """Full-weight SGD on tokens that the ledger released."""
@@ -2363,7 +2357,7 @@ class ChunkLearner:
 
 def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     """The score of a model that learns, along a cosine, from every chunk but the last."""
-    ledger, learner = scorer.open_ledger(learns=True), ChunkLearner(scorer)
+    ledger, learner = scorer.open_ledger(), ChunkLearner(scorer)
     num_targets, config = scorer.stream.num_targets, learner.config
     size = config.ttt_chunk_tokens
     last_chunk = (num_targets - 1) // size
@@ -2466,7 +2460,7 @@ def evaluate_documents(scorer: Scorer, prefix: str = "") -> Score:
     """The score when adapters of its own learn from each document, chunk by chunk.
     What files with a `prefix` hold of an interrupted evaluation by as many ranks is kept."""
     stream, world, adapters = scorer.stream, scorer.world, LowRank(scorer.model, scorer.plan)
-    ledger, rows = scorer.open_ledger(by_document=True, learns=True), adapters.config.ttt_batch_size
+    ledger, rows = scorer.open_ledger(by_document=True), adapters.config.ttt_batch_size
     path = Path(f"{prefix}_{world.rank}_of_{world.size}.npz")
     if prefix and path.is_file():
         scorer.earlier_seconds = ledger.resume(path)
@@ -2477,14 +2471,16 @@ def evaluate_documents(scorer: Scorer, prefix: str = "") -> Score:
         if ledger.scored[groups[index][0][0].targets()].all():
             continue
         adapters.reset()
-        for windows, width in groups[index]:
+        for number, (windows, width) in enumerate(groups[index], 1):
             nats_KBS = scorer.predict(windows, (rows, width), ledger, adapters)  # 1. predict
             ledger.commit(windows, nats_KBS)  # 2. final
-            if windows is not groups[index][-1][0] and not scorer.stopped_at:
+            if number < len(groups[index]) and not scorer.stopped_at:
                 adapters.learn(ledger.released_nats(windows, nats_KBS[0]))  # 3. from final scores
-        targets = np.concatenate([windows.targets() for windows, _ in groups[index]])
-        if scorer.harm(ledger, targets) > MAX_HARM and not scorer.stopped_at:
-            scorer.stopped_at = int(ledger.scored.sum())
+            if number % HARM_EVERY == 0 and not scorer.stopped_at:
+                targets = np.concatenate([part.targets() for part, _ in groups[index][:number]])
+                if scorer.harm(ledger, targets) > MAX_HARM:
+                    adapters.reset()
+                    scorer.stopped_at = int(ledger.scored.sum())
         if prefix and time.perf_counter() > saved + SAVE_SECONDS:
             with contextlib.suppress(OSError):  # a full disk costs the safety net, not the run
                 ledger.save(path)
@@ -2517,7 +2513,8 @@ MIX_CHUNK = 512  # targets that a mixture scores before it learns from them
 MIX_ORDERS = 2, 4, 6  # tokens of context of an n-gram row
 MIX_ROWS = 1 << 24  # of all orders together; a new context may take an old one's place
 MIX_SHARE = 5e-6  # of the mixture in the beginning, and its loss in nats at worst
-ENTROPIES = 1.0, 3.0  # nats: bounds of classes that have weights of their own
+MIX_MEMORY = 500.0  # targets that weights remember
+MIX_FACTORS = np.full(MIX_ORDERS[-1], 0x9E3779B97F4A7C15, np.uint64).cumprod()  # of a hash
 
 class Mixed(NamedTuple):
     """Chances of targets in a mixture, and what to learn from once they are final."""
@@ -2525,7 +2522,7 @@ class Mixed(NamedTuple):
     neural: np.ndarray  # N
     place: np.ndarray  # O, N: of the n-gram row of every order
     cell: np.ndarray  # O, N, 4: that row: check of the context, token, its run, 0 if unknown
-    kind: np.ndarray  # N: class of weights
+    kind: np.ndarray  # N: longest order that knows the context; each has weights of its own
     credit: np.ndarray  # E, N: share of each expert in the chance of the target
 
     def nats(self, odds: np.ndarray) -> np.ndarray:
@@ -2538,25 +2535,24 @@ class Mixture:
     mixture sums to one. An n-gram row counts the last token after a context as often as it came in
     a row; the rest of it is the next shorter context's row, in the end the neural distribution."""
     def __init__(self) -> None:
-        num_classes = (1 + len(MIX_ORDERS)) * (1 + len(ENTROPIES))
-        self.cells = np.zeros(MIX_ROWS, np.uint64)
-        self.credit = np.full((1 + len(TEMPERED) + len(MIX_ORDERS), num_classes), 0.2)
+        self.cells, orders = np.zeros(MIX_ROWS, np.uint64), len(MIX_ORDERS)
+        self.credit = np.full((1 + len(TEMPERED) + orders, 1 + orders), 0.2)
         self.credit[0] = 20.0
         self.odds = math.log(MIX_SHARE)
 
     def score(self, context_NC: np.ndarray, target_N: np.ndarray, kept_KN: np.ndarray) -> Mixed:
         """Chances of targets after a context, given what the neural distribution says of them."""
-        place_ON, check_ON = hash_contexts(context_NC)
+        hash_ON = np.stack([context_NC[:, -n:] @ MIX_FACTORS[:n] for n in MIX_ORDERS])
+        place_ON, check_ON = (hash_ON >> 32) % MIX_ROWS, (hash_ON >> 16).astype(np.uint16)
         cell_ONF = self.cells[place_ON][..., None].view(np.uint16)
         cell_ONF[..., 2] *= cell_ONF[..., 0] == check_ON
         cell_ONF[..., 0] = check_ON
-        experts = list(np.exp(-kept_KN[:-1].astype(np.float64)))
-        longest_N, row_N = np.zeros(len(target_N), np.int64), experts[0]
+        experts = list(np.exp(-kept_KN.astype(np.float64)))
+        kind_N, row_N = np.zeros(len(target_N), np.int64), experts[0]
         for order, (token_N, run_N) in enumerate(np.moveaxis(cell_ONF[..., 1:3], 2, 1), 1):
             row_N = (run_N * (token_N == target_N) + 0.5 * row_N) / (run_N + 0.5)
             experts.append(row_N)
-            longest_N[run_N > 0] = order
-        kind_N = longest_N * (1 + len(ENTROPIES)) + np.searchsorted(ENTROPIES, kept_KN[-1])
+            kind_N[run_N > 0] = order
         parts_EN = (self.credit / self.credit.sum(axis=0))[:, kind_N] * experts
         chance_N = parts_EN.sum(axis=0)
         return Mixed(chance_N, experts[0], place_ON, cell_ONF, kind_N, parts_EN / chance_N)
@@ -2573,17 +2569,8 @@ class Mixture:
         self.cells[found.place] = found.cell.view(np.uint64)[..., 0]
         for credit, credit_N in zip(self.credit, found.credit, strict=True):
             credit += np.bincount(found.kind, credit_N, len(credit))
+        self.credit /= np.maximum(1, self.credit.sum(axis=0) / MIX_MEMORY)
         self.odds = self.bet(found)[-1]
-
-def hash_contexts(context_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For the contexts of every order, the place of their row, and 16 bits that tell them apart."""
-    state_N, found = np.zeros(len(context_NC), np.uint64), []
-    for order in range(1, MIX_ORDERS[-1] + 1):
-        state_N = (state_N + context_NC[:, -order] + 1) * 0x9E3779B97F4A7C15
-        state_N ^= state_N >> 29
-        if order in MIX_ORDERS:
-            found.append(state_N)
-    return np.stack(found) % MIX_ROWS, (np.stack(found) >> 48).astype(np.uint16)
 
 def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.ndarray]
         ) -> tuple[ScoreLedger, dict[int, np.ndarray]]:
@@ -2613,8 +2600,8 @@ def evaluate_mixture(scorer: Scorer) -> Score:
     assert source
     kept_KT, stream = source.kept.cpu().numpy(), scorer.stream
     ledger, rows = mix(stream, kept_KT, stream.num_targets, audit.rows if audit else {})
-    if audit:
-        audit.replay(scorer, kept_KT, ledger, rows)
+    if audit and audit.rows:
+        audit.replay(stream, kept_KT, ledger, rows)
     return finish_score(scorer, ledger)
 
 # ==================================================================================================
@@ -2762,7 +2749,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         plans += [("sliding", "quantized_sliding_window", sliding)]
     if by_document:
         plans += [("documents", "quantized_documents", document_windows(val, seq_len, stride))]
-    views = (1 + len(TEMPERED)) * (config.mixer != "off")
+    views = len(TEMPERED) * (config.mixer != "off")
     for number, (headline, label, windows) in enumerate(plans, 1 - config.ttt_enabled):
         scorer.views = views * (number == len(plans))  # of the headline only
         score = score_fixed(setup, scorer, headline, label, windows)

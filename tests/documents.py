@@ -53,7 +53,7 @@ def measure_all(config: golf.Config, world: golf.World) -> dict[str, object]:
         "plain": golf.evaluate(scorer, golf.sliding_windows(num_targets, 64, 64)).bits,
         "sliding": golf.evaluate(scorer, sliding).bits,
         "documents": golf.evaluate(scorer, documents, by_document=True).bits}
-    scorer.views = 3
+    scorer.views = 2
     found["ttt_documents"] = golf.evaluate_documents(scorer).bits
     found["ttt_mixture"] = golf.evaluate_mixture(scorer).bits
     scorer.views = 0

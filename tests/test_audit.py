@@ -33,7 +33,7 @@ def run(config: golf.Config, kind: str, tokens: np.ndarray | None = None) -> gol
     elif kind == "ttt_documents":
         golf.evaluate_documents(scorer)
     elif kind in ("documents", "mixer_documents"):
-        scorer.views = 3 * kind.startswith("mixer")
+        scorer.views = 2 * kind.startswith("mixer")
         golf.evaluate(scorer, golf.document_windows(scorer.stream, 64, 16), by_document=True)
         if scorer.views:
             golf.evaluate_mixture(scorer)
