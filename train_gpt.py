@@ -974,7 +974,6 @@ class GPT(nn.Module):
         return nats_N.view(target_BT.shape)
 
     def target_nats(self, logits_NV: Tensor, target_N: Tensor) -> Tensor:
-        torch._dynamo.maybe_mark_dynamic(logits_NV, 0)  # one graph for all numbers of targets
         return self.softcapped_nll(logits_NV, target_N, self.config.logit_softcap)
 
 def block_form(config: Config, block: int) -> BlockForm:
@@ -1971,7 +1970,7 @@ NAMED = {ast.Name: "id", ast.arg: "arg", ast.FunctionDef: "name", ast.ClassDef: 
 
 def strip_source(source: str) -> str:
     """The same program without what only people read, or only packing needs, under short names.
-    Types stay where they are read: of the fields of Config, of the constants of kernels."""
+    The fields of Config keep their types, which are read."""
     tree, read = ast.parse(source), set[ast.AST]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -1982,7 +1981,7 @@ def strip_source(source: str) -> str:
             read.update(node.body)
         if isinstance(node, ast.AnnAssign) and node not in read:
             node.annotation = ast.Constant(0)
-        if isinstance(node, ast.arg) and ast.unparse(node).split(": ")[-1] != "tl.constexpr":
+        if isinstance(node, ast.arg):
             node.annotation = None
     unused = {"pack_program"}  # it is packed already; then whatever nothing mentions any more
     while unused:
@@ -2196,6 +2195,7 @@ class Scorer:
         """Nats of targets and, for a mixture, those of tempered copies of the model: (K, B, S)."""
         cap, target_N = self.model.config.logit_softcap, target_BS.flatten().long()
         logits_NV = self.model.logits(x_BSD, adapter)
+        torch._dynamo.maybe_mark_dynamic(logits_NV, 0)  # one graph for all numbers of targets
         found = [self.model.target_nats(logits_NV, target_N)]
         if self.views:
             with torch.no_grad():
@@ -2861,7 +2861,7 @@ def command_line(arguments: Sequence[str]) -> int:
 # ==================================================================================================
 # 12  Kernels
 # Attention of libraries, each imported by its loader: a machine without one only loses the choice.
-# All else is PyTorch that torch.compile turns into kernels; docs/NOTEBOOK.md says what own ones won.
+# All else is PyTorch, compiled; docs/NOTEBOOK.md says what kernels of our own would win.
 
 def require_capability(device: torch.device, *majors: int) -> None:
     """Raises GolfError unless the device is a GPU of one of these compute-capability majors."""

@@ -189,19 +189,6 @@ def test_other_pythons_strip_to_the_same_text(version: str, program: Path) -> No
     assert same
 
 
-def signatures(source: str) -> list[list[str | None]]:
-    """The types that arguments of kernels have: functions some of whose arguments are constants."""
-    types = [[a.annotation and ast.unparse(a.annotation) for a in node.args.args]
-             for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
-    return [each for each in types if "tl.constexpr" in each]
-
-
-def test_kernels_keep_the_types_that_make_their_signature(program: Path) -> None:
-    found, wanted = signatures(golf.unpack_program(program)), signatures(PROGRAM.read_text())
-    assert len(wanted) > 3
-    assert found == wanted
-
-
 def test_settings_keep_the_types_by_which_they_are_read(program: Path) -> None:
     fields = [[[ast.unparse(part) for part in (field.target, field.annotation)]
                for field in node.body if isinstance(field, ast.AnnAssign)]

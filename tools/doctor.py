@@ -373,9 +373,10 @@ def attention_fix(pod: Pod) -> str:
 
     if pod.device.type != "cuda":
         return ""
-    major = torch.cuda.get_device_capability(pod.device)[0]
-    extra = "[cu13]" if (torch.version.cuda or "").startswith("13") else ""
-    return f"pip install --pre 'flash-attn-4{extra}'" if major in (9, 10) else ""
+    if numbers(torch.__version__) >= GOOD_SDPA_TORCH:
+        return ""
+    least = ".".join(map(str, GOOD_SDPA_TORCH))
+    return f"pip install -U 'torch>={least}'"
 
 
 def check_attention(pod: Pod, config: Config) -> Iterator[Check]:
@@ -395,7 +396,7 @@ def check_attention(pod: Pod, config: Config) -> Iterator[Check]:
         return
     reasons = "; ".join(f"not {name}: {reason}" for name, reason in chosen.rejected.items())
     detail = chosen.name + (f" ({reasons})" if reasons else "")
-    fast = {"fa3", "fa4"} | ({"cudnn"} if numbers(torch.__version__) >= GOOD_SDPA_TORCH else set())
+    fast = {"fa3"} | ({"cudnn"} if numbers(torch.__version__) >= GOOD_SDPA_TORCH else set())
     slow = chosen.name not in fast and fix
     yield warn("attention", detail, fix) if slow else ok("attention", detail)
 
