@@ -2067,10 +2067,10 @@ class Windows(NamedTuple):
         return np.concatenate(list(map(np.arange, self.first_scored, self.stops)))
 
     def scores(self, nats_KBS: Tensor) -> Tensor:
-        """Those (K, N) of `targets`, given the positions from the first scored ones on."""
-        counts, device = (self.stops - self.first_scored)[:, None], nats_KBS.device
+        """The nats (K, N) of `targets`, from those of positions from the first scored ones on."""
+        counts = (self.stops - self.first_scored)[:, None]
         kept = torch.from_numpy(np.flatnonzero(np.arange(nats_KBS.shape[-1]) < counts))
-        return nats_KBS.flatten(-2)[..., kept.to(device, non_blocking=True)]
+        return nats_KBS.flatten(-2)[..., kept.to(nats_KBS.device, non_blocking=True)]
 
 BROKEN = 16 * math.log(2)  # nats where a score is no number: all 16-bit ids are equally likely
 
@@ -2147,6 +2147,8 @@ def document_windows(stream: ValStream, seq_len: int, stride: int) -> Windows:
 
 class Scorer:
     """Runs windows through a model: the one way from a model to a number."""
+    last: ScoreLedger  # of the last evaluation, complete
+
     def __init__(self, model: GPT, plan: DepthPlan, stream: ValStream, world: World,
                  audit: Audit | None = None) -> None:
         self.model, self.plan, self.stream, self.world = model, plan, stream, world
@@ -2154,17 +2156,21 @@ class Scorer:
         self.tokens = torch.from_numpy(stream.tokens).to(world.device)
         self.earlier_seconds = 0.0  # of an evaluation that was interrupted and went on
         self.views = 0  # how many further facts of each score a mixture will want
-        self.last: ScoreLedger | None = None  # of the last evaluation, complete
+        self.fixed: ScoreLedger | None = None  # of the last evaluation without learning, complete
         self.stopped_at = 0  # targets scored when learning was given up; 0: never
         self.rows = model.config.eval_rows  # windows of a batch, fewer where memory was short
 
     def open_ledger(self, by_document: bool = False) -> ScoreLedger:
         return ScoreLedger(self.stream, self.world, by_document, self.views)
 
-    def harm(self, ledger: ScoreLedger, targets: np.ndarray) -> float:
-        """Mean nats by which these scores are worse than those of the last evaluation."""
+    def harm(self, ledger: ScoreLedger, targets: np.ndarray, world: World) -> float:
+        """Mean nats by which scores of these ranks are worse than those without learning were."""
+        if not self.fixed:
+            return 0.0
         place = torch.from_numpy(targets)
-        return float((ledger.nats[place] - self.last.nats[place]).mean()) if self.last else 0.0
+        gap = float((ledger.nats[place] - self.fixed.nats[place]).sum())
+        gap, count = world.combine(torch.tensor([gap, len(targets)])).tolist()
+        return gap / count
 
     @torch.no_grad()
     def score(self, windows: Windows, ledger: ScoreLedger) -> None:
@@ -2299,6 +2305,7 @@ def evaluate(scorer: Scorer, windows: Windows, by_document: bool = False) -> Sco
     """The score of a fixed model on all windows."""
     ledger = scorer.open_ledger(by_document)
     scorer.score(windows, ledger)
+    scorer.fixed = ledger
     return finish_score(scorer, ledger)
 
 def finish_score(scorer: Scorer, ledger: ScoreLedger) -> Score:
@@ -2358,20 +2365,18 @@ class ChunkLearner:
 def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     """The score of a model that learns, along a cosine, from every chunk but the last."""
     ledger, learner = scorer.open_ledger(), ChunkLearner(scorer)
-    num_targets, config = scorer.stream.num_targets, learner.config
-    size = config.ttt_chunk_tokens
+    num_targets, size = scorer.stream.num_targets, learner.config.ttt_chunk_tokens
     last_chunk = (num_targets - 1) // size
     for chunk in range(last_chunk + 1):
         first, last = chunk * size, min((chunk + 1) * size, num_targets)
         scorer.score(windows.select(windows.first_scored // size == chunk), ledger)  # 1. predict
         tokens = ledger.released(first, last)  # 2. final
-        harm, = scorer.world.decide(
-            scorer.harm(ledger, first + np.flatnonzero(ledger.scored[first:last])))
-        if harm > MAX_HARM and not scorer.stopped_at:
+        mine = first + np.flatnonzero(ledger.scored[first:last])
+        if scorer.harm(ledger, mine, scorer.world) > MAX_HARM and not scorer.stopped_at:
             torch._foreach_copy_([p.data for p in learner.parameters], learner.artifact)
             scorer.stopped_at = last
         if chunk < last_chunk and not scorer.stopped_at:
-            lr = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
+            lr = learner.config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
             learner.adapt(tokens, lr)  # 3. learn from final tokens only
     return finish_score(scorer, ledger)
 
@@ -2478,7 +2483,7 @@ def evaluate_documents(scorer: Scorer, prefix: str = "") -> Score:
                 adapters.learn(ledger.released_nats(windows, nats_KBS[0]))  # 3. from final scores
             if number % HARM_EVERY == 0 and not scorer.stopped_at:
                 targets = np.concatenate([part.targets() for part, _ in groups[index][:number]])
-                if scorer.harm(ledger, targets) > MAX_HARM:
+                if scorer.harm(ledger, targets, World()) > MAX_HARM:
                     adapters.reset()
                     scorer.stopped_at = int(ledger.scored.sum())
         if prefix and time.perf_counter() > saved + SAVE_SECONDS:
@@ -2562,15 +2567,15 @@ class Mixture:
         sum of all scores is, but for MIX_SHARE, no worse than that of the neural distribution."""
         return self.odds + np.cumsum(np.append(0, np.log(found.chance / found.neural)))
 
-    def learn(self, tokens: np.ndarray, found: Mixed) -> None:
-        """Takes up released tokens: the last of all with the same place stays."""
+    def learn(self, tokens: np.ndarray, found: Mixed, odds: float) -> None:
+        """Takes up released tokens, of several with one place the last, and the odds after them."""
         run_ON = found.cell[..., 2] * (found.cell[..., 1] == tokens[1:])
         found.cell[..., 1], found.cell[..., 2] = tokens[1:], np.minimum(run_ON, 999) + 1
         self.cells[found.place] = found.cell.view(np.uint64)[..., 0]
         for credit, credit_N in zip(self.credit, found.credit, strict=True):
             credit += np.bincount(found.kind, credit_N, len(credit))
         self.credit /= np.maximum(1, self.credit.sum(axis=0) / MIX_MEMORY)
-        self.odds = self.bet(found)[-1]
+        self.odds = odds
 
 def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.ndarray]
         ) -> tuple[ScoreLedger, dict[int, np.ndarray]]:
@@ -2591,14 +2596,12 @@ def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.
                 rows[target] = np.stack([row.nats(odds[target - first]), -np.log(row.chance)])
         whole = Windows(*np.array([[first], [first], [last]]))
         ledger.commit(whole, torch.from_numpy(found.nats(odds[:-1]))[None].float())  # 2. final
-        mixture.learn(ledger.released(first, last), found)  # 3. learn from final tokens only
+        mixture.learn(ledger.released(first, last), found, odds[-1])  # 3. from final tokens
     return ledger, rows
 
 def evaluate_mixture(scorer: Scorer) -> Score:
     """The score of a mixture on top of the last evaluation."""
-    source, audit = scorer.last, scorer.audit
-    assert source
-    kept_KT, stream = source.kept.cpu().numpy(), scorer.stream
+    kept_KT, stream, audit = scorer.last.kept.cpu().numpy(), scorer.stream, scorer.audit
     ledger, rows = mix(stream, kept_KT, stream.num_targets, audit.rows if audit else {})
     if audit and audit.rows:
         audit.replay(stream, kept_KT, ledger, rows)

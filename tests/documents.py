@@ -56,7 +56,7 @@ def measure_all(config: golf.Config, world: golf.World) -> dict[str, object]:
     scorer.views = 2
     found["ttt_documents"] = golf.evaluate_documents(scorer).bits
     found["ttt_mixture"] = golf.evaluate_mixture(scorer).bits
-    scorer.views = 0
+    scorer.views, scorer.fixed = 0, None  # of other windows
     scorer.model.requires_grad_(True)
     found["ttt_sgd"] = golf.evaluate_adapting(scorer, sliding).bits
     return {**found, "audit": scorer.audit.report(world)} if scorer.audit else found

@@ -241,7 +241,8 @@ def test_counts_of_a_chunk_before_its_score_are_caught(adapted: golf.Config,
     def ahead(mixture: golf.Mixture, context: np.ndarray, target: np.ndarray,
               kept: np.ndarray) -> golf.Mixed:
         if len(target) != kept.shape[1] or (target[1:] != target[:-1] + 1).any():  # no probe
-            mixture.learn(np.append(0, target), honest(mixture, context, target, kept))
+            found = honest(mixture, context, target, kept)
+            mixture.learn(np.append(0, target), found, mixture.odds)
         return honest(mixture, context, target, kept)
 
     monkeypatch.setattr(golf.Mixture, "score", ahead)

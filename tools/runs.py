@@ -32,7 +32,8 @@ NOT_A_RUN = ("bench_", "quantiser_curve", "submission", "manifest")  # JSON file
 PARTS = ("code", "model", "total")
 CAP_BYTES = 16_000_000
 MAX_RESULT_BYTES = 256 * 2**20  # a result is kilobytes; anything near this is not one of ours
-EVALUATIONS = ("raw", "averaged", "quantised", "sliding", "documents", "ttt_sgd", "ttt_documents")
+EVALUATIONS = ("raw", "averaged", "quantised", "sliding", "documents", "ttt_sgd", "ttt_documents",
+               "mixer")
 
 
 class RunError(Exception):
@@ -569,7 +570,7 @@ def canonical(label: str) -> str:
 
 # The order decides: a label that names test-time training and quantisation is a TTT score.
 CANONICAL_WORDS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("ngram", "n_gram", "hedge", "mixer", "ppm"), "mixer"),
+    (("ngram", "n_gram", "hedge", "mixer", "mixture", "ppm"), "mixer"),
     (("slot",), "slot"),
     (("ttt_phased", "ttt_lora", "ttt_documents", "ttt_doc"), "ttt_documents"),
     (("ttt",), "ttt_sgd"),
