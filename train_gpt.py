@@ -2751,7 +2751,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     if config.sliding_window_enabled:
         plans += [("sliding", "quantized_sliding_window", sliding)]
     if by_document:
-        plans += [("documents", "quantized_documents", document_windows(val, seq_len, stride))]
+        plans += [("documents", "quantized_documents", document_windows(val, seq_len, seq_len))]
     views = len(TEMPERED) * (config.mixer != "off")
     for number, (headline, label, windows) in enumerate(plans, 1 - config.ttt_enabled):
         scorer.views = views * (number == len(plans))  # of the headline only
