@@ -278,14 +278,14 @@ def test_large_quantisation_gap_is_no_result(make_env: MakeEnv, tmp_path: Path) 
 def test_evaluation_out_of_memory_goes_on_with_half_the_batch(
         make_env: MakeEnv, trained_run: Path, tmp_path: Path, fits: int,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = golf.GPT.nats
+    honest = golf.GPT.logits
 
     def greedy(model: golf.GPT, x: torch.Tensor, *rest: object) -> torch.Tensor:
         if len(x) > fits:
             raise torch.OutOfMemoryError("no memory")
         return honest(model, x, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(golf.GPT, "nats", greedy)
+    monkeypatch.setattr(golf.GPT, "logits", greedy)
     artifact = trained_run / "runs" / "toy" / "artifact.bin"
     found = golf.main(make_env(EVAL_ONLY=artifact, TTT_ENABLED=0))["bpb"]
     assert found == pytest.approx({key: read_result(trained_run)["bpb"][key]
@@ -299,7 +299,7 @@ def test_model_too_large_for_one_row_is_said(make_env: MakeEnv, trained_run: Pat
     def full(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(golf.GPT, "nats", full)
+    monkeypatch.setattr(golf.GPT, "logits", full)
     with pytest.raises(golf.ConfigError, match="EVAL_SEQ_LEN=64 must be shorter"):
         golf.main(make_env(EVAL_ONLY=trained_run / "runs" / "toy" / "artifact.bin"))
 
