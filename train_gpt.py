@@ -812,12 +812,13 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
 def split_heads(qkv_BTNK: Tensor, gain_H: Tensor,
                 rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values: the first two normalised and rotated, queries gained.
-    Each kind by itself: of queries and keys together, the compiler writes slower code."""
+    Each kind by itself, and gained before it is rotated: anything else makes the compiler write
+    slower code, or keep float32 queries for the backward pass."""
     H, dtype = len(gain_H), qkv_BTNK.dtype
     G = (qkv_BTNK.shape[2] - H) // 2
     q_BTHK, k_BTGK, v_BTGK = qkv_BTNK.split((H, G, G), dim=2)
-    q_BTHK, k_BTGK = (rotate(rms_norm(z.float()), rotary) for z in (q_BTHK, k_BTGK))
-    return (q_BTHK * gain_H[:, None]).to(dtype), k_BTGK.to(dtype), v_BTGK.contiguous()
+    q_BTHK = rotate(rms_norm(q_BTHK.float()) * gain_H[:, None], rotary)
+    return q_BTHK.to(dtype), rotate(rms_norm(k_BTGK.float()), rotary).to(dtype), v_BTGK.contiguous()
 
 def linear(x: Tensor, w_OI: Tensor, site: Site, tap: Tap | None) -> Tensor:
     """`x` times the transpose of `w`, as seen or changed by an adapter."""
@@ -1056,6 +1057,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def maybe_compile(function: Callable[..., Tensor], config: Config) -> Callable[..., Tensor]:
     """`function`, compiled to one graph where the settings ask for it."""
     torch._dynamo.config.recompile_limit = 64  # forms of blocks, shapes of batches
+    torch._functorch.config.ban_recompute_used_far_apart = False  # or float32 values are kept
     return torch.compile(function, fullgraph=True, dynamic=False) if config.compile else function
 
 # ==================================================================================================
@@ -2201,7 +2203,8 @@ class Scorer:
         """Nats of targets and, for a mixture, those of tempered copies of the model: (K, B, S)."""
         cap, target_N = self.model.config.logit_softcap, target_BS.flatten().long()
         logits_NV = self.model.logits(x_BSD, adapter)
-        torch._dynamo.maybe_mark_dynamic(logits_NV, 0)  # one graph for all numbers of targets
+        for tensor in (logits_NV, target_N):  # one graph for all numbers of targets
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
         found = [self.model.target_nats(logits_NV, target_N)]
         if self.views:
             with torch.no_grad():

@@ -157,17 +157,17 @@ def test_gate_that_reads_the_target_is_caught(adapted: golf.Config, kind: str,
 @pytest.mark.parametrize("kind", KINDS)
 def test_better_of_two_experts_is_caught(adapted: golf.Config, kind: str,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = golf.fused_nll
-    monkeypatch.setattr(golf, "fused_nll", lambda logits, target, cap: torch.minimum(
-        honest(logits, target, cap), honest(0.5 * logits, target, cap)))
+    honest = golf.GPT.target_nats
+    monkeypatch.setattr(golf.GPT, "target_nats", lambda self, logits, target: torch.minimum(
+        honest(self, logits, target), honest(self, 0.5 * logits, target)))
     assert "c2_normalised" in failed(adapted, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unnormalised_distribution_is_caught(adapted: golf.Config, kind: str,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = golf.fused_nll
-    monkeypatch.setattr(golf, "fused_nll", lambda *inputs: honest(*inputs) - 0.01)
+    honest = golf.GPT.target_nats
+    monkeypatch.setattr(golf.GPT, "target_nats", lambda *inputs: honest(*inputs) - 0.01)
     assert failed(adapted, kind) == {"c2_normalised"}
 
 
@@ -346,8 +346,8 @@ def test_record_is_part_of_the_result(make_env: MakeEnv, mode: str) -> None:
 
 def test_failed_audit_leaves_no_headline(make_env: MakeEnv,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    honest, env = golf.fused_nll, make_env(TTT_ENABLED=0, **ADAPT)
-    monkeypatch.setattr(golf, "fused_nll", lambda *inputs: honest(*inputs) - 0.01)
+    honest, env = golf.GPT.target_nats, make_env(TTT_ENABLED=0, **ADAPT)
+    monkeypatch.setattr(golf.GPT, "target_nats", lambda *inputs: honest(*inputs) - 0.01)
     with pytest.raises(golf.LegalityError, match="audit: c2_normalised"):
         golf.main(env)
     result = json.loads((golf.Path(env["LOG_DIR"]) / "toy.json").read_text())
