@@ -18,23 +18,22 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import difflib
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import itertools
 import json
 import math
-import operator
 import os
-import platform
 import re
 import signal
 import sys
 import time
 import typing
-import warnings
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -51,21 +50,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Only where a GPU may want it: importing Triton takes long beside importing torch.
-HAS_TRITON = "triton" in sys.modules or torch.cuda.is_available()
-if HAS_TRITON:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-if typing.TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
-
 # ==================================================================================================
 # 1  Config
 # Enters: environment variables named like fields. Leaves: one frozen `Config`, checked. A preset is
 # a table of differences from the defaults. A misspelt setting is an error: it costs a paid run.
-# ==================================================================================================
 
 class GolfError(Exception):
     """An error to act on: the message names the variable or file, the value and the bound."""
@@ -110,7 +98,7 @@ class Config:
     checkpoint_every: float = within(0.0, 0, 1e7)  # seconds; 0: only when a signal ends training
     rank_timeout_seconds: float = within(900.0, 1, 1e7)  # for which a rank waits for the others
     audit: bool = False  # checks sampled scores live and refuses a headline that fails
-    attention: Literal["auto", "fa3", "fa4", "cudnn", "flash", "math"] = "auto"
+    attention: Literal["auto", "fa3", "cudnn", "flash", "math"] = "auto"
     compile: bool = True
     # Data
     data_dir: str = "./data"  # holds datasets/ and tokenizers/
@@ -190,10 +178,10 @@ class Config:
     clip_floor: float = within(0.0, 0, 1000)  # least clip width of a row
     gptq_calibration_batches: int = within(64, 0, 10**7)  # of micro_batch_tokens, all ranks
     max_quant_gap_bpb: float = within(0.05, 0, 100)  # a larger loss by quantisation is no result
-    gptq_damp: float = within(0.01, 1e-6, 1)  # of the mean Hessian diagonal
+    gptq_damp: float = within(0.03, 1e-6, 1)  # of the mean Hessian diagonal
     # Clips as given, or steps by their effect per bit; nearest: for tables, or for all.
-    quantiser: Literal["gptq", "rate", "nearest_tables", "nearest"] = "gptq"
-    compressor: Literal["brotli", "ans", "zstd"] = "brotli"  # zstd: brotli where not installed
+    quantiser: Literal["gptq", "rate", "nearest_tables", "nearest"] = "rate"
+    compressor: Literal["brotli", "ans", "zstd"] = "ans"  # zstd: brotli where not installed
     fit: bool = True  # one factor on all steps fits the artifact to its cap
     prune: bool = False  # instead, as many ones of the finest rows of matrices become zeros
     artifact_cap_bytes: int = within(16_000_000, 1000, 10**12)  # packed program and model file
@@ -202,6 +190,7 @@ class Config:
     eval_stride: int = within(64, 1, 1 << 20)
     val_batch_tokens: int = within(524_288, 8, 1 << 23)  # eight ranks' share of a forward pass
     sliding_window_enabled: bool = False
+    mixer: Literal["off", "legal"] = "off"  # of the model with n-grams of scored tokens
     val_tail: bool = True  # 0: without the tail that fills no sequence, as the published runs
     max_eval_seconds: float = within(600.0, 1, 1e7)
     # Test-time training
@@ -287,7 +276,7 @@ class Config:
 
     @property
     def config_hash(self) -> str:
-        return hashlib.sha256(json.dumps(self.method(), sort_keys=True).encode()).hexdigest()[:16]
+        return digest(json.dumps(self.method(), sort_keys=True))[:16]
 
     def differs(self) -> dict[str, object]:
         """The settings that are unlike the preset's."""
@@ -299,7 +288,8 @@ NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_
 
 # Where a published system counts steps to the recurrence, here stand shares of its steps; what
 # else it counts in steps becomes shares by SCHEDULE_STEPS (README).
-PLAIN: dict = dict(sliding_window_enabled=True, val_tail=False, ttt_mode="sgd")
+PLAIN: dict = dict(quantiser="gptq", compressor="brotli", gptq_damp=0.01, val_tail=False,
+                   sliding_window_enabled=True, ttt_mode="sgd")
 PR1445 = PLAIN | dict(
     vocab_size=4096, ttt_enabled=False, residual="two_lane_drop", max_skips=5, ve_layers="9,10",
     num_loops=1, enable_looping_at=2000 / 5104, qk_gain_init=5.0, embed_wd=0.095,
@@ -348,13 +338,12 @@ PRESETS: dict[str, dict] = {
         ttt_chunk_size=32, ttt_lora_rank=16, ttt_lora_alpha=32.0, ttt_lora_lr=1e-3)}
 
 # Published variables without effect here, and what to do instead.
-RETIRED = {
-    "MUON_BETA2": "use MUON_MOMENTUM", "ROPE_TRAIN_SEQ_LEN": "use TRAIN_SEQ_LEN",
-    "MATRIX_BITS": "use ATTN_QMAX and MLP_QMAX", "EMBED_BITS": "use EMBED_QMAX",
-    "EMBEDDING_DIM": "use MODEL_DIM", "CONTROL_TENSOR_NAME_PATTERNS": "remove it",
-    **dict.fromkeys(("EMBED_LR", "HEAD_LR"), "use TIED_EMBED_LR"),
-    **dict.fromkeys(("TIE_EMBEDDINGS", "SKIP_GATES_ENABLED"), "remove it"),
-    **dict.fromkeys(("ETLB_ENABLED", "ETLB_LR", "ETLB_STEPS", "ETLB_CLIP"), "use TTT_ENABLED")}
+RETIRED = {"MUON_BETA2": "use MUON_MOMENTUM", "ROPE_TRAIN_SEQ_LEN": "use TRAIN_SEQ_LEN",
+           "MATRIX_BITS": "use ATTN_QMAX and MLP_QMAX", "EMBED_BITS": "use EMBED_QMAX",
+           "EMBEDDING_DIM": "use MODEL_DIM", "CONTROL_TENSOR_NAME_PATTERNS": "remove it",
+           **dict.fromkeys(("EMBED_LR", "HEAD_LR"), "use TIED_EMBED_LR"),
+           **dict.fromkeys(("TIE_EMBEDDINGS", "SKIP_GATES_ENABLED"), "remove it"),
+           **{f"ETLB_{part}": "use TTT_ENABLED" for part in ("ENABLED", "LR", "STEPS", "CLIP")}}
 
 # A variable with one of these words between underscores can only be meant for this program.
 OWNED_WORDS = "TTT MUON GPTQ EMA SWA WARMDOWN LOOPS XSA ROPE WALLCLOCK EMBED CLIP LORA MLP QK LR"
@@ -363,10 +352,8 @@ def parse_setting(name: str, text: str, kind: typing.Any) -> object:
     """The value of `text` as a type or as one of the literals. Raises: ConfigError."""
     choices = ("0", "1") if kind is bool else typing.get_args(kind) or (text,)
     require(text in choices, name, repr(text), "one of " + ", ".join(choices))
-    if kind is bool:
-        return text == "1"
     try:
-        return kind(text) if kind in (int, float) else text
+        return text == "1" if kind is bool else kind(text) if kind in (int, float) else text
     except ValueError:
         raise ConfigError(f"{name}={text!r} must be a number ({kind.__name__})") from None
 
@@ -378,8 +365,8 @@ def numbers(name: str, text: str) -> list[float]:
         raise ConfigError(f"{name.upper()}={text!r} must be numbers with commas") from None
 
 # Relations between settings in words, and what contradicts them.
-RELATIONS = {"%": ("a multiple of", operator.mod), "<=": ("at most", operator.gt),
-             "<": ("below", operator.ge)}
+RELATIONS = {"%": ("a multiple of", np.mod), "<=": ("at most", np.greater),
+             "<": ("below", np.greater_equal)}
 
 def check_consistency(config: Config) -> None:
     """Raises ConfigError for the first two settings that contradict each other."""
@@ -418,7 +405,6 @@ def check_consistency(config: Config) -> None:
 # 2  Runtime
 # Enters: the variables that torchrun sets. Leaves: a `World` (who we are, which device, how ranks
 # talk) and a `RunLog` (text for people, JSON lines for programs, one result file). All in seconds.
-# ==================================================================================================
 
 class World:
     """This process among its peers. At world size 1 every collective is the identity."""
@@ -452,8 +438,7 @@ class World:
             if self.size > 1:
                 backend, device = ("nccl", self.device) if self.is_cuda else ("gloo", None)
                 wait = timedelta(seconds=timeout_seconds)
-                dist.init_process_group(backend, rank=self.rank, world_size=self.size,
-                                        device_id=device, timeout=wait)
+                dist.init_process_group(backend, device_id=device, timeout=wait)
                 self.control = dist.new_group(backend="gloo", timeout=wait)
             yield
             if self.size > 1:
@@ -491,11 +476,13 @@ class World:
             text = store.compare_set("failure", "", text).decode()
         return text
 
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """`tensor`, replaced by its sum over ranks."""
+    def combine(self, tensor: Tensor, operation: typing.Any = dist.ReduceOp.SUM) -> Tensor:
+        """`tensor`, combined in place over ranks; one of the CPU never waits for the device."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, operation, None if tensor.is_cuda else self.control)
         return tensor
+
+    sum_ = combine
 
     def sum_all_(self, tensors: list[Tensor], scale: float = 1.0) -> None:
         """Replaces each tensor by `scale` times its sum over ranks, in one collective."""
@@ -508,12 +495,8 @@ class World:
         """This rank's equal share, along dim 0, of the mean of `stack` over ranks."""
         if self.size == 1:
             return stack
-        share = stack.chunk(self.size)[self.rank]
-        if self.is_cuda:
-            share = torch.empty_like(share)
-            dist.reduce_scatter_tensor(share, stack, op=dist.ReduceOp.AVG)
-        else:  # gloo has no reduce-scatter
-            self.sum_(stack).div_(self.size)
+        share = torch.empty_like(stack.chunk(self.size)[0])
+        dist.reduce_scatter_tensor(share, stack, op=dist.ReduceOp.AVG)
         return share
 
     def gather(self, share: Tensor) -> Tensor:
@@ -527,18 +510,11 @@ class World:
     def decide(self, *values: float) -> tuple[float, ...]:
         """Rank 0's `values` on every rank, and in `stopping`, whether one was told to stop."""
         mine = values if self.is_main else [0.0] * len(values)
-        box = self.combine(torch.tensor([*mine, self.signalled], dtype=torch.float64))
-        *decided, self.stopping = *box[:-1].tolist(), bool(box[-1])
-        return tuple(decided)
-
-    def combine(self, tensor: Tensor, operation: typing.Any = dist.ReduceOp.SUM) -> Tensor:
-        """A CPU tensor, combined over ranks."""
-        if self.size > 1:
-            dist.all_reduce(tensor, operation, group=self.control)
-        return tensor
+        box = self.combine(torch.tensor([*mine, self.signalled], dtype=torch.float64)).tolist()
+        self.stopping = box.pop() > 0
+        return tuple(box)
 
     def synchronize(self) -> None:
-        """Waits for all ranks and for what their devices were given."""
         if self.is_cuda:
             torch.cuda.synchronize()
         if self.size > 1:
@@ -568,7 +544,7 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=mode == "a")
             self.lock = owner.open("a")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            owner.write_text(f"process {os.getpid()} on {platform.node()}")
+            owner.write_text(f"process {os.getpid()} on {os.uname().nodename}")
             self.files = [self.result_path.with_name(run_id + suffix).open(mode)
                           for suffix in (".txt", ".jsonl")]
         except BlockingIOError:
@@ -590,8 +566,7 @@ class RunLog:
         self.append(0, text)
 
     def event(self, kind: str, **values: object) -> None:
-        record = {"event": kind, "t": time.time() - self.started, **values}
-        self.append(1, json.dumps(record))
+        self.append(1, json.dumps({"event": kind, "t": time.time() - self.started, **values}))
 
     def warn(self, message: str) -> None:
         self.line(f"warning: {message}")
@@ -609,6 +584,10 @@ class RunLog:
 def utc_text(form: str = "%Y-%m-%dT%H:%M:%SZ", seconds: float | None = None) -> str:
     """A time, or the time now, as ISO 8601 text."""
     return time.strftime(form, time.gmtime(seconds))
+
+def digest(data: bytes | str) -> str:
+    """The SHA-256 of bytes, or of a text, in hexadecimal digits."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Writes `data` so that a reader, or a crash, never sees half of it, nor through a link."""
@@ -638,13 +617,12 @@ def packed_program() -> bytes:
 
 def environment_facts(world: World) -> dict[str, object]:
     """Hardware and versions: everything outside the program whose change could move a number."""
-    hardware: dict = {"gpu": torch.cuda.get_device_name(world.device) if world.is_cuda else "none",
-                      "gpus": world.size * world.is_cuda, "cpu_count": os.cpu_count()}
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "numpy": np.__version__, "cuda": torch.version.cuda,
-                "cudnn": torch.backends.cudnn.version()}
+    hardware: dict = {"gpu": "none", "gpus": 0, "cpu_count": os.cpu_count()}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy":
+                np.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     if world.is_cuda:
-        versions["triton"] = triton.__version__
+        hardware |= {"gpu": torch.cuda.get_device_name(world.device), "gpus": world.size}
+        versions["triton"] = importlib.metadata.version("triton")
         with contextlib.suppress(OSError, IndexError):  # the version follows the module's name
             hardware["driver"] = Path("/proc/driver/nvidia/version").read_text().split("  ")[1]
     return {"hardware": hardware, "versions": versions}
@@ -653,7 +631,6 @@ def environment_facts(world: World) -> dict[str, object]:
 # 3  Data
 # Enters: shards of uint16 token ids and a SentencePiece model. Leaves: training windows in an order
 # that only the seed decides, and the validation stream with the bytes every target stands for.
-# ==================================================================================================
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 BOS_ID = 1
@@ -690,10 +667,9 @@ class TrainLoader:
     """Windows of `seq_len + 1` tokens; number n depends on the seed and the shards alone."""
     def __init__(self, shards: Sequence[np.ndarray], config: Config) -> None:
         self.shards, self.config, self.seq_len = shards, config, config.train_seq_len
-        self.offsets = np.cumsum([0] + [s.size for s in shards])
-        self.num_tokens = int(self.offsets[-1])
-        self.ends_sha256 = hashlib.sha256(b"".join(s[-999:].tobytes() for s in shards)).hexdigest()
+        self.num_tokens = sum(shard.size for shard in shards)
         self.counts = np.array([max(0, s.size - 1) // self.seq_len for s in shards])  # of windows
+        self.ends_sha256 = digest(b"".join(shard[-999:].tobytes() for shard in shards))
         self.order, self.batches = self.coprime_batches(), list[np.ndarray]()
         if not self.counts.any():
             raise DataError(f"{config.dataset_dir}: {self.num_tokens} training tokens; shards need "
@@ -701,7 +677,7 @@ class TrainLoader:
         self.enter_epoch(0)
 
     def enter_epoch(self, epoch: int) -> None:
-        """Draws start positions, in all shards together, of one pass or one coprime batch."""
+        """Draws rows of a shard and a start: of one pass, or of one coprime batch."""
         rng, starts = np.random.Generator(np.random.PCG64([self.config.seed, epoch])), []
         order, self.epoch = self.config.train_order, epoch
         if order == "coprime":
@@ -709,10 +685,11 @@ class TrainLoader:
                 self.batches.append(next(self.order))
             self.starts = self.batches[epoch]
             return
-        for shard, offset, count in zip(self.shards, self.offsets, self.counts, strict=False):
+        for number, (shard, count) in enumerate(zip(self.shards, self.counts, strict=True)):
             spare = max(0, shard.size - 1) - count * self.seq_len
-            phase = rng.integers(spare + 1) if order == "shuffled" else 0
-            starts.append(offset + phase + self.seq_len * np.arange(count))
+            begin = rng.integers(spare + 1) if order == "shuffled" else 0
+            begins = begin + self.seq_len * np.arange(count)
+            starts.append(np.stack([np.full(count, number), begins], axis=1))
         self.starts = np.concatenate(starts)
         if order == "shuffled":
             self.starts = rng.permutation(self.starts)
@@ -730,7 +707,7 @@ class TrainLoader:
             some = rng.choice(len(taken), most, replace=False, p=weight / weight.sum())
             rest = rng.choice(some, size - most, p=weight[some] / weight[some].sum())
             np.add.at(taken, picks := np.append(some, rest), 1)
-            yield np.array([next(walks[shard]) for shard in picks])
+            yield np.array([(shard, next(walks[shard])) for shard in picks])
 
     def walk(self, number: int, rng: np.random.Generator) -> Iterator[int]:
         """Start positions in one shard without end, each pass at its own phase and stride."""
@@ -740,18 +717,17 @@ class TrainLoader:
             while math.gcd(stride, count) > 1:
                 stride = stride % count + 1
             for place in range(at, at + count * stride, stride):
-                yield self.offsets[number] + phase + self.seq_len * (place % count)
+                yield int(phase) + self.seq_len * (place % count)
 
     def read(self, first: int, count: int) -> np.ndarray:
         """Windows `first` to `first + count`, int32 (count, seq_len + 1). Raises: DataError."""
         windows = np.empty((count, self.seq_len + 1), dtype=np.int32)
         for row, number in zip(windows, range(first, first + count), strict=True):
-            epoch, index = divmod(number, self.starts.size)
+            epoch, index = divmod(number, len(self.starts))
             if epoch != self.epoch:
                 self.enter_epoch(epoch)
-            start = self.starts[index]
-            shard = int(np.searchsorted(self.offsets, start, side="right")) - 1
-            row[:] = self.shards[shard][start - self.offsets[shard]:][:self.seq_len + 1]
+            shard, start = self.starts[index]
+            row[:] = self.shards[shard][start:start + self.seq_len + 1]
         check_ids(windows, self.config.vocab_size, f"{self.config.dataset_dir}: training shards")
         return windows
 
@@ -763,10 +739,9 @@ class BatchShape(NamedTuple):
 def batch_shape(config: Config, world_size: int) -> BatchShape:
     """The fewest micro-steps within MICRO_BATCH_TOKENS, same global batch. Raises: ConfigError."""
     total = config.train_batch_tokens // config.train_seq_len
-    if total % world_size:
-        possible = ", ".join(str(w) for w in range(1, 9) if total % w == 0)
-        raise ConfigError(f"WORLD_SIZE={world_size} does not divide the {total} sequences of "
-                          f"TRAIN_BATCH_TOKENS ({config.train_batch_tokens}); possible: {possible}")
+    divisors = [size for size in range(1, 9) if total % size == 0]
+    require(total % world_size == 0, "world_size", world_size,
+            f"a divisor of TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN ({total}): {divisors}")
     per_rank, most = total // world_size, config.micro_batch_tokens // config.train_seq_len
     sequences = next(n for n in range(most, 0, -1) if per_rank % n == 0)
     return BatchShape(per_rank // sequences, sequences)
@@ -794,7 +769,7 @@ class TokenBytes(NamedTuple):
     leading_space: np.ndarray  # bool
     boundary: np.ndarray  # bool: control, unknown, unused; a leading space after it is no byte
 
-def load_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
+def load_tokenizer(path: Path, vocab_size: int) -> typing.Any:
     """The SentencePiece model at `path`. Raises: DataError if missing or of another size."""
     from sentencepiece import SentencePieceProcessor
     try:
@@ -806,7 +781,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
         raise DataError(f"{path}: {tokenizer.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
     return tokenizer
 
-def token_bytes(tokenizer: SentencePieceProcessor) -> TokenBytes:
+def token_bytes(tokenizer: typing.Any) -> TokenBytes:
     """Bytes of decoded text per token id, 0 for control tokens; `bytes_of_targets` adds the space.
     Raises: DataError if U+2581 is no piece (its fallback bytes would count as 3), or inside one.
     Example: pieces (U+2581)"caf", "<0xC3>", "<0xA9>" -> 3 and a leading space, 1, 1
@@ -856,7 +831,6 @@ class ValStream:
 # Enters: token ids, a `DepthPlan`, perhaps an adapter. Leaves: hidden states, or nats per target.
 #   B batch   T tokens   D model width   H query heads   G key/value heads   K head width
 #   F hidden width of the MLP   V vocabulary   L physical blocks   N rows (B*T)
-# ==================================================================================================
 
 NORM_EPS = torch.finfo(torch.float32).eps
 LEAKY_SLOPE = 0.5
@@ -867,8 +841,6 @@ MATRICES = "qkv", "out", "up", "down"
 Site = Literal["qkv", "out", "up", "down", "head"]
 SITES: tuple[Site, ...] = typing.get_args(Site)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q_BTHK, k_BTGK, v_BTGK -> y_BTHK, causal
-Result = typing.TypeVar("Result", Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor],
-                        tuple[Tensor, ...])
 Tap = Callable[[Site, Tensor, Tensor], Tensor]  # input and output of a layer -> output to use
 
 class Adapter(Protocol):
@@ -980,14 +952,16 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     y_BTGRK = y_BTHK.float().unflatten(2, (v.shape[2], -1))
     return (y_BTGRK - (y_BTGRK * v).sum(-1, keepdim=True) * v).flatten(2, 3).to(y_BTHK.dtype)
 
-def split_heads(qkv_BTNK: Tensor, gain_H: Tensor, cos: Tensor,
-                sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values: the first two normalised and rotated, queries gained."""
+def split_heads(qkv_BTNK: Tensor, gain_H: Tensor,
+                rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values: the first two normalised and rotated, queries gained.
+    Each kind by itself, and gained before it is rotated: anything else makes the compiler write
+    slower code, or keep float32 queries for the backward pass."""
     H, dtype = len(gain_H), qkv_BTNK.dtype
     G = (qkv_BTNK.shape[2] - H) // 2
-    qk = rotate(rms_norm(qkv_BTNK[:, :, :H + G].float()), Rotary(cos, sin))
-    q_BTHK = (qk[:, :, :H] * gain_H[:, None]).to(dtype)
-    return q_BTHK, qk[:, :, H:].to(dtype), qkv_BTNK[:, :, H + G:]
+    q_BTHK, k_BTGK, v_BTGK = qkv_BTNK.split((H, G, G), dim=2)
+    q_BTHK = rotate(rms_norm(q_BTHK.float()) * gain_H[:, None], rotary)
+    return q_BTHK.to(dtype), rotate(rms_norm(k_BTGK.float()), rotary).to(dtype), v_BTGK.contiguous()
 
 def linear(x: Tensor, w_OI: Tensor, site: Site, tap: Tap | None) -> Tensor:
     """`x` times the transpose of `w`, as seen or changed by an adapter."""
@@ -1002,27 +976,19 @@ def attention(x_BTD: Tensor, w: BlockWeights, form: BlockForm, rotary: Rotary, a
     width = qkv_BTNK.shape[-1]
     padding = -width % 8  # kernels want such heads; their scale goes by the padded width
     gain_H = w.q_gain * math.sqrt(1 + padding / width)
-    q_BTHK, k_BTGK, v_BTGK = fused_split_heads(qkv_BTNK, gain_H, *rotary)
+    q_BTHK, k_BTGK, v_BTGK = split_heads(qkv_BTNK, gain_H, rotary)
     if value:
         v_BTGK = v_BTGK + value[1].to(v_BTGK.dtype) * value[0].view_as(v_BTGK)
-    padded = [F.pad(t, (0, padding)) if padding else t for t in (q_BTHK, k_BTGK, v_BTGK)]
+    padded = (F.pad(t, (0, padding)) if padding else t for t in (q_BTHK, k_BTGK, v_BTGK))
     y_BTHK = attend(*padded)[..., :width]
     if form.exclusive:
-        y_BTHK = fused_exclude_self(y_BTHK, v_BTGK)
+        y_BTHK = exclude_self(y_BTHK, v_BTGK)
     return linear(y_BTHK.flatten(2), w.out, "out", tap)
-
-def mlp_parts(x_BTD: Tensor, up_FD: Tensor, down_DF: Tensor,
-              tap: Tap | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, hidden layer, and what the hidden layer is the square of the leaky ReLU of."""
-    pre_BTF = linear(x_BTD, up_FD, "up", tap)
-    hidden_BTF = F.leaky_relu(pre_BTF, LEAKY_SLOPE).square()
-    return linear(hidden_BTF, down_DF, "down", tap), hidden_BTF, pre_BTF
 
 def mlp(x_BTD: Tensor, w: BlockWeights, tap: Tap | None) -> Tensor:
     """Two linear layers round the square of a leaky ReLU."""
-    if tap is None:
-        return fused_mlp(x_BTD, w.up, w.down)[0]
-    return mlp_parts(x_BTD, w.up, w.down, tap)[0]
+    hidden_BTF = F.leaky_relu(linear(x_BTD, w.up, "up", tap), LEAKY_SLOPE).square()
+    return linear(hidden_BTF, w.down, "down", tap)
 
 def mix_skip(x_BTD: Tensor, skip: Sequence[Tensor]) -> Tensor:
     """The stream with its share of a U-Net skip, if there is one."""
@@ -1106,9 +1072,8 @@ class GPT(nn.Module):
         for name, table in {"norm_scale": norm_scale, **rotary._asdict()}.items():
             self.register_buffer(name, table, persistent=False)
         # One graph per form of a block serves every visit, plan and evaluation.
-        self.run_block = maybe_compile(run_block, config)
-        self.embed_tokens = maybe_compile(embed_tokens, config)
-        self.norm = maybe_compile(rms_norm, config)
+        self.run_block, self.embed_tokens, self.norm, self.softcapped_nll = (
+            maybe_compile(f, config) for f in (run_block, embed_tokens, rms_norm, softcapped_nll))
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -1210,12 +1175,18 @@ class GPT(nn.Module):
         """Nats of all targets, float32 (B, T)."""
         return self.nats(self.hidden(ids_BT, plan, adapter), target_BT, adapter)
 
+    def logits(self, x_BTD: Tensor, adapter: Adapter | None = None) -> Tensor:
+        """Logits (N, V) before their soft cap, given hidden states."""
+        tap = functools.partial(adapter, -1, -1) if adapter else None
+        return linear(x_BTD, self.embed.to(self.dtype), "head", tap).flatten(0, 1)
+
     def nats(self, x_BTD: Tensor, target_BT: Tensor, adapter: Adapter | None = None) -> Tensor:
         """Nats of targets, float32 (B, T), given the hidden states that predict them."""
-        tap = functools.partial(adapter, -1, -1) if adapter else None
-        logits_NV = linear(x_BTD, self.embed.to(self.dtype), "head", tap).flatten(0, 1)
-        target_N = target_BT.flatten().long()
-        return fused_nll(logits_NV, target_N, self.config.logit_softcap).view(target_BT.shape)
+        nats_N = self.target_nats(self.logits(x_BTD, adapter), target_BT.flatten().long())
+        return nats_N.view(target_BT.shape)
+
+    def target_nats(self, logits_NV: Tensor, target_N: Tensor) -> Tensor:
+        return self.softcapped_nll(logits_NV, target_N, self.config.logit_softcap)
 
 def count_parameters(model: GPT) -> dict[str, tuple[int, int]]:
     """(tensors, parameters) per optimizer group, counted as the published systems' tensors."""
@@ -1273,7 +1244,7 @@ def attention_error(attend: Attend, device: torch.device) -> float:
 
 def choose_attention(name: str, device: torch.device) -> AttentionBackend:
     """The named back-end, or the first that loads and is exact enough. Raises: ConfigError."""
-    loaders: dict[str, Callable[[torch.device], Attend]] = {"fa3": load_fa3, "fa4": load_fa4}
+    loaders: dict[str, Callable[[torch.device], Attend]] = {"fa3": load_fa3}
     loaders |= {k: functools.partial(load_sdpa, kernel=k) for k in ("cudnn", "flash", "math")}
     rejected, tolerance = dict[str, str](), 0.02 if device.type == "cuda" else 1e-4
     for candidate in loaders if name == "auto" else (name,):
@@ -1290,9 +1261,10 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     """bf16 where matrix units exist, float32 elsewhere."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
-def maybe_compile(function: Callable[..., Result], config: Config) -> Callable[..., Result]:
+def maybe_compile(function: Callable, config: Config) -> Callable:
     """`function`, compiled to one graph where the settings ask for it."""
     torch._dynamo.config.recompile_limit = 64  # forms of blocks, shapes of batches
+    torch._functorch.config.ban_recompute_used_far_apart = False  # or float32 values are kept
     return torch.compile(function, fullgraph=True, dynamic=False) if config.compile else function
 
 # ==================================================================================================
@@ -1300,7 +1272,6 @@ def maybe_compile(function: Callable[..., Result], config: Config) -> Callable[.
 # Enters: gradients of this rank's share of a batch. Leaves: parameters, updated alike everywhere.
 # Matrices go to Muon, whose momentum and work are shared out over the ranks; the rest to AdamW.
 #   M matrices of one shape, laid wide   R rows   C columns (R <= C)
-# ==================================================================================================
 
 def lr_scale(progress: float, warmdown_frac: float, floor: float) -> float:
     """1 until the last `warmdown_frac` of the run, then linear down to `floor`."""
@@ -1440,7 +1411,6 @@ class WeightAverage:
 # 6  Training
 # Enters: model, batches, clock. Leaves: averaged weights and calibration statistics, in the time
 # budget. The host runs two steps ahead of the device and never waits for a value it does not need.
-# ==================================================================================================
 
 @dataclass
 class TrainState:
@@ -1764,7 +1734,6 @@ class Trainer:
 # Enters: averaged weights and Hessians (second moments of every linear layer's inputs). Leaves:
 # integers with scales of rows and columns. "6 bits" names a range; entropy coded as they are, the
 # step decides the size.   L blocks   R rows (outputs)   C columns (inputs)
-# ==================================================================================================
 
 class Hessians:
     """An adapter that changes nothing and sums x x^T of every linear layer over all visits."""
@@ -1929,7 +1898,7 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
                 w_RC = w_RC / scale_R[:, None] / column_C * (hessian_CC.diagonal() > 0)
                 weights.append(w_RC.T[order_C])
                 factors.append(factor_CC / column_C[order_C])
-            solved = gptq(torch.stack(weights), torch.stack(factors), rule.qmax, 0.04 * balanced)
+            solved = gptq(torch.stack(weights), torch.stack(factors), rule.qmax, 0.02 * balanced)
             for block, q_CR, (scale_R, column_C, place_C) in zip(own, solved, steps, strict=True):
                 q_RC = q_CR[place_C].T
                 error_R = (q_RC * scale_R[:, None] * column_C - stack_LRC[block]).square().sum(1)
@@ -2001,7 +1970,6 @@ def estimate_artifact_bytes(config: Config) -> int:
 # Enters: a `QuantisedModel`. Leaves: one flat file, and back. Nothing in it is executed, it is
 # compared with the settings before memory is taken. The packed program, too, is made here.
 #   magic | JSON header, streams, each behind its length | start of the SHA-256 of it all
-# ==================================================================================================
 
 ARTIFACT_MAGIC = b"GOLF\x00\x02\r\n"
 PIECE = 1 << 19  # of a brotli stream: many small ones share out among cores
@@ -2291,7 +2259,7 @@ def save_artifact(path: Path, blob: bytes, found: QuantisedModel, model: GPT, lo
     total = code_bytes + len(blob)
     sizes = {"code_bytes": code_bytes, "model_bytes": len(blob), "total_bytes": total}
     log.put("artifact", **sizes, cap_bytes=cap, unused_bytes=cap - total, path=str(path),
-            sha256=hashlib.sha256(blob).hexdigest(), codec=codec_of(model.config))
+            sha256=digest(blob), codec=codec_of(model.config))
     weights = sum(q.numel() for q in found.integers.values())
     log.put("quantisation", bits_per_weight=round(8 * len(blob) / weights, 4),
             by_tensor=[*tensor_report(model, found)])
@@ -2306,48 +2274,69 @@ linecache.cache["<train_gpt>"] = len(s), None, s.splitlines(True), "<train_gpt>"
 exec(compile(s, "<train_gpt>", "exec"))
 """
 
+NAMED = {ast.Name: "id", ast.arg: "arg", ast.FunctionDef: "name", ast.ClassDef: "name",
+         ast.ExceptHandler: "name", ast.alias: "name"}  # nodes of a syntax tree that hold names
+
 def strip_source(source: str) -> str:
-    """The same program without what only people read: comments, docstrings, annotations, names.
-    Config reads the types of its fields, kernels those of their arguments. Tests compare what the
-    packed and the plain program do.
-    """
+    """The same program without what only people read, or only packing needs, under short names.
+    The fields of Config keep their types, which are read."""
     tree, read = ast.parse(source), set[ast.AST]()
-    keywords = {n.arg or "" for n in ast.walk(tree) if isinstance(n, ast.keyword)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             node.body = node.body[bool(ast.get_docstring(node)):] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             read.update(node.body)
         if isinstance(node, ast.AnnAssign) and node not in read:
             node.annotation = ast.Constant(0)
-        if isinstance(node, ast.FunctionDef):
-            node.returns = None
-            for argument in [*node.args.args, *node.args.kwonlyargs] * (not node.decorator_list):
-                argument.annotation = None
-        if isinstance(node, ast.Module | ast.ClassDef):
-            for function in (n for n in node.body if isinstance(n, ast.FunctionDef)):
-                shorten_names(function, keywords)
-    lines = [(line, line.lstrip(" ")) for line in ast.unparse(tree).split("\n")]
-    return "".join(" " * ((len(line) - len(text)) // 4) + text + "\n" for line, text in lines)
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    unused = {"pack_program"}  # it is packed already; then whatever nothing mentions any more
+    while unused:
+        tree.body = [n for n in tree.body if not unused & definitions(n)]
+        used = names_in(tree, read=True).keys()
+        unused = {name for n in tree.body if not used & (own := definitions(n)) for name in own}
+    shorten_names(tree)
+    return re.sub("^ +", lambda indent: indent[0][::4], ast.unparse(tree), flags=re.M) + "\n"
 
-def shorten_names(function: ast.FunctionDef, keywords: set[str]) -> None:
-    """Gives what a function binds the shortest free names, but for what callers name."""
-    nodes = list(ast.walk(function))
-    names = [n for n in nodes if isinstance(n, ast.Name)]
-    own = [a for a in [*function.args.args, *function.args.kwonlyargs] if a.arg not in keywords]
-    kept = {n.arg for n in nodes if isinstance(n, ast.arg) and n not in own}
-    kept |= {n.name or "" for n in nodes
-             if isinstance(n, ast.FunctionDef | ast.ExceptHandler | ast.alias)}
-    kept |= {name for n in nodes if isinstance(n, ast.Nonlocal) for name in n.names}
-    bound = [n.id for n in names if isinstance(n.ctx, ast.Store)] + [a.arg for a in own]
-    counts = Counter(n.id for n in names if n.id in {*bound} - kept)
-    taken, letters = kept | {n.id for n in names} - counts.keys(), "abcdefghijklmnopqrstuvwxyz"
-    free = (a + b for b in ("", *"0123456789") for a in letters if a + b not in taken)
+def names_in(scope: ast.AST, *, read: bool) -> Counter[str]:
+    """How often which names are read inside, or else bound."""
+    return Counter(getattr(n, NAMED[type(n)]) for n in ast.walk(scope)
+                   if type(n) in NAMED and isinstance(getattr(n, "ctx", None), ast.Load) == read)
+
+def definitions(node: ast.stmt) -> set[str]:
+    """The names that a statement of the module gives to a function, a class or constants."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    return {*names_in(node, read=False)} if isinstance(node, ast.Assign | ast.AnnAssign) else set()
+
+def shorten_names(tree: ast.Module) -> None:
+    """Renames what functions bind, unless callers or inner functions name it, and definitions."""
+    keywords = {n.arg for n in ast.walk(tree) if isinstance(n, ast.keyword)}
+    bodies = [tree.body, *(n.body for n in tree.body if isinstance(n, ast.ClassDef))]
+    for function in (n for body in bodies for n in body if isinstance(n, ast.FunctionDef)):
+        given, nodes = function.args.args + function.args.kwonlyargs, list(ast.walk(function))
+        own = [a for a in given if a.arg not in keywords]
+        kept = {getattr(n, NAMED[type(n)]) for n in nodes
+                if type(n) in NAMED and not isinstance(n, ast.Name) and n not in own}
+        kept |= {name for n in nodes if isinstance(n, ast.Nonlocal) for name in n.names}
+        rename(function, {*names_in(function, read=False)} - kept, "abcdefghijklmnopqrstuvwxyz")
+    bound = names_in(tree, read=False)
+    rename(tree, {name for n in tree.body for name in definitions(n)
+                  if bound[name] == 1 and not name.endswith(("Config", "Error"))},
+           "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+def rename(scope: ast.AST, names: set[str], letters: str) -> None:
+    """Gives `names` the shortest that are free in a scope, the most frequent first."""
+    nodes = [(n, NAMED[type(n)]) for n in ast.walk(scope) if type(n) in NAMED]
+    counts = Counter(n.id for n, _ in nodes if isinstance(n, ast.Name) and n.id in names)
+    taken = {getattr(n, place) for n, place in nodes} - counts.keys()
+    free = (a + b for a in ("", *letters.upper()) for b in letters if a + b not in taken)
     short = dict(zip((name for name, _ in counts.most_common()), free, strict=False))
-    for name in names:
-        name.id = short.get(name.id, name.id)
-    for argument in own:
-        argument.arg = short.get(argument.arg, argument.arg)
+    for node, place in nodes:
+        name = getattr(node, place)
+        setattr(node, place, short.get(name, name))
 
 def pack_program(source: str) -> bytes:
     """A zip that Python runs like the script. Equal sources give equal bytes."""
@@ -2356,7 +2345,6 @@ def pack_program(source: str) -> bytes:
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in (("source", data), ("__main__.py", PACKED_STUB.encode())):
             member = zipfile.ZipInfo(name)  # its fixed date makes the archive reproducible
-            member.create_system = 3
             archive.writestr(member, content, zipfile.ZIP_DEFLATED, 9)
     return buffer.getvalue()
 
@@ -2370,7 +2358,6 @@ def unpack_program(path: Path) -> str:
 # 9  Evaluation
 # Enters: a model and the validation stream. Leaves: nats per target in a ledger, and their total in
 # bits per byte. Target t is token t+1 of the stream, predicted from tokens up to t.
-# ==================================================================================================
 
 class Windows(NamedTuple):
     """Stretches of the stream to run through the model, and which targets each of them scores."""
@@ -2388,28 +2375,32 @@ class Windows(NamedTuple):
     def targets(self) -> np.ndarray:
         return np.concatenate(list(map(np.arange, self.first_scored, self.stops)))
 
-    def scores(self, nats_BS: Tensor) -> Tensor:
-        """The nats of `targets`, from those of the positions from the first scored ones on."""
+    def scores(self, nats_KBS: Tensor) -> Tensor:
+        """The nats (K, N) of `targets`, from those of positions from the first scored ones on."""
         counts = (self.stops - self.first_scored)[:, None]
-        kept = np.flatnonzero(np.arange(nats_BS.shape[1]) < counts)
-        return nats_BS.flatten()[torch.from_numpy(kept).to(nats_BS.device, non_blocking=True)]
+        kept = torch.from_numpy(np.flatnonzero(np.arange(nats_KBS.shape[-1]) < counts))
+        return nats_KBS.flatten(-2)[..., kept.to(nats_KBS.device, non_blocking=True)]
+
+BROKEN = 16 * math.log(2)  # nats where a score is no number: all 16-bit ids are equally likely
 
 class ScoreLedger:
     """Every target's score, taken exactly once; nothing is released before it is scored."""
-    def __init__(self, stream: ValStream, world: World, by_document: bool = False) -> None:
+    def __init__(self, stream: ValStream, world: World, by_document: bool = False,
+                 views: int = 0) -> None:
         self.stream, self.world, self.by_document = stream, world, by_document
         self.begin, self.num_commits, self.num_releases = time.perf_counter(), 0, 0
         self.scored = np.zeros(stream.num_targets, dtype=np.uint8)  # how often, by this rank
-        self.nats = torch.zeros(stream.num_targets, device=world.device)
+        self.kept = torch.zeros(1 + views, stream.num_targets, device=world.device)
+        self.nats = self.kept[0]  # what counts; the views are for a mixture
 
-    def commit(self, windows: Windows, nats_BS: Tensor) -> None:
+    def commit(self, windows: Windows, nats_KBS: Tensor) -> None:
         """Takes the scores of some windows. Raises: LegalityError if a target had one."""
         targets = windows.targets()
         np.add.at(self.scored, targets, 1)
         if (self.scored[targets] > 1).any():
             raise LegalityError(f"a target of {targets.min()} to {targets.max()} was scored before")
         place = torch.from_numpy(targets).to(self.nats.device, non_blocking=True)
-        self.nats[place] = windows.scores(nats_BS.detach())
+        self.kept[:, place] = windows.scores(nats_KBS.detach()).nan_to_num(BROKEN, posinf=BROKEN)
         self.num_commits += 1
 
     def released(self, first: int, last: int) -> np.ndarray:
@@ -2433,21 +2424,22 @@ class ScoreLedger:
     def save(self, path: Path) -> None:
         buffer, place = io.BytesIO(), np.flatnonzero(self.scored)
         seconds = time.perf_counter() - self.begin
-        np.savez(buffer, place=place, nats=self.nats.cpu().numpy()[place], seconds=seconds)
+        np.savez(buffer, place=place, kept=self.kept.cpu().numpy()[:, place], seconds=seconds)
         write_atomically(path, buffer.getvalue())
 
     def resume(self, path: Path) -> float:
         """Takes over the scores in a file, and their time, which it returns."""
         with np.load(path) as saved:
             place, seconds = saved["place"], float(saved["seconds"])
-            self.nats[torch.from_numpy(place)] = torch.from_numpy(saved["nats"]).to(self.nats)
+            self.kept[:, torch.from_numpy(place)] = torch.from_numpy(saved["kept"]).to(self.kept)
         self.scored[place], self.begin = 1, self.begin - seconds
         return seconds
 
     def total_nats(self) -> float:
-        """Sum over all targets and ranks, in float64. Raises: LegalityError if one is missing."""
+        """Sum over all targets, in float64; every rank's scores are on all ranks from then on.
+        Raises: LegalityError if one is missing."""
         self.released(0, self.scored.size)
-        return float(self.world.sum_(self.nats.double().sum()))
+        return float(self.world.sum_(self.kept)[0].double().sum())
 
 def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
     """Windows every `stride` targets; the first scores all of its own, the others the last ones.
@@ -2464,13 +2456,30 @@ def document_windows(stream: ValStream, seq_len: int, stride: int) -> Windows:
 
 class Scorer:
     """Runs windows through a model: the one way from a model to a number."""
+    last: ScoreLedger  # of the last evaluation, complete
+
     def __init__(self, model: GPT, plan: DepthPlan, stream: ValStream, world: World,
                  audit: Audit | None = None) -> None:
         self.model, self.plan, self.stream, self.world = model, plan, stream, world
         self.audit = audit
         self.tokens = torch.from_numpy(stream.tokens).to(world.device)
         self.earlier_seconds = 0.0  # of an evaluation that was interrupted and went on
+        self.views = 0  # how many further facts of each score a mixture will want
+        self.fixed: ScoreLedger | None = None  # of the last evaluation without learning, complete
+        self.stopped_at = 0  # targets scored when learning was given up; 0: never
         self.rows = model.config.eval_rows  # windows of a batch, fewer where memory was short
+
+    def open_ledger(self, by_document: bool = False) -> ScoreLedger:
+        return ScoreLedger(self.stream, self.world, by_document, self.views)
+
+    def harm(self, ledger: ScoreLedger, targets: np.ndarray, world: World) -> float:
+        """Mean nats by which scores of these ranks are worse than those without learning were."""
+        if not self.fixed:
+            return 0.0
+        place = torch.from_numpy(targets)
+        gap = float((ledger.nats[place] - self.fixed.nats[place]).sum())
+        gap, count = world.combine(torch.tensor([gap, len(targets)])).tolist()
+        return gap / count
 
     @torch.no_grad()
     def score(self, windows: Windows, ledger: ScoreLedger) -> None:
@@ -2489,18 +2498,33 @@ class Scorer:
         starts = torch.from_numpy(np.resize(windows.starts, (shape[0], 1)))
         index = starts.to(device, non_blocking=True) + torch.arange(shape[1] + 1, device=device)
         rows = self.tokens[index.clamp_(max=self.stream.num_targets)]
-        nats_BS = self.nats(rows, windows.skip, adapter)
+        nats_KBS = self.nats(rows, windows.skip, adapter)
         if self.audit:
-            self.audit.observe(self, ledger, windows, rows, nats_BS, adapter)
-        return nats_BS
+            self.audit.observe(self, ledger, windows, rows, nats_KBS, adapter)
+        return nats_KBS
 
     def nats(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
-        return self.model.nats(self.states(rows, skip, adapter), rows[:, 1 + skip:], adapter)
+        return self.judge(self.states(rows, skip, adapter), rows[:, 1 + skip:], adapter)
+
+    def judge(self, x_BSD: Tensor, target_BS: Tensor, adapter: LowRank | None) -> Tensor:
+        """Nats of targets and, for a mixture, those of tempered copies of the model: (K, B, S)."""
+        cap, target_N = self.model.config.logit_softcap, target_BS.flatten().long()
+        logits_NV = self.model.logits(x_BSD, adapter)
+        for tensor in (logits_NV, target_N):  # one graph for all numbers of targets
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        found = [self.model.target_nats(logits_NV, target_N)]
+        if self.views:
+            with torch.no_grad():
+                capped_NV = cap * torch.tanh(logits_NV.float() / cap)
+                found += [F.cross_entropy(capped_NV * factor, target_N, reduction="none")
+                          for factor in TEMPERED]
+        return torch.stack(found).view(-1, *target_BS.shape)
 
     def states(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
         runner = adapter.run_block if adapter else None
         return self.model.hidden(rows[:, :-1], self.plan, adapter, runner)[:, skip:]
 
+TEMPERED = 1.1, 0.9  # factors of logits
 AUDIT_EVERY = 100  # batches, from the first on: what keeps the overhead at a few percent
 AUDIT_TOLERANCE = 1e-4  # nats, or probability
 CONDITIONS = "c1_causal", "c2_normalised", "c3_score_first", "c4_single_pass", "documents_isolated"
@@ -2511,6 +2535,7 @@ class Audit:
         self.generator = torch.Generator().manual_seed(seed)
         self.checked, self.worst = torch.zeros(2, len(CONDITIONS), dtype=torch.float64)
         self.state: tuple[int, list[int]] = 0, []
+        self.rows: dict[int, np.ndarray] = {}  # by target, what was sampled of every token, K, V
 
     def note(self, condition: str, checked: int, violation: float | Tensor) -> None:
         index = CONDITIONS.index(condition)
@@ -2518,7 +2543,7 @@ class Audit:
         self.worst[index] = self.worst[index].maximum(torch.as_tensor(violation).cpu())
 
     def observe(self, scorer: Scorer, ledger: ScoreLedger, windows: Windows, rows: Tensor,
-                nats_BS: Tensor, adapter: LowRank | None) -> None:
+                nats_KBS: Tensor, adapter: LowRank | None) -> None:
         """Looks at scores that are not committed yet: weights move only after a release."""
         weights = adapter.parameters if adapter else scorer.model.parameters()
         before, self.state = self.state, (ledger.num_releases, [p._version for p in weights])
@@ -2532,25 +2557,46 @@ class Audit:
             inside -= np.searchsorted(starts, windows.starts, "right")
             self.note("documents_isolated", len(inside), float(stale or inside.max() > 0))
         if ledger.num_commits % AUDIT_EVERY == 0:
-            self.sample(scorer, windows, rows, nats_BS, adapter)
+            self.sample(scorer, windows, rows, nats_KBS, adapter)
 
     @torch.no_grad()
-    def sample(self, scorer: Scorer, windows: Windows, rows: Tensor, nats_BS: Tensor,
+    def sample(self, scorer: Scorer, windows: Windows, rows: Tensor, nats_KBS: Tensor,
                adapter: LowRank | None) -> None:
         """Scores up to a drawn target again, with it, all that follows and other rows replaced."""
         model, skip, counts = scorer.model, windows.skip, windows.stops - windows.first_scored
         drawn = int(torch.randint(int(counts.max()), (), generator=self.generator))
         altered = torch.randint(len(model.embed), rows.shape, generator=self.generator).to(rows)
         altered[::2, :skip + drawn + 1] = rows[::2, :skip + drawn + 1]
-        with torch.set_grad_enabled(nats_BS.requires_grad):  # the graph that scored
+        with torch.set_grad_enabled(nats_KBS.requires_grad):  # the graph that scored
             x_BSD = scorer.states(altered, skip, adapter).detach()
-        gap = (model.nats(x_BSD, rows[:, 1 + skip:], adapter) - nats_BS)[:len(counts):2, :drawn + 1]
-        self.note("c1_causal", gap.numel(), gap.abs().max())
-        mass_B = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-        for ids in torch.arange(len(model.embed)).to(rows).split(64):
-            x_BKD = x_BSD[:, drawn:drawn + 1].expand(-1, len(ids), -1)
-            mass_B += (-model.nats(x_BKD, ids.expand(len(rows), -1), adapter).double()).exp().sum(1)
-        self.note("c2_normalised", len(rows), (mass_B - 1).abs().max())
+        gap = scorer.judge(x_BSD, rows[:, 1 + skip:], adapter) - nats_KBS
+        gap = gap[:, :len(counts):2, :drawn + 1]
+        self.note("c1_causal", gap[0].numel(), gap.abs().max())
+        row_KBV = torch.cat([scorer.judge(
+            x_BSD[:, drawn:drawn + 1].expand(-1, len(ids), -1), ids.expand(len(rows), -1), adapter)
+            for ids in torch.arange(len(model.embed)).to(rows).split(64)], dim=2)
+        mass_KB = (-row_KBV.double()).exp().sum(2)
+        self.note("c2_normalised", len(rows), (mass_KB - 1).abs().max())
+        if scorer.views and drawn < counts[0]:
+            self.rows[int(windows.first_scored[0]) + drawn] = row_KBV[:, 0].cpu().numpy()
+
+    def replay(self, stream: ValStream, kept_KT: np.ndarray, ledger: ScoreLedger,
+               rows: dict[int, np.ndarray]) -> None:
+        """Mixes the first chunks again, and with a drawn target and all that follows replaced."""
+        for row_FV in rows.values():  # the mixture with the neural distribution, and without
+            self.note("c2_normalised", 1, abs(np.exp(-row_FV).sum(1) - 1).max())
+        stop, altered = min(2 * MIX_CHUNK, stream.num_targets), copy.copy(stream)
+        drawn = int(torch.randint(stop, (), generator=self.generator))
+        row_KV, altered.tokens = next(iter(self.rows.values())), stream.tokens.copy()
+        altered.tokens[drawn + 1:] = torch.randint(
+            row_KV.shape[1], (stream.num_targets - drawn,), generator=self.generator).numpy()
+        changed_KT, probe = kept_KT[:, :stop].copy(), {drawn: row_KV}
+        changed_KT[0, drawn:] += 1  # as of other targets
+        same = mix(stream, kept_KT, stop, probe)
+        other = mix(altered, changed_KT, stop, probe)
+        moved = (same[0].nats != other[0].nats) | (same[0].nats != ledger.nats)
+        self.note("c1_causal", drawn, moved[:drawn].any())
+        self.note("c3_score_first", 1, float((same[1][drawn] != other[1][drawn]).any()))
 
     def report(self, world: World) -> dict[str, dict[str, object]]:
         """Of every condition that any rank checked: whether it held, how often, the worst case."""
@@ -2567,13 +2613,14 @@ class Score(NamedTuple):
 
 def evaluate(scorer: Scorer, windows: Windows, by_document: bool = False) -> Score:
     """The score of a fixed model on all windows."""
-    ledger = ScoreLedger(scorer.stream, scorer.world, by_document)
+    ledger = scorer.open_ledger(by_document)
     scorer.score(windows, ledger)
+    scorer.fixed = ledger
     return finish_score(scorer, ledger)
 
 def finish_score(scorer: Scorer, ledger: ScoreLedger) -> Score:
     """The score of a complete ledger."""
-    nats, stream = ledger.total_nats(), ledger.stream
+    nats, stream, scorer.last = ledger.total_nats(), ledger.stream, ledger
     if scorer.audit and scorer.world.is_main:  # an incomplete or repeated score has raised
         scorer.audit.note("c4_single_pass", stream.num_targets, 0.0)
     return Score(nats / stream.num_targets, nats / math.log(2) / stream.num_bytes,
@@ -2591,13 +2638,16 @@ def log_score(log: RunLog, key: str, label: str, score: Score) -> None:
 # 10  Test-time training
 # Enters: a model from an artifact and the validation stream. Leaves: its score when it learns from
 # every chunk after, and only after, that chunk was scored. The ledger enforces the order.
-# ==================================================================================================
+
+MAX_HARM = 0.1  # nats per target of a chunk or batch of documents, at which learning is given up
+HARM_EVERY = 8  # passes over a batch of documents: each look waits for the device
 
 class ChunkLearner:
     """Full-weight SGD on tokens that the ledger released."""
     def __init__(self, scorer: Scorer) -> None:
         self.scorer, self.config, self.world = scorer, scorer.model.config, scorer.world
         self.parameters = list(scorer.model.parameters())
+        self.artifact = [p.detach().clone() for p in self.parameters]
         self.sgd = torch.optim.SGD(self.parameters, lr=0.0, momentum=self.config.ttt_momentum)
 
     def adapt(self, tokens: np.ndarray, lr: float) -> None:
@@ -2624,13 +2674,18 @@ class ChunkLearner:
 
 def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     """The score of a model that learns, along a cosine, from every chunk but the last."""
-    ledger, learner = ScoreLedger(scorer.stream, scorer.world), ChunkLearner(scorer)
+    ledger, learner = scorer.open_ledger(), ChunkLearner(scorer)
     num_targets, size = scorer.stream.num_targets, learner.config.ttt_chunk_tokens
     last_chunk = (num_targets - 1) // size
     for chunk in range(last_chunk + 1):
+        first, last = chunk * size, min((chunk + 1) * size, num_targets)
         scorer.score(windows.select(windows.first_scored // size == chunk), ledger)  # 1. predict
-        tokens = ledger.released(chunk * size, min((chunk + 1) * size, num_targets))  # 2. final
-        if chunk < last_chunk:
+        tokens = ledger.released(first, last)  # 2. final
+        mine = first + np.flatnonzero(ledger.scored[first:last])
+        if scorer.harm(ledger, mine, scorer.world) > MAX_HARM and not scorer.stopped_at:
+            torch._foreach_copy_([p.data for p in learner.parameters], learner.artifact)
+            scorer.stopped_at = last
+        if chunk < last_chunk and not scorer.stopped_at:
             lr = learner.config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
             learner.adapt(tokens, lr)  # 3. learn from final tokens only
     return finish_score(scorer, ledger)
@@ -2721,7 +2776,7 @@ def evaluate_documents(scorer: Scorer, prefix: str = "") -> Score:
     """The score when adapters of its own learn from each document, chunk by chunk.
     What files with a `prefix` hold of an interrupted evaluation by as many ranks is kept."""
     stream, world, adapters = scorer.stream, scorer.world, LowRank(scorer.model, scorer.plan)
-    ledger, rows = ScoreLedger(stream, world, by_document=True), adapters.config.ttt_batch_size
+    ledger, rows = scorer.open_ledger(by_document=True), adapters.config.ttt_batch_size
     path = Path(f"{prefix}_{world.rank}_of_{world.size}.npz")
     if prefix and path.is_file():
         scorer.earlier_seconds = ledger.resume(path)
@@ -2732,11 +2787,16 @@ def evaluate_documents(scorer: Scorer, prefix: str = "") -> Score:
         if ledger.scored[groups[index][0][0].targets()].all():
             continue
         adapters.reset()
-        for windows, width in groups[index]:
-            nats_BS = scorer.predict(windows, (rows, width), ledger, adapters)  # 1. predict
-            ledger.commit(windows, nats_BS)  # 2. final
-            if windows is not groups[index][-1][0]:
-                adapters.learn(ledger.released_nats(windows, nats_BS))  # 3. from final scores
+        for number, (windows, width) in enumerate(groups[index], 1):
+            nats_KBS = scorer.predict(windows, (rows, width), ledger, adapters)  # 1. predict
+            ledger.commit(windows, nats_KBS)  # 2. final
+            if number < len(groups[index]) and not scorer.stopped_at:
+                adapters.learn(ledger.released_nats(windows, nats_KBS[0]))  # 3. from final scores
+            if number % HARM_EVERY == 0 and not scorer.stopped_at:
+                targets = np.concatenate([part.targets() for part, _ in groups[index][:number]])
+                if scorer.harm(ledger, targets, World()) > MAX_HARM:
+                    adapters.reset()
+                    scorer.stopped_at = int(ledger.scored.sum())
         if prefix and time.perf_counter() > saved + SAVE_SECONDS:
             with contextlib.suppress(OSError):  # a full disk costs the safety net, not the run
                 ledger.save(path)
@@ -2765,11 +2825,103 @@ def project_documents(scorer: Scorer) -> float:
              for passes in groups]
     return float(np.bincount(share_out(costs, RECORD_RANKS), costs).max())
 
+MIX_CHUNK = 512  # targets that a mixture scores before it learns from them
+MIX_ORDERS = 2, 4, 6  # tokens of context of an n-gram row
+MIX_ROWS = 1 << 24  # of all orders together; a new context may take an old one's place
+MIX_SHARE = 5e-6  # of the mixture in the beginning, and its loss in nats at worst
+MIX_MEMORY = 500.0  # targets that weights remember
+MIX_FACTORS = np.full(MIX_ORDERS[-1], 0x9E3779B97F4A7C15, np.uint64).cumprod()  # of a hash
+
+class Mixed(NamedTuple):
+    """Chances of targets in a mixture, and what to learn from once they are final."""
+    chance: np.ndarray  # N
+    neural: np.ndarray  # N
+    place: np.ndarray  # O, N: of the n-gram row of every order
+    cell: np.ndarray  # O, N, 4: that row: check of the context, token, its run, 0 if unknown
+    kind: np.ndarray  # N: longest order that knows the context; each has weights of its own
+    credit: np.ndarray  # E, N: share of each expert in the chance of the target
+
+    def nats(self, odds: np.ndarray) -> np.ndarray:
+        """Scores of the mixture and the neural distribution as bets of these log odds."""
+        return np.logaddexp(0, odds) - np.logaddexp(odds + np.log(self.chance), np.log(self.neural))
+
+class Mixture:
+    """The neural distribution, tempered copies of it, and what followed the same context before.
+    Every expert is a whole distribution whose weight is set before the target is known, so the
+    mixture sums to one. An n-gram row counts the last token after a context as often as it came in
+    a row; the rest of it is the next shorter context's row, in the end the neural distribution."""
+    def __init__(self) -> None:
+        self.cells, orders = np.zeros(MIX_ROWS, np.uint64), len(MIX_ORDERS)
+        self.credit = np.full((1 + len(TEMPERED) + orders, 1 + orders), 0.2)
+        self.credit[0] = 20.0
+        self.odds = math.log(MIX_SHARE)
+
+    def score(self, context_NC: np.ndarray, target_N: np.ndarray, kept_KN: np.ndarray) -> Mixed:
+        """Chances of targets after a context, given what the neural distribution says of them."""
+        hash_ON = np.stack([context_NC[:, -n:] @ MIX_FACTORS[:n] for n in MIX_ORDERS])
+        place_ON, check_ON = (hash_ON >> 32) % MIX_ROWS, (hash_ON >> 16).astype(np.uint16)
+        cell_ONF = self.cells[place_ON][..., None].view(np.uint16)
+        cell_ONF[..., 2] *= cell_ONF[..., 0] == check_ON
+        cell_ONF[..., 0] = check_ON
+        experts = list(np.exp(-kept_KN.astype(np.float64)))
+        kind_N, row_N = np.zeros(len(target_N), np.int64), experts[0]
+        for order, (token_N, run_N) in enumerate(np.moveaxis(cell_ONF[..., 1:3], 2, 1), 1):
+            row_N = (run_N * (token_N == target_N) + 0.5 * row_N) / (run_N + 0.5)
+            experts.append(row_N)
+            kind_N[run_N > 0] = order
+        parts_EN = (self.credit / self.credit.sum(axis=0))[:, kind_N] * experts
+        chance_N = parts_EN.sum(axis=0)
+        return Mixed(chance_N, experts[0], place_ON, cell_ONF, kind_N, parts_EN / chance_N)
+
+    def bet(self, found: Mixed) -> np.ndarray:
+        """Log odds of the mixture, one more than targets: each counts what came before it. So the
+        sum of all scores is, but for MIX_SHARE, no worse than that of the neural distribution."""
+        return self.odds + np.cumsum(np.append(0, np.log(found.chance / found.neural)))
+
+    def learn(self, tokens: np.ndarray, found: Mixed, odds: float) -> None:
+        """Takes up released tokens, of several with one place the last, and the odds after them."""
+        run_ON = found.cell[..., 2] * (found.cell[..., 1] == tokens[1:])
+        found.cell[..., 1], found.cell[..., 2] = tokens[1:], np.minimum(run_ON, 999) + 1
+        self.cells[found.place] = found.cell.view(np.uint64)[..., 0]
+        for credit, credit_N in zip(self.credit, found.credit, strict=True):
+            credit += np.bincount(found.kind, credit_N, len(credit))
+        self.credit /= np.maximum(1, self.credit.sum(axis=0) / MIX_MEMORY)
+        self.odds = odds
+
+def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.ndarray]
+        ) -> tuple[ScoreLedger, dict[int, np.ndarray]]:
+    """A ledger of the targets before `stop`, mixed in order, and every token's nats where probed.
+    All ranks do the same, so that there is one result for any number of them."""
+    ledger, mixture, longest = ScoreLedger(stream, World()), Mixture(), MIX_ORDERS[-1]
+    padded, rows = np.pad(stream.tokens, (longest - 1, 0)).astype(np.uint64), {}
+    contexts = np.lib.stride_tricks.sliding_window_view(padded, longest)
+    for first in range(0, stop, MIX_CHUNK):
+        last = min(first + MIX_CHUNK, stop)
+        found = mixture.score(contexts[first:last], stream.tokens[first + 1:last + 1],
+                              kept_KT[:, first:last])  # 1. predict
+        odds = mixture.bet(found)
+        for target, row_KV in probes.items():
+            if first <= target < last:
+                ids = np.arange(row_KV.shape[1])
+                row = mixture.score(contexts[target + 0 * ids], ids, row_KV)
+                rows[target] = np.stack([row.nats(odds[target - first]), -np.log(row.chance)])
+        whole = Windows(*np.array([[first], [first], [last]]))
+        ledger.commit(whole, torch.from_numpy(found.nats(odds[:-1]))[None].float())  # 2. final
+        mixture.learn(ledger.released(first, last), found, odds[-1])  # 3. from final tokens
+    return ledger, rows
+
+def evaluate_mixture(scorer: Scorer) -> Score:
+    """The score of a mixture on top of the last evaluation."""
+    kept_KT, stream, audit = scorer.last.kept.cpu().numpy(), scorer.stream, scorer.audit
+    ledger, rows = mix(stream, kept_KT, stream.num_targets, audit.rows if audit else {})
+    if audit and audit.rows:
+        audit.replay(stream, kept_KT, ledger, rows)
+    return finish_score(scorer, ledger)
+
 # ==================================================================================================
 # 11  Main
 # The story: checks before any paid time, training, quantisation, one file, and from there on only
 # that file. Every error that a user can act on ends the program with one line.
-# ==================================================================================================
 
 OFFICIAL_VAL_TARGETS = 40_540_160  # whole sequences of 2,048
 OFFICIAL_VAL_BYTES = range(151_070_000, 151_090_000)  # tokenizers truncate at different places
@@ -2787,9 +2939,8 @@ def resolve_track(config: Config, world: World, val: ValStream, attention: str) 
         return "non_record"
     require(world.size == RECORD_RANKS, "world_size", world.size, f"{RECORD_RANKS}{claim}")
     require(official, "val_targets", val.num_targets, f"{OFFICIAL_VAL_TARGETS}{claim}")
-    compiled = config.compile and not os.environ.get("TORCH_COMPILE_DISABLE")
-    require(compiled, "compile", 0, f"1{claim}")
-    require(attention not in ("flash", "math"), "attention", attention, f"fa3, fa4 or cudnn{claim}")
+    require(config.compile and not torch._dynamo.config.disable, "compile", 0, f"1{claim}")
+    require(attention not in ("flash", "math"), "attention", attention, f"fa3 or cudnn{claim}")
     for name, most in (("max_wallclock_seconds", 600), ("max_eval_seconds", 600),
                        ("artifact_cap_bytes", 16_000_000)):
         value = getattr(config, name)
@@ -2807,34 +2958,24 @@ def prepare(config: Config, world: World) -> Setup:
               os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     require(needed <= memory, "num_value_embeds", config.num_value_embeds, "less, or MODEL_DIM "
             f"({config.model_dim}): {needed >> 30} of {memory >> 30} GiB would be needed")
-    val = ValStream.load(config)
-    source, packed = program_source(), packed_program()
-    require(len(packed) < config.artifact_cap_bytes, "artifact_cap_bytes",
-            config.artifact_cap_bytes, f"above the bytes of the packed program ({len(packed)})")
-    data = data_facts(config, val)
+    val, source, packed = ValStream.load(config), program_source(), packed_program()
+    data, total, cap = data_facts(config, val), len(packed), config.artifact_cap_bytes
     if config.eval_only:
         open_artifact(Path(config.eval_only), config)
-        total, cap = len(packed) + Path(config.eval_only).stat().st_size, config.artifact_cap_bytes
-        require(total <= cap, "artifact_cap_bytes", cap, f"at least {total} for EVAL_ONLY")
-    else:
-        shards = [read_shard(path) for path in find_shards(config.dataset_dir, "train")]
-        loader = TrainLoader(shards, config)
-        data |= {"train_tokens": loader.num_tokens, "train_shards": len(shards),
-                 "train_ends_sha256": loader.ends_sha256}
-    backend = choose_attention(config.attention, world.device)
+        total += Path(config.eval_only).stat().st_size
+    require(total <= cap, "artifact_cap_bytes", cap, f"at least {total}, what there is already")
+    backend, differs = choose_attention(config.attention, world.device), config.differs()
     track, agreed = resolve_track(config, world, val, backend.name), world.decide(time.time())
     log = RunLog(config, world, *agreed)
     facts: dict = {**environment_facts(world), "data": {**log.result.get("data", {}), **data}}
     facts["versions"] |= {"attention_backend": backend.name, "rejected": backend.rejected}
-    identity = {"seed": config.seed, "world_size": world.size,
-                "source_sha256": hashlib.sha256(source.encode()).hexdigest()}
+    identity = {"seed": config.seed, "world_size": world.size, "source_sha256": digest(source)}
     log.result = {"started": utc_text(), **log.result, "run_id": log.run_id, "track": track,
                   "preset": config.preset, "config_hash": config.config_hash, **identity, **facts,
-                  "packed_sha256": hashlib.sha256(packed).hexdigest(),
-                  "config": asdict(config), "differs": config.differs()}
+                  "packed_sha256": digest(packed), "config": asdict(config), "differs": differs}
     log.event("start", **log.result)
     log.line(source, console=False)
-    log.line(f"run {log.run_id} | PRESET={config.preset} differs: {config.differs() or None}")
+    log.line(f"run {log.run_id} | PRESET={config.preset} differs: {differs or None}")
     for name in ("track", "world_size", "source_sha256", "packed_sha256", *facts):
         log.line(f"{name}: {log.result[name]}")
     start = find_start(config, {**config.method(), **identity, **data}, log)
@@ -2842,20 +2983,25 @@ def prepare(config: Config, world: World) -> Setup:
 
 def data_facts(config: Config, val: ValStream) -> dict[str, object]:
     """The data section of the result. Raises: DataError if tokenizer and shards do not match."""
-    path, digest = config.dataset_dir / "manifest.json", hashlib.sha256
+    folder, tokenizer = config.dataset_dir, digest(config.tokenizer_file.read_bytes())
+    path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}") from None
-    tokenizer = digest(config.tokenizer_file.read_bytes()).hexdigest()
     if (written := manifest.get("tokenizer_sha256", tokenizer)) != tokenizer:
         raise DataError(f"{config.tokenizer_file}: sha256 {tokenizer}, but {path} says {written}")
     if is_official(val) and val.num_bytes not in OFFICIAL_VAL_BYTES:
-        raise DataError(f"{config.dataset_dir}: {val.num_bytes} bytes, not in {OFFICIAL_VAL_BYTES}")
-    return {"name": config.dataset_dir.name, "tokenizer_sha256": tokenizer,
-            "val_documents": val.num_documents, "val_targets": val.num_targets,
-            "fingerprint": digest(val.tokens.tobytes()).hexdigest()[:16],
-            "val_bytes": val.num_bytes, "val_raw_bytes": manifest.get("val_raw_bytes")}
+        raise DataError(f"{folder}: {val.num_bytes} bytes, not in {OFFICIAL_VAL_BYTES}")
+    facts = {"name": folder.name, "val_documents": val.num_documents, "val_bytes": val.num_bytes,
+             "val_targets": val.num_targets, "val_raw_bytes": manifest.get("val_raw_bytes"),
+             "fingerprint": digest(val.tokens.tobytes())[:16], "tokenizer_sha256": tokenizer}
+    if not config.eval_only:
+        shards = [read_shard(path) for path in find_shards(folder, "train")]
+        loader = TrainLoader(shards, config)
+        facts |= {"train_tokens": loader.num_tokens, "train_shards": len(shards),
+                  "train_ends_sha256": loader.ends_sha256}
+    return facts
 
 def train_to_artifact(setup: Setup, path: Path) -> None:
     """Trains, quantises and writes the artifact to `path`."""
@@ -2888,6 +3034,26 @@ def train_to_artifact(setup: Setup, path: Path) -> None:
     log_score(log, "averaged", "pre-quantization post-ema", score(plan))
     log.write_result("partial", "evaluating")
 
+def score_fixed(setup: Setup, scorer: Scorer, key: str, label: str, windows: Windows) -> Score:
+    """The logged score of the model as it is. Raises: TrainingError if quantisation lost much."""
+    config, _, log, *_ = setup
+    while True:
+        try:
+            score = evaluate(scorer, windows, key == "documents")
+            break
+        except torch.OutOfMemoryError:
+            require(scorer.rows > 1, "eval_seq_len", config.eval_seq_len, "shorter: memory is full")
+            scorer.rows //= 2
+            log.warn(f"out of memory: batches of {scorer.rows} windows from here on")
+    log_score(log, key, label, score)
+    if key == "quantised" and "averaged" in log.result["bpb"]:
+        gap = score.bits - log.result["bpb"]["averaged"]
+        log.put("quantisation", gap_bpb=gap)
+        if not gap <= config.max_quant_gap_bpb:
+            raise TrainingError(f"quantisation lost {gap:.4f} BPB, over MAX_QUANT_GAP_BPB; "
+                                f"{log.folder} keeps the weights")
+    return score
+
 def evaluate_artifact(setup: Setup, path: Path) -> None:
     """Scores what the file at `path` stands for; the last evaluation is the headline."""
     config, world, log, attend, val, _ = setup
@@ -2902,32 +3068,30 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     if config.sliding_window_enabled:
         plans += [("sliding", "quantized_sliding_window", sliding)]
     if by_document:
-        plans += [("documents", "quantized_documents", document_windows(val, seq_len, stride))]
-    for headline, label, windows in plans:
-        while True:
-            try:
-                score = evaluate(scorer, windows, headline == "documents")
-                break
-            except torch.OutOfMemoryError:
-                require(scorer.rows > 1, "eval_seq_len", seq_len, "shorter: memory is full")
-                scorer.rows //= 2
-                log.warn(f"out of memory: batches of {scorer.rows} windows from here on")
-        log_score(log, headline, label, score)
-        if headline == "quantised" and "averaged" in log.result["bpb"]:
-            gap = score.bits - log.result["bpb"]["averaged"]
-            log.put("quantisation", gap_bpb=gap)
-            if not gap <= config.max_quant_gap_bpb:
-                raise TrainingError(f"quantisation lost {gap:.4f} BPB, over MAX_QUANT_GAP_BPB; "
-                                    f"{log.folder} keeps the weights")
+        plans += [("documents", "quantized_documents", document_windows(val, seq_len, seq_len))]
+    views = len(TEMPERED) * (config.mixer != "off")
+    for number, (headline, label, windows) in enumerate(plans, 1 - config.ttt_enabled):
+        scorer.views = views * (number == len(plans))  # of the headline only
+        score = score_fixed(setup, scorer, headline, label, windows)
+    scorer.views = views
     full = project_documents(scorer) if by_document and config.ttt_enabled else 0.0
     if config.ttt_enabled:
         headline = f"ttt_{config.ttt_mode}"
         text = config.config_hash + program_source()  # with the artifact, what the scores are of
-        mark = hashlib.sha256(path.read_bytes() + text.encode()).hexdigest()[:16]
+        mark = digest(path.read_bytes() + text.encode())[:16]
         score = (evaluate_documents(scorer, f"{log.folder}/ledger_{mark}") if by_document
                  else evaluate_adapting(scorer, sliding))
         log_score(log, headline, "quantized_ttt", score)
+        stopped = int(world.combine(torch.tensor(scorer.stopped_at), dist.ReduceOp.MAX))
+        if stopped:
+            log.result["ttt_stopped_at"] = stopped
+            log.warn(f"test-time training made scores worse: stopped after {stopped} targets")
     full = full or score.seconds * OFFICIAL_VAL_TARGETS / RECORD_RANKS * world.size / targets
+    if config.mixer == "legal":
+        mixed, headline = evaluate_mixture(scorer), "mixer"
+        log_score(log, headline, "quantized_mixture", mixed)
+        score = mixed._replace(seconds=score.seconds + mixed.seconds)
+        full += mixed.seconds * OFFICIAL_VAL_TARGETS / targets
     # The strict clock runs from opening the file on, the lenient one in the headline alone.
     strict = time.perf_counter() - begin + scorer.earlier_seconds
     log.put("clocks", eval_seconds_strict=strict, eval_seconds_lenient=score.seconds,
@@ -2962,12 +3126,11 @@ def describe_config(config: Config, world: World) -> str:
     lines += [f"{name}: {tensors} tensors, {count:,} parameters"
               for name, (tensors, count) in groups.items()]
     micro_steps, sequences = batch_shape(config, world.size)
-    lines += [f"total: {sum(count for _, count in groups.values()):,} parameters",
-              f"batch: {world.size} ranks x {micro_steps} micro-steps x {sequences} sequences x "
-              f"{config.train_seq_len} tokens",
-              f"expected artifact: {estimate_artifact_bytes(config):,} of "
-              f"{config.artifact_cap_bytes:,} bytes"]
-    return "\n".join(lines)
+    return "\n".join([
+        *lines, f"total: {sum(count for _, count in groups.values()):,} parameters",
+        f"batch: {world.size} ranks x {micro_steps} micro-steps x {sequences} sequences x "
+        f"{config.train_seq_len} tokens", "expected artifact: "
+        f"{estimate_artifact_bytes(config):,} of {config.artifact_cap_bytes:,} bytes"])
 
 def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
     """One run from settings to result. Raises: GolfError."""
@@ -2977,10 +3140,9 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
         return {}
     with world.process_group(config.rank_timeout_seconds):
         _, _, log, _, _, (state, _) = setup = prepare(config, world)
+        path, result = Path(config.eval_only or log.folder / "artifact.bin"), log.result
         try:
-            path, result = Path(config.eval_only or log.folder / "artifact.bin"), log.result
-            scored = state.trained and "averaged" in result.get("bpb", {})
-            if not (config.eval_only or scored):
+            if not (config.eval_only or (state.trained and "averaged" in result.get("bpb", {}))):
                 train_to_artifact(setup, path)
             evaluate_artifact(setup, path)  # from here on only the artifact exists
             for key, bits in result["bpb"].items():
@@ -3011,7 +3173,7 @@ def command_line(arguments: Sequence[str]) -> int:
         if len(arguments) == 2 and arguments[0] == "pack":
             packed = packed_program()
             write_atomically(Path(arguments[1]), packed)
-            print(f"{arguments[1]}: {len(packed):,} bytes, {hashlib.sha256(packed).hexdigest()}")
+            print(f"{arguments[1]}: {len(packed):,} bytes, {digest(packed)}")
         elif arguments:
             raise ConfigError("usage: train_gpt.py [pack OUT], settings as environment variables")
         else:
@@ -3023,11 +3185,8 @@ def command_line(arguments: Sequence[str]) -> int:
 
 # ==================================================================================================
 # 12  Kernels
-# Attention libraries, each imported by its loader: a machine without one only loses the choice.
-# Then Triton kernels for what torch.compile would move more often than necessary, each bound to its
-# PyTorch reference by `fused`; rows and heads are padded to powers of two in registers only.
-# Tolerance: against float32, twice the error of the reference in bf16.
-# ==================================================================================================
+# Attention of libraries, each imported by its loader: a machine without one only loses the choice.
+# All else is PyTorch, compiled; docs/NOTEBOOK.md says what kernels of our own would win.
 
 def require_capability(device: torch.device, *majors: int) -> None:
     """Raises GolfError unless the device is a GPU of one of these compute-capability majors."""
@@ -3044,278 +3203,6 @@ def load_fa3(device: torch.device) -> Attend:
         return y[0] if isinstance(y, tuple) else y
 
     return attend
-
-def load_fa4(device: torch.device) -> Attend:
-    """flash-attn-4, as an operator of our own, because the package registers none."""
-    require_capability(device, 9, 10)
-    attend = fa4_operator()
-    return lambda q_BTHK, k_BTGK, v_BTGK: attend(q_BTHK, k_BTGK, v_BTGK)[0]
-
-@functools.cache
-def fa4_operator() -> Callable[..., tuple[Tensor, Tensor]]:
-    """Causal attention, differentiable: q, k, v -> y (B, T, H, K) and log-sum-exp (B, H, T)."""
-    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
-    warnings.filterwarnings("ignore", "Argument aux_data")  # of its compiler, at every new shape
-
-    def run(gradients: list[Tensor], tensors: list[Tensor], numbers: list[float]) -> list[Tensor]:
-        if not gradients:
-            return list(_flash_attn_fwd(*tensors, causal=True, return_lse=True)[:2])
-        *inputs, log_sum = tensors
-        return list(_flash_attn_bwd(*inputs, gradients[0], log_sum, causal=True)[:3])
-
-    def shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return q, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-
-    return fused("fa4", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)", shapes, run, 3)
-
-Runner = Callable[[list[Tensor], list[Tensor], list[float]], list[Tensor]]
-jit: Callable[..., typing.Any] = triton.jit if HAS_TRITON else lambda kernel: kernel
-
-def launch(kernel: typing.Any, count: int, items: int, *arguments: object, warps: int = 4) -> None:
-    """Runs a kernel over `count` items, so many per program, their number its last argument."""
-    kernel[(-(-count // items),)](*arguments, items, num_warps=warps)
-
-def fused(name: str, schema: str, reference: Callable[..., Result], run: Runner,
-          num_gradients: int) -> Callable[..., Result]:
-    """`reference`; for a GPU an operator with like results that torch.compile and autograd know.
-    `run` returns them, given no gradients and the arguments: tensors, then numbers. Given gradients
-    of results, and arguments followed by results, it returns gradients of the first arguments.
-    """
-    if not HAS_TRITON:
-        return reference
-
-    def forward(*arguments: typing.Any) -> typing.Any:
-        tensors = [t.contiguous() for t in arguments if isinstance(t, Tensor)]
-        results = run([], tensors, list(arguments[len(tensors):]))
-        return tuple(results) if len(results) > 1 else results[0]
-
-    registered = torch.library.custom_op(f"golf::{name}", forward, mutates_args=(), schema=schema)
-    gradient = torch.library.custom_op(
-        f"golf::{name}_backward", run, mutates_args=(),
-        schema="(Tensor[] gradients, Tensor[] tensors, float[] numbers) -> Tensor[]")
-    gradient.register_fake(
-        lambda _, tensors, numbers: [t.new_empty(t.shape) for t in tensors[:num_gradients]])
-    registered.register_fake(lambda *arguments: torch.utils._pytree.tree_map(
-        lambda t: t.new_empty(t.shape), reference(*arguments)))
-
-    def save(ctx: typing.Any, inputs: tuple[object, ...], output: Result) -> None:
-        results: Sequence[Tensor] = [output] if isinstance(output, Tensor) else output
-        ctx.save_for_backward(*(t for t in (*inputs, *results) if isinstance(t, Tensor)))
-        ctx.numbers, ctx.num_inputs = [x for x in inputs if isinstance(x, float)], len(inputs)
-        ctx.set_materialize_grads(False)  # results only kept for the backward pass have none
-
-    def differentiate(ctx: typing.Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = [g.contiguous() for g in gradients if g is not None]
-        found: list[Tensor] = gradient(
-            given, [t.contiguous() for t in ctx.saved_tensors], ctx.numbers)
-        return (*found, *[None] * (ctx.num_inputs - num_gradients))
-
-    registered.register_autograd(differentiate, setup_context=save)
-    return lambda *arguments: (registered if arguments[0].is_cuda else reference)(*arguments)
-
-# Splitting heads. An item is one head of one row; in the packed projection they lie side by side.
-# The backward pass owns the whole gradient of the projection, so nothing is concatenated.
-@jit
-def split_heads_kernel(qkv, gain, cos, sin, q, k, v, dqkv, dgain, N, T,  # type: ignore # noqa: PLR0913
-                       EPS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
-                       HALF: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
-                       ITEMS: tl.constexpr) -> None:
-    """qkv (N, H+2G, K), gain (H), tables (T, HALF) -> q (N, H, K), k and v (N, G, K).
-    Backward these three are gradients; dgain (N, H) float32 is to be summed over rows.
-    """
-    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None]
-    column, row, head = tl.arange(0, WIDTH)[None, :], item // (H + 2 * G), item % (H + 2 * G)
-    inside, is_q, is_v = (row < N) & (column < K), head < H, head >= H + G
-    is_k, turns = ~(is_q | is_v), inside & (column < 2 * HALF) & ~is_v
-    at_q, at_k = q + (row * H + head) * K, k + (row * G + head - H) * K
-    at_v = v + (row * G + head - H - G) * K
-    # A pair turns together: each column takes its partner times the signed sine.
-    angle, first = row % T * HALF + column % HALF, column < HALF
-    partner = tl.where(first, column + HALF, column - HALF)
-    c = tl.load(cos + angle, mask=turns, other=1.0)
-    s = tl.load(sin + angle, mask=turns, other=0.0)
-    s = tl.where(first, s, -s)
-    x = tl.load(qkv + item * K + column, mask=inside, other=0.0).to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / K + EPS)[:, None]
-    factor = tl.where(is_v, 1.0, inverse * tl.load(gain + head, mask=is_q, other=1.0))
-    if BACKWARD:
-        d = tl.load(at_q + column, mask=inside & is_q, other=0.0).to(tl.float32)
-        d += tl.load(at_k + column, mask=inside & is_k, other=0.0).to(tl.float32)
-        d += tl.load(at_v + column, mask=inside & is_v, other=0.0).to(tl.float32)
-        other = tl.load(at_q + partner, mask=turns & is_q, other=0.0).to(tl.float32)
-        other += tl.load(at_k + partner, mask=turns & is_k, other=0.0).to(tl.float32)
-        d = d * c - other * s
-        normed = tl.where(is_v, 0.0, x * inverse)
-        dot = tl.sum(d * normed, axis=1)[:, None]
-        tl.store(dgain + row * H + head, dot, mask=(row < N) & is_q)
-        tl.store(dqkv + item * K + column, factor * (d - normed * dot / K), mask=inside)
-    else:
-        other = tl.load(qkv + item * K + partner, mask=turns, other=0.0).to(tl.float32)
-        y = (x * c + other * s) * factor
-        tl.store(at_q + column, y, mask=inside & is_q)
-        tl.store(at_k + column, y, mask=inside & is_k)
-        tl.store(at_v + column, y, mask=inside & is_v)
-
-def run_split_heads(gradients: list[Tensor], tensors: list[Tensor],
-                    numbers: list[float]) -> list[Tensor]:
-    """Contiguous heads, or the gradients of projection and gain."""
-    qkv, gain, cos, sin = tensors[:4]
-    (B, T, num_heads, K), H = qkv.shape, len(gain)
-    G = (num_heads - H) // 2
-    heads = gradients or [qkv.new_empty(B, T, n, K) for n in (H, G, G)]
-    dqkv, dgain = torch.empty_like(qkv), gain.new_empty(B * T, H, dtype=torch.float32)
-    launch(split_heads_kernel, B * T * num_heads, 32, qkv, gain, cos, sin, *heads, dqkv, dgain,
-           B * T, T, NORM_EPS, H, G, K, cos.shape[1], triton.next_power_of_2(K), bool(gradients))
-    return [dqkv, dgain.sum(0).to(gain.dtype)] if gradients else heads
-
-fused_split_heads = fused(
-    "split_heads", "(Tensor qkv, Tensor gain, Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)",
-    split_heads, run_split_heads, 2)
-
-# Excluding the own value. An item is one value head of one row and its REPEAT query heads.
-@jit
-def exclude_self_kernel(y, v, d, out, dv, N, REPEAT: tl.constexpr,  # type: ignore # noqa: PLR0913
-                        K: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
-                        ITEMS: tl.constexpr) -> None:
-    """out = y - a v with a = y.v / v.v; or, with b = d.v / v.v, the gradients of y and v.
-    dy = d - b v and dv = sum over heads (2ab v - b y - a d)
-    """
-    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None]
-    column = tl.arange(0, WIDTH)[None, :]
-    inside = (item < N) & (column < K)
-    value = tl.load(v + item * K + column, mask=inside, other=0.0).to(tl.float32)
-    square = tl.maximum(tl.sum(value * value, axis=1), 1e-24)[:, None]
-    total = tl.zeros((ITEMS, WIDTH), tl.float32)
-    for repeat in tl.static_range(REPEAT):
-        place = (item * REPEAT + repeat) * K + column
-        head = tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
-        a = tl.sum(head * value, axis=1)[:, None] / square
-        if BACKWARD:
-            change = tl.load(d + place, mask=inside, other=0.0).to(tl.float32)
-            b = tl.sum(change * value, axis=1)[:, None] / square
-            tl.store(out + place, change - b * value, mask=inside)
-            total += 2.0 * a * b * value - b * head - a * change
-        else:
-            tl.store(out + place, head - a * value, mask=inside)
-    if BACKWARD:
-        tl.store(dv + item * K + column, total, mask=inside)
-
-def run_exclude_self(gradients: list[Tensor], tensors: list[Tensor],
-                     numbers: list[float]) -> list[Tensor]:
-    """The remaining output, or the gradients of output and value."""
-    y, v = tensors[:2]
-    K, out, dv = v.shape[-1], torch.empty_like(y), torch.empty_like(v)
-    launch(exclude_self_kernel, v.numel() // K, 16, y, v, *(gradients or [y]), out, dv,
-           v.numel() // K, y.numel() // v.numel(), K, triton.next_power_of_2(K), bool(gradients))
-    return [out, dv] if gradients else [out]
-
-fused_exclude_self = fused("exclude_self", "(Tensor y, Tensor v) -> Tensor", exclude_self,
-                           run_exclude_self, 2)
-
-# MLP. The activation is the epilogue of the product with `up`, its derivative that of the product
-# which gives the hidden layer's gradient; the other products are cuBLAS. Tiles are stored in halves
-# by the copy engine; tensors start and rows continue at multiples of 16 bytes.
-@jit
-def activation_product_kernel(left, right, pre, out, N, WIDE: tl.constexpr,  # type: ignore # noqa: PLR0913
-                              DEEP: tl.constexpr, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
-                              ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                              DEPTH: tl.constexpr) -> None:
-    """pre = left right^T (N, WIDE) and out = act(pre); or out = act'(pre) (left right)."""
-    across = tl.cdiv(WIDE, COLUMNS)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS) * across, tl.num_programs(0),
-                         flatten=True):
-        row, column = tile // across * ROWS, tile % across * COLUMNS
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for depth in tl.range(0, DEEP, DEPTH):
-            if BACKWARD:  # noqa: SIM108 - one of the two has the wrong shape and is not compiled
-                b = right.load([depth, column])
-            else:
-                b = right.load([column, depth]).T
-            total = tl.dot(left.load([row, depth]), b, total)
-        first, second = tl.split(
-            tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-        for part in tl.static_range(2):
-            product = first if part == 0 else second
-            place = [row, column + part * (COLUMNS // 2)]
-            if BACKWARD:
-                p = pre.load(place).to(tl.float32)
-                y = product * tl.where(p > 0, 2.0 * p, 2.0 * SLOPE * SLOPE * p)
-            else:
-                rounded = product.to(pre.dtype)
-                pre.store(place, rounded)
-                p = rounded.to(tl.float32)
-                p = tl.where(p > 0, p, SLOPE * p)
-                y = p * p
-            out.store(place, y.to(out.dtype))
-
-def activation_product(left: Tensor, right: Tensor, pre: Tensor, out: Tensor, *,
-                       backward: bool) -> None:
-    """Fills `out` (N, F), and forward `pre`. Tiles and programs per processor are measured."""
-    rows, columns, depth, warps, each = (128, 256, 64, 8, 1) if backward else (128, 128, 64, 4, 2)
-    N, F = pre.shape
-    programs = -(-N // rows) * -(-F // columns)
-    if left.is_cuda:
-        properties = torch.cuda.get_device_properties(left.device)
-        programs = min(programs, each * properties.multi_processor_count)
-    described = TensorDescriptor.from_tensor
-    activation_product_kernel[(programs,)](
-        described(left, [rows, depth]),
-        described(right, [depth, columns] if backward else [columns, depth]),
-        described(pre, [rows, columns // 2]), described(out, [rows, columns // 2]), N, F,
-        left.shape[1], LEAKY_SLOPE, backward, rows, columns, depth, num_warps=warps, num_stages=3)
-
-def run_mlp(gradients: list[Tensor], tensors: list[Tensor], numbers: list[float]) -> list[Tensor]:
-    """The results of `mlp_parts`, or the gradients of input and both matrices."""
-    x, up, down, *results = (t.flatten(0, -2) for t in tensors)
-    if not gradients:
-        pre, hidden = (x.new_empty(*tensors[0].shape[:-1], len(up)) for _ in range(2))
-        activation_product(x, up, pre.flatten(0, -2), hidden.flatten(0, -2), backward=False)
-        return [F.linear(hidden, down), hidden, pre]
-    (_, hidden, pre), dy = results, gradients[0].flatten(0, -2)
-    dpre = torch.empty_like(pre)
-    activation_product(dy, down, pre, dpre, backward=True)
-    return [(dpre @ up).view(tensors[0].shape), dpre.T @ x, dy.T @ hidden]
-
-fused_mlp = fused("mlp", "(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor, Tensor)",
-                  mlp_parts, run_mlp, 3)
-
-# Loss. An item is one row of logits, read once each way.
-@jit
-def nll_kernel(logits, target, weight, out, V, CAP: tl.constexpr, WIDTH: tl.constexpr,  # type: ignore # noqa: PLR0913
-               BACKWARD: tl.constexpr, FAST: tl.constexpr, ITEMS: tl.constexpr) -> None:
-    """Nats of a row; or the gradient of its logits, given that of its nats.
-    FAST: tanh as one instruction, whose error is below half a bf16 step.
-    """
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    inside, is_target = column < V, column == tl.load(target + row)
-    x = tl.load(logits + row * V + column, mask=inside, other=0.0).to(tl.float32)
-    x *= 1.0 / CAP  # a division would cost the unit that is short here, that of tanh and exp
-    if FAST:
-        x = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32,
-                                      is_pure=True, pack=1)
-    else:
-        x = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
-    top = tl.max(tl.where(inside, x, -1.0), axis=0)
-    p = tl.where(inside, tl.exp((x - top) * CAP), 0.0)
-    total = tl.sum(p, axis=0)
-    if BACKWARD:
-        change = (p * (1.0 / total) - tl.where(is_target, 1.0, 0.0)) * (1.0 - x * x)
-        tl.store(out + row * V + column, tl.load(weight + row) * change, mask=inside)
-    else:
-        chosen = tl.sum(tl.where(is_target, x, 0.0), axis=0)
-        tl.store(out + row, CAP * (top - chosen) + tl.log(total))
-
-def run_nll(gradients: list[Tensor], tensors: list[Tensor], numbers: list[float]) -> list[Tensor]:
-    """Nats of every row, or the gradient of the logits."""
-    (logits, target, *_), (cap,) = tensors, numbers
-    N, V = logits.shape
-    out = torch.empty_like(logits) if gradients else logits.new_empty(N, dtype=torch.float32)
-    launch(nll_kernel, N, 1, logits, target, *(gradients or [out]), out, V, cap,
-           triton.next_power_of_2(V), bool(gradients), logits.is_cuda, warps=16)
-    return [out]
-
-fused_nll = fused("nll", "(Tensor logits, Tensor target, float cap) -> Tensor", softcapped_nll,
-                  run_nll, 1)
 
 if __name__ == "__main__":
     sys.exit(command_line(sys.argv[1:]))

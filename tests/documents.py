@@ -53,7 +53,10 @@ def measure_all(config: golf.Config, world: golf.World) -> dict[str, object]:
         "plain": golf.evaluate(scorer, golf.sliding_windows(num_targets, 64, 64)).bits,
         "sliding": golf.evaluate(scorer, sliding).bits,
         "documents": golf.evaluate(scorer, documents, by_document=True).bits}
+    scorer.views = 2
     found["ttt_documents"] = golf.evaluate_documents(scorer).bits
+    found["ttt_mixture"] = golf.evaluate_mixture(scorer).bits
+    scorer.views, scorer.fixed = 0, None  # of other windows
     scorer.model.requires_grad_(True)
     found["ttt_sgd"] = golf.evaluate_adapting(scorer, sliding).bits
     return {**found, "audit": scorer.audit.report(world)} if scorer.audit else found

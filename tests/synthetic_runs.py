@@ -42,7 +42,6 @@ if sys.argv[1:2] == ["pack"]:
 elif os.environ.get("PRINT_CONFIG") == "1":
     print("config hash:", "c0ffee" if os.environ.get("MATRIX_LR") == "0.03" else "unlike")
 '''
-PACKED_SOURCE = ""
 
 
 def pack_program(source: str = PROGRAM) -> bytes:
@@ -68,84 +67,46 @@ def result(seed: int = 42, nats: float = 2.80, **changes: object) -> dict:
     """A result file's content; `changes` are dotted keys with `__` for the dots."""
     packed = pack_program()
     scores = {
-        "raw": nats + 0.07,
-        "averaged": nats + 0.06,
-        "quantised": nats + 0.09,
-        "sliding": nats + 0.02,
-        "ttt_sgd": nats,
+        "raw": nats + 0.07, "averaged": nats + 0.06, "quantised": nats + 0.09,
+        "sliding": nats + 0.02, "ttt_sgd": nats,
     }
     model = 15_900_000 + seed
     content = {
-        "run_id": f"pr1493-{seed}-20261123T101500",
-        "track": "non_record",
-        "status": "complete",
-        "exit_reason": "finished",
-        "preset": "pr1493",
-        "seed": seed,
-        "world_size": 1,
-        "config_hash": "c0ffee",
-        "started": f"2026-11-23T10:{seed % 60:02d}:00Z",
-        "finished": "2026-11-23T10:40:00Z",
-        "headline": "ttt_sgd",
-        "val_loss": nats,
-        "val_bpb": bpb(nats),
-        "source_sha256": hashlib.sha256(PROGRAM.encode()).hexdigest(),
+        "run_id": f"pr1493-{seed}-20261123T101500", "track": "non_record", "status": "complete",
+        "exit_reason": "finished", "preset": "pr1493", "seed": seed, "world_size": 1,
+        "config_hash": "c0ffee", "started": f"2026-11-23T10:{seed % 60:02d}:00Z",
+        "finished": "2026-11-23T10:40:00Z", "headline": "ttt_sgd", "val_loss": nats,
+        "val_bpb": bpb(nats), "source_sha256": hashlib.sha256(PROGRAM.encode()).hexdigest(),
         "packed_sha256": hashlib.sha256(packed).hexdigest(),
         "config": {"preset": "pr1493", "seed": seed, "matrix_lr": 0.03, "warmdown_frac": 0.72},
         "differs": {"matrix_lr": 0.03},
         "hardware": {"gpu": "NVIDIA H200", "gpus": 1, "cpu_count": 16, "driver": "580.1"},
         "versions": {
-            "python": "3.12.3",
-            "torch": "2.11.0+cu130",
-            "cuda": "13.0",
-            "attention_backend": "fa3",
+            "python": "3.12.3", "torch": "2.11.0+cu130", "cuda": "13.0", "attention_backend": "fa3",
         },
         "data": {
-            "name": "english_sp8192",
-            "tokenizer_sha256": "ab" * 32,
-            "train_tokens": 40_000_000,
-            "train_shards": 1,
-            "passes": 2.1,
-            "val_documents": 900,
-            "val_targets": TARGETS,
-            "val_bytes": BYTES,
-            "val_raw_bytes": BYTES + 900,
-            "fingerprint": "f00d",
+            "name": "english_sp8192", "tokenizer_sha256": "ab" * 32, "train_tokens": 40_000_000,
+            "train_shards": 1, "passes": 2.1, "val_documents": 900, "val_targets": TARGETS,
+            "val_bytes": BYTES, "val_raw_bytes": BYTES + 900, "fingerprint": "f00d",
         },
         "model": {"parameters": 35_944_536},
         "train": {
-            "steps": 400,
-            "seconds": 300.0,
-            "tokens": 400 * 98_304,
-            "ms_per_step": 750.0,
-            "tok_s": 131_072,
-            "tok_s_by_plan": {"unlooped": 150_000, "looped": 110_000},
-            "peak_mib": 39_045,
-            "loop_enabled_step": 140,
-            "startup_seconds": 61.0,
+            "steps": 400, "seconds": 300.0, "tokens": 400 * 98_304, "ms_per_step": 750.0,
+            "tok_s": 131_072, "tok_s_by_plan": {"unlooped": 150_000, "looped": 110_000},
+            "peak_mib": 39_045, "loop_enabled_step": 140, "startup_seconds": 61.0,
         },
         "bpb": {name: bpb(value) for name, value in scores.items()},
         "nats": scores,
         "eval_seconds": {
-            "raw": 4.0,
-            "averaged": 4.1,
-            "quantised": 5.2,
-            "sliding": 60.0,
-            "ttt_sgd": 130.5,
+            "raw": 4.0, "averaged": 4.1, "quantised": 5.2, "sliding": 60.0, "ttt_sgd": 130.5,
         },
         "artifact": {
-            "code_bytes": len(packed),
-            "model_bytes": model,
-            "total_bytes": len(packed) + model,
-            "cap_bytes": 16_000_000,
-            "unused_bytes": 16_000_000 - len(packed) - model,
-            "sha256": f"{seed:064x}",
-            "codec": "brotli",
+            "code_bytes": len(packed), "model_bytes": model, "total_bytes": len(packed) + model,
+            "cap_bytes": 16_000_000, "unused_bytes": 16_000_000 - len(packed) - model,
+            "sha256": f"{seed:064x}", "codec": "brotli",
         },
         "quantisation": {
-            "gap_bpb": bpb(0.03),
-            "bits_per_weight": 3.55,
-            "seconds_hessians": 9.0,
+            "gap_bpb": bpb(0.03), "bits_per_weight": 3.55, "seconds_hessians": 9.0,
             "by_tensor": [
                 {"name": f"{kind}_{i}", "bits": 3.3 + 0.01 * i, "error": 0.01 * (i + 1)}
                 for i in range(6)
@@ -153,19 +114,15 @@ def result(seed: int = 42, nats: float = 2.80, **changes: object) -> dict:
             ],
         },
         "clocks": {
-            "training_seconds": 299.5,
-            "training_budget_seconds": 300.0,
-            "train_to_artifact_seconds": 340.0,
-            "eval_seconds_strict": 201.0,
-            "eval_seconds_lenient": 130.5,
-            "eval_budget_seconds": 600.0,
+            "training_seconds": 299.5, "training_budget_seconds": 300.0,
+            "train_to_artifact_seconds": 340.0, "eval_seconds_strict": 201.0,
+            "eval_seconds_lenient": 130.5, "eval_budget_seconds": 600.0,
         },
         "audit": {
             name: {
                 "passed": True,
                 # quantised, sliding and ttt_sgd
-                "checked": 3 * TARGETS if name == "c4_single_pass" else 64,
-                "worst": 0.0,
+                "checked": 3 * TARGETS if name == "c4_single_pass" else 64, "worst": 0.0,
             }
             for name in (
                 "c1_causal",
@@ -189,11 +146,9 @@ def result(seed: int = 42, nats: float = 2.80, **changes: object) -> dict:
 
 
 LABELS = {
-    "raw": "raw weights",
-    "averaged": "pre-quantization post-ema",
-    "quantised": "quantized",
-    "sliding": "quantized_sliding_window",
-    "ttt_sgd": "quantized_ttt",
+    "raw": "raw weights", "averaged": "pre-quantization post-ema", "quantised": "quantized",
+    "sliding": "quantized_sliding_window", "ttt_sgd": "quantized_ttt",
+    "ttt_documents": "quantized_ttt",
 }
 
 
@@ -208,49 +163,33 @@ def events(content: dict) -> list[dict]:
         progress = step / steps
         lines.append(
             {
-                "event": "train",
-                "t": 60 + 0.75 * step,
-                "step": step,
-                "train_seconds": 0.75 * step,
+                "event": "train", "t": 60 + 0.75 * step, "step": step, "train_seconds": 0.75 * step,
                 "train_loss": 2.9 + 6 / step**0.5 + 0.02 * math.sin(step + content["seed"]),
                 "lr_scale": min(1.0, (1 - progress) / 0.72),
-                "tok_s": 110_000 if looped else 150_000,
-                "plan": "looped" if looped else "unlooped",
-                "mem_mib": 38_000 + looped * 900,
-                "progress": progress,
+                "tok_s": 110_000 if looped else 150_000, "plan": "looped" if looped else "unlooped",
+                "mem_mib": 38_000 + looped * 900, "progress": progress,
             }
         )
         if step % 100 == 0:
             nats = content["nats"]["raw"] + 3 / step**0.5
             lines.append(
                 {
-                    "event": "val",
-                    "t": 60 + 0.75 * step,
-                    "step": step,
-                    "val_loss": nats,
-                    "val_bpb": bpb(nats),
-                    "label": "val",
+                    "event": "val", "t": 60 + 0.75 * step, "step": step, "val_loss": nats,
+                    "val_bpb": bpb(nats), "label": "val",
                 }
             )
     lines.append(
         {
-            "event": "plan",
-            "t": 165.0,
-            "step": content["train"]["loop_enabled_step"],
-            "plan": "looped",
-            "progress": 0.35,
+            "event": "plan", "t": 165.0, "step": content["train"]["loop_enabled_step"],
+            "plan": "looped", "progress": 0.35,
         }
     )
     lines.append({"event": "phase", "t": 375.0, "phase": "calibration", "seconds": 9.0})
     for name, nats in content["nats"].items():
         lines.append(
             {
-                "event": "eval",
-                "t": 400.0,
-                "label": name,
-                "val_loss": nats,
-                "val_bpb": content["bpb"][name],
-                "seconds": content["eval_seconds"].get(name),
+                "event": "eval", "t": 400.0, "label": name, "val_loss": nats,
+                "val_bpb": content["bpb"][name], "seconds": content["eval_seconds"].get(name),
             }
         )
     lines.append({"event": "result", "t": 600.0, "status": content["status"], "reason": "finished"})
@@ -322,13 +261,8 @@ def published_log(
     steps, seconds, before, after, sliding, nats, model = PUBLISHED[seed]
     size = len(code.encode())
     shown = {
-        "iterations": 20000,
-        "matrix_lr": 0.022,
-        "recur_start_step": 2000,
-        "seed": seed,
-        "train_batch_tokens": 786432,
-        "warmdown_frac": 0.72,
-        "world_size": 8,
+        "iterations": 20000, "matrix_lr": 0.022, "recur_start_step": 2000, "seed": seed,
+        "train_batch_tokens": 786432, "warmdown_frac": 0.72, "world_size": 8,
     } | (settings or {})
     lines = [
         code + "=" * 100,
@@ -368,35 +302,21 @@ def published_submission() -> dict:
     mean = sum(row[4] for row in rows.values()) / 3
     spread = math.sqrt(sum((row[4] - mean) ** 2 for row in rows.values()) / 2)
     return {
-        "author": "someone",
-        "github_id": "someone",
-        "name": "A run",
-        "date": "2026-04-08",
-        "track": "10min_16mb",
-        "blurb": "Three seeds.",
-        "val_bpb": round(mean, 8),
+        "author": "someone", "github_id": "someone", "name": "A run", "date": "2026-04-08",
+        "track": "10min_16mb", "blurb": "Three seeds.", "val_bpb": round(mean, 8),
         "val_loss": round(sum(row[5] for row in rows.values()) / 3, 8),
-        "val_bpb_std": round(spread, 6),
-        "bytes_total": max(totals.values()),
-        "bytes_code": code,
+        "val_bpb_std": round(spread, 6), "bytes_total": max(totals.values()), "bytes_code": code,
         "seeds": list(rows),
         "seed_results": {
             str(seed): {
-                "val_bpb": row[4],
-                "val_loss": row[5],
-                "artifact_bytes": totals[seed],
-                "steps": row[0],
-                "pre_quant_val_bpb": row[2],
-                "quantized_val_bpb": row[3],
+                "val_bpb": row[4], "val_loss": row[5], "artifact_bytes": totals[seed],
+                "steps": row[0], "pre_quant_val_bpb": row[2], "quantized_val_bpb": row[3],
             }
             for seed, row in rows.items()
         },
-        "hardware": "8xH100 80GB SXM",
-        "pytorch_version": "2.9.1+cu128",
+        "hardware": "8xH100 80GB SXM", "pytorch_version": "2.9.1+cu128",
         "compliance": {
-            "artifact_under_16mb": True,
-            "train_under_600s": True,
-            "eval_under_600s": True,
+            "artifact_under_16mb": True, "train_under_600s": True, "eval_under_600s": True,
             "three_seeds": True,
         },
     }

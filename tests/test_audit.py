@@ -23,17 +23,20 @@ def adapted(make_config: MakeConfig) -> golf.Config:
     return make_config(**ADAPT)
 
 
-def run(config: golf.Config, kind: str) -> golf.Scorer:
+def run(config: golf.Config, kind: str, tokens: np.ndarray | None = None) -> golf.Scorer:
     """One evaluation by the program's own functions, every batch of it audited."""
-    scorer = make_scorer(config, stream_of(text(500)))
+    scorer = make_scorer(config, stream_of(text(500) if tokens is None else tokens))
     num_targets = scorer.stream.num_targets
     sliding = golf.sliding_windows(num_targets, 64, 16)
     if kind == "sgd":
         golf.evaluate_adapting(scorer, sliding)
     elif kind == "ttt_documents":
         golf.evaluate_documents(scorer)
-    elif kind == "documents":
+    elif kind in ("documents", "mixer_documents"):
+        scorer.views = 2 * kind.startswith("mixer")
         golf.evaluate(scorer, golf.document_windows(scorer.stream, 64, 16), by_document=True)
+        if scorer.views:
+            golf.evaluate_mixture(scorer)
     else:
         plain = golf.sliding_windows(num_targets, 64, 64)
         golf.evaluate(scorer, plain if kind == "plain" else sliding)
@@ -45,17 +48,20 @@ def record_of(scorer: golf.Scorer) -> Record:
     return scorer.audit.report(golf.World())
 
 
-def failed(config: golf.Config, kind: str) -> set[str]:
+def failed(config: golf.Config, kind: str, tokens: np.ndarray | None = None) -> set[str]:
     """The conditions that an evaluation breaks."""
-    return {name for name, facts in record_of(run(config, kind)).items() if not facts["passed"]}
+    record = record_of(run(config, kind, tokens))
+    return {name for name, facts in record.items() if not facts["passed"]}
 
 
 @pytest.fixture(autouse=True)
 def audit_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(golf, "AUDIT_EVERY", 1)
+    monkeypatch.setattr(golf, "MIX_CHUNK", 64)
+    monkeypatch.setattr(golf, "MIX_ROWS", 1 << 12)
 
 
-KINDS = ["plain", "sliding", "documents", "sgd", "ttt_documents"]
+KINDS = ["plain", "sliding", "documents", "sgd", "ttt_documents", "mixer_documents"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,7 +73,7 @@ def test_honest_evaluators_pass(adapted: golf.Config, kind: str) -> None:
         assert facts["passed"], (name, facts)
     assert record["c1_causal"]["worst"] == 0.0
     assert record["c2_normalised"]["worst"] < 1e-5
-    assert record["c4_single_pass"]["checked"] == 499
+    assert record["c4_single_pass"]["checked"] == 499 * (1 + kind.startswith("mixer"))
 
 
 @pytest.mark.parametrize("kind", ["plain", "documents", "ttt_documents"])
@@ -151,17 +157,17 @@ def test_gate_that_reads_the_target_is_caught(adapted: golf.Config, kind: str,
 @pytest.mark.parametrize("kind", KINDS)
 def test_better_of_two_experts_is_caught(adapted: golf.Config, kind: str,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = golf.fused_nll
-    monkeypatch.setattr(golf, "fused_nll", lambda logits, target, cap: torch.minimum(
-        honest(logits, target, cap), honest(0.5 * logits, target, cap)))
+    honest = golf.GPT.target_nats
+    monkeypatch.setattr(golf.GPT, "target_nats", lambda self, logits, target: torch.minimum(
+        honest(self, logits, target), honest(self, 0.5 * logits, target)))
     assert "c2_normalised" in failed(adapted, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unnormalised_distribution_is_caught(adapted: golf.Config, kind: str,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = golf.fused_nll
-    monkeypatch.setattr(golf, "fused_nll", lambda *inputs: honest(*inputs) - 0.01)
+    honest = golf.GPT.target_nats
+    monkeypatch.setattr(golf.GPT, "target_nats", lambda *inputs: honest(*inputs) - 0.01)
     assert failed(adapted, kind) == {"c2_normalised"}
 
 
@@ -192,6 +198,73 @@ def test_window_scored_twice_is_caught(adapted: golf.Config, kind: str,
     monkeypatch.setattr(golf.ScoreLedger, "commit", again)
     with pytest.raises(golf.LegalityError, match="scored before"):
         run(adapted, kind)
+
+
+# ---- Broken mixtures: all but the weights of a class can be seen in any text ----
+
+
+def repeated() -> np.ndarray:
+    """Two documents that differ in a few tokens: n-grams pay from the second one on."""
+    tokens = text(400)
+    return np.concatenate([tokens, np.where(np.arange(400) % 11 == 5, 7, tokens)])
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[..., golf.Mixed]) -> None:
+    """Replaces what a mixture says by a `change` of it: mixture, inputs, honest answer."""
+    honest = golf.Mixture.score
+    monkeypatch.setattr(golf.Mixture, "score", lambda mixture, *inputs: change(
+        mixture, inputs, honest(mixture, *inputs)))
+
+
+def test_honest_mixture_of_repeated_text_passes(adapted: golf.Config) -> None:
+    assert failed(adapted, "mixer_documents", repeated()) == set()
+
+
+def test_unnormalised_expert_is_caught(adapted: golf.Config,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, lambda mixture, inputs, found: found._replace(chance=found.chance + 1e-5))
+    assert failed(adapted, "mixer_documents") == {"c2_normalised"}
+
+
+def test_mixture_gate_that_reads_the_target_is_caught(adapted: golf.Config,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever gives the target the higher chance may speak."""
+    spoil(monkeypatch, lambda mixture, inputs, found: found._replace(
+        chance=np.maximum(found.chance, found.neural)))
+    assert failed(adapted, "mixer_documents") == {"c2_normalised"}
+
+
+def test_counts_of_a_chunk_before_its_score_are_caught(adapted: golf.Config,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = golf.Mixture.score
+
+    def ahead(mixture: golf.Mixture, context: np.ndarray, target: np.ndarray,
+              kept: np.ndarray) -> golf.Mixed:
+        if len(target) != kept.shape[1] or (target[1:] != target[:-1] + 1).any():  # no probe
+            found = honest(mixture, context, target, kept)
+            mixture.learn(np.append(0, target), found, mixture.odds)
+        return honest(mixture, context, target, kept)
+
+    monkeypatch.setattr(golf.Mixture, "score", ahead)
+    assert "c3_score_first" in failed(adapted, "mixer_documents", repeated())
+
+
+def test_odds_that_know_the_present_target_are_caught(adapted: golf.Config,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = golf.Mixture.bet
+    monkeypatch.setattr(golf.Mixture, "bet", lambda mixture, found: np.append(
+        honest(mixture, found)[1:], 0))
+    assert failed(adapted, "mixer_documents", repeated()) & {"c1_causal", "c3_score_first"}
+
+
+def test_mixture_that_learns_before_its_commit_is_refused(adapted: golf.Config,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = golf.ScoreLedger.commit
+    monkeypatch.setattr(golf.ScoreLedger, "commit", lambda ledger, windows, nats: None if len(
+        windows.starts) == 1 and nats.shape[-1] == 64 and nats.ndim == 2 else commit(
+            ledger, windows, nats))
+    with pytest.raises(golf.LegalityError, match="64 targets between 0 and 64 are not scored"):
+        run(adapted, "mixer_documents")
 
 
 # ---- And a few more ----
@@ -273,8 +346,8 @@ def test_record_is_part_of_the_result(make_env: MakeEnv, mode: str) -> None:
 
 def test_failed_audit_leaves_no_headline(make_env: MakeEnv,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    honest, env = golf.fused_nll, make_env(TTT_ENABLED=0, **ADAPT)
-    monkeypatch.setattr(golf, "fused_nll", lambda *inputs: honest(*inputs) - 0.01)
+    honest, env = golf.GPT.target_nats, make_env(TTT_ENABLED=0, **ADAPT)
+    monkeypatch.setattr(golf.GPT, "target_nats", lambda *inputs: honest(*inputs) - 0.01)
     with pytest.raises(golf.LegalityError, match="audit: c2_normalised"):
         golf.main(env)
     result = json.loads((golf.Path(env["LOG_DIR"]) / "toy.json").read_text())

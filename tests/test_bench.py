@@ -105,7 +105,6 @@ def test_an_earlier_result_stays(tmp_path: Path, make_env: Callable[[], dict[str
     ("triton_red_fused_mul_sum_3", "reductions (triton)"),
     ("triton_poi_fused_add_1", "elementwise (triton)"),
     ("Memcpy DtoD (Device -> Device)", "copies"),
-    ("mix_norm_backward", "lab kernels"),
     ("void at::native::reduce_kernel<512>", "other"),
 ])
 def test_kernels_are_grouped_by_their_work(kernel: str, group: str) -> None:

@@ -240,7 +240,7 @@ def test_config_hash_ignores_what_is_not_method(settings: dict[str, str]) -> Non
 
 @pytest.mark.parametrize("settings", [
     {"MATRIX_LR": "0.5"}, {"NUM_LOOPS": "1"}, {"TTT_ENABLED": "0"}, {"FIT": "0"},
-    {"COMPRESSOR": "ans"}, {"MAX_WALLCLOCK_SECONDS": "60"}])
+    {"QUANTISER": "gptq"}, {"MAX_WALLCLOCK_SECONDS": "60"}])
 def test_config_hash_sees_the_method(settings: dict[str, str]) -> None:
     assert golf.Config.from_env(settings).config_hash != golf.Config().config_hash
 

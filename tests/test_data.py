@@ -93,7 +93,7 @@ def test_shards_are_found_in_order_and_their_absence_is_named(tmp_path: Path) ->
 def test_windows_of_one_pass_lie_inside_shards_and_share_no_target(lengths: list[int],
                                                                    seed: int) -> None:
     loader = make_loader(*lengths, seed=seed)
-    windows = loader.read(0, loader.starts.size)
+    windows = loader.read(0, len(loader.starts))
     assert (np.diff(windows, axis=1) == 1).all()
     edges = np.cumsum([0, *lengths])
     first, last = (np.searchsorted(edges, windows[:, k], "right") for k in (0, -1))
@@ -104,7 +104,7 @@ def test_windows_of_one_pass_lie_inside_shards_and_share_no_target(lengths: list
 
 def test_one_pass_uses_every_shard_but_for_less_than_a_window_at_each_end() -> None:
     lengths = (1000, 17, 533, 300)
-    windows = make_loader(*lengths).read(0, make_loader(*lengths).starts.size)
+    windows = make_loader(*lengths).read(0, len(make_loader(*lengths).starts))
     edges = np.cumsum([0, *lengths])
     for first, last in itertools.pairwise(edges):
         inside = windows[(windows[:, 0] >= first) & (windows[:, 0] < last)]
@@ -127,7 +127,7 @@ def test_windows_of_all_shards_are_mixed() -> None:
 
 def test_second_pass_has_new_boundaries_and_a_new_order() -> None:
     loader = make_loader(5000)
-    count = loader.starts.size
+    count = len(loader.starts)
     first, second = loader.read(0, count), loader.read(count, count)
     assert set(first[:, 0] % SEQ_LEN) != set(second[:, 0] % SEQ_LEN)
     assert (np.argsort(first[:, 0]) != np.argsort(second[:, 0])[:count]).any()
@@ -154,7 +154,7 @@ def test_bad_id_in_training_data_is_refused_when_read() -> None:
     tokens = np.array([1] * 40 + [384] + [1] * 40, dtype=np.uint16)
     loader = golf.TrainLoader([tokens], golf.Config(vocab_size=384, train_seq_len=SEQ_LEN))
     with pytest.raises(golf.DataError, match=r"token id 384 .*VOCAB_SIZE \(384\)"):
-        loader.read(0, loader.starts.size)
+        loader.read(0, len(loader.starts))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8])

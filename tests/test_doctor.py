@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import stat
@@ -243,6 +244,7 @@ def test_cache_on_a_network_disk_is_found(
 
 
 def test_artifact_far_over_its_cap_fails_and_a_little_over_warns(env: dict[str, str]) -> None:
+    env = {**env, "QUANTISER": "gptq", "COMPRESSOR": "brotli"}
     size = train_gpt.estimate_artifact_bytes(train_gpt.Config.from_env(env))
     assert findings({**env, "ARTIFACT_CAP_BYTES": str(size // 2)})["artifact"].status == "fail"
     tight = {**env, "ARTIFACT_CAP_BYTES": str(int(size / 1.05))}
@@ -339,7 +341,8 @@ def test_equal_gpus_are_good_and_steps_are_near_the_published_ones() -> None:
     found = judged(*[speed(650, 650, 650, 650)] * 8)
     assert found["speed"].status == "ok" and "all-reduce 400 GB/s" in found["speed"].detail
     config = train_gpt.Config.from_env({"PRESET": "pr1493"})
-    steps, rates = doctor.expected_steps(config, 8 * 650)
+    rates = doctor.rates_at(config, 8 * 650)
+    steps = doctor.expected_steps(config, rates)
     assert 4550 * 0.85 < steps < 4550 * 1.15      # 8 x H100, published logs of the system
     assert len(rates) == 2 and f"{steps:,.0f} steps" in found["expected"].detail
 
@@ -353,7 +356,7 @@ def test_slow_and_hot_gpus_are_found() -> None:
 def test_step_driven_runs_take_their_own_number_of_steps() -> None:
     config = train_gpt.Config.from_env(
         {"PRESET": "pr1493", "MAX_WALLCLOCK_SECONDS": "0", "ITERATIONS": "77"})
-    assert doctor.expected_steps(config, 100.0)[0] == 77
+    assert doctor.expected_steps(config, doctor.rates_at(config, 100.0)) == 77
 
 
 def test_measurements_return_rates() -> None:
@@ -368,3 +371,51 @@ def test_speed_check_on_gpus(env: dict[str, str]) -> None:
     found = {check.name: check for check in doctor.examine(doctor.Pod(env, bench_seconds=4.0))}
     assert found["speed"].status in ("ok", "warn") and "TFLOP/s" in found["speed"].detail
     assert "steps" in found["expected"].detail
+
+
+# ---- what a run takes on eight GPUs ----
+
+
+def logged(folder: Path, name: str, **changes: object) -> None:
+    """A result file of a run of pr1493 on one GPU."""
+    config = train_gpt.Config.from_env({"PRESET": "pr1493"})
+    facts = {
+        "run_id": name, "status": "complete", "headline": "ttt_sgd", "started": f"2026 {name}",
+        "config": {key: getattr(config, key) for key in train_gpt.MODEL_SETTINGS},
+        "hardware": {"gpu": "NVIDIA H200", "gpus": 1},
+        "train": {"startup_seconds": 20.0, "tok_s_by_plan": {"unlooped": 1e6, "looped": 1e6}},
+        "clocks": {"training_seconds": 590.0, "train_to_artifact_seconds": 605.0,
+                   "projected_full_eval_seconds_8gpu": 200.0}}
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(facts | changes))
+
+
+def test_projection_comes_from_the_newest_run_of_the_model(tmp_path: Path) -> None:
+    config = train_gpt.Config.from_env({"PRESET": "pr1493"})
+    assert doctor.project(config, tmp_path) is None
+    logged(tmp_path, "a")
+    logged(tmp_path, "b", status="partial")
+    logged(tmp_path, "c", config={"num_layers": 3})
+    logged(tmp_path, "d", hardware={"gpu": "none", "gpus": 0})
+    found = doctor.project(config, tmp_path)
+    assert found is not None and found.speed.run_id == "a"
+    assert found.rates == {"unlooped": 8e6, "looped": 8e6}
+    assert found.seconds == 20 + 600 + 15 + 200
+    assert doctor.expected_steps(config, found.rates) == pytest.approx(
+        (600 - config.gptq_reserve_seconds) * 8e6 / 786_432)
+    other = train_gpt.Config.from_env({"PRESET": "record"})
+    projected = doctor.project(other, tmp_path)
+    assert projected is not None and projected.evaluation is None    # it ends otherwise
+
+
+def test_launch_command_names_what_differs_and_gives_the_same_settings(
+    env: dict[str, str],
+) -> None:
+    given = {"PRESET": "pr1493", "MATRIX_LR": "0.026", "AUDIT": "1", "DATA_PATH": "a b"}
+    config = train_gpt.Config.from_env(given)
+    command = doctor.launch_command(config, 8)
+    words = shlex.split(command.partition(" torchrun ")[0])
+    assert dict(word.split("=", 1) for word in words) == given
+    assert command.endswith("torchrun --standalone --nproc_per_node=8 train_gpt.py")
+    assert "--nproc_per_node=8" in findings(env)["on 8 GPUs"].detail
+    assert findings(env)["projected"].detail.startswith("unknown")

@@ -330,7 +330,7 @@ RECORD = golf.Config(track="10min_16mb")
 
 
 def test_record_track_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
     for config in (RECORD, replace(RECORD, track="auto")):
         world = golf.World(0, 8)
         assert golf.resolve_track(config, world, official_stream(), "fa3") == "10min_16mb"
@@ -346,7 +346,7 @@ def test_record_track_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_false_claim_of_the_record_track_is_refused(
         monkeypatch: pytest.MonkeyPatch, size: int, official: bool, changes: dict[str, float],
         attention: str, named: str) -> None:
-    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
     stream = official_stream() if official else random_stream(1)
     config = replace(RECORD, **changes)  # type: ignore[arg-type]
     with pytest.raises(golf.ConfigError, match=named):
@@ -354,6 +354,7 @@ def test_false_claim_of_the_record_track_is_refused(
 
 
 def test_disabled_compiler_is_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    """However torch was told so: TORCH_COMPILE_DISABLE=0, for one, disables nothing."""
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     with pytest.raises(golf.ConfigError, match="COMPILE"):
         golf.resolve_track(RECORD, golf.World(0, 8), official_stream(), "fa3")

@@ -176,6 +176,13 @@ def test_learning_helps_on_documents_that_repeat(make_config: MakeConfig) -> Non
     assert adapt(config, tokens).mean() < plain.mean() - 0.2
 
 
+def mixing_scorer(config: golf.Config, tokens: np.ndarray) -> golf.Scorer:
+    """A scorer that keeps what a mixture wants."""
+    scorer = make_scorer(config, stream_of(tokens))
+    scorer.views = 2
+    return scorer
+
+
 def test_interrupted_evaluation_goes_on_to_the_same_scores(
         adapted: golf.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(golf, "SAVE_SECONDS", 0.0)
@@ -197,14 +204,15 @@ def test_interrupted_evaluation_goes_on_to_the_same_scores(
         reset(adapters)
 
     monkeypatch.setattr(golf, "finish_score", keep)
-    golf.evaluate_documents(make_scorer(adapted, stream_of(tokens)))
+    golf.evaluate_documents(mixing_scorer(adapted, tokens))
     monkeypatch.setattr(golf.LowRank, "reset", stop_in_the_third_group)
     with pytest.raises(KeyboardInterrupt):
-        golf.evaluate_documents(make_scorer(adapted, stream_of(tokens)), str(tmp_path / "ledger"))
+        golf.evaluate_documents(mixing_scorer(adapted, tokens), str(tmp_path / "ledger"))
     monkeypatch.setattr(golf.LowRank, "reset", count)
-    scorer = make_scorer(adapted, stream_of(tokens))
+    scorer = mixing_scorer(adapted, tokens)
     score = golf.evaluate_documents(scorer, str(tmp_path / "ledger"))
-    assert torch.equal(ledgers[0].nats, ledgers[1].nats)
+    assert len(ledgers[0].kept) == 3
+    assert torch.equal(ledgers[0].kept, ledgers[1].kept)
     assert 0 < scorer.earlier_seconds < score.seconds
     groups = len(golf.document_passes(scorer.stream.document_starts, scorer.stream.document_stops,
                                       adapted))
@@ -241,4 +249,9 @@ def test_two_ranks_share_one_clean_audit(two_ranks: list[dict[str, object]]) -> 
     assert isinstance(first, dict)
     assert set(first) == set(golf.CONDITIONS)
     assert all(facts["passed"] for facts in first.values())
-    assert first["c4_single_pass"]["checked"] == 5 * 899
+    assert first["c4_single_pass"]["checked"] == 6 * 899
+
+
+def test_every_rank_mixes_to_the_same_bits(two_ranks: list[dict[str, object]]) -> None:
+    first, second = (rank["ttt_mixture"] for rank in two_ranks)
+    assert first == second

@@ -339,11 +339,11 @@ def test_soft_cap_bounds_logits() -> None:
 def test_laptop_uses_plain_attention_and_says_why() -> None:
     backend = golf.choose_attention("auto", torch.device("cpu"))
     assert backend.name == "math"
-    assert list(backend.rejected) == ["fa3", "fa4", "cudnn", "flash"]
+    assert list(backend.rejected) == ["fa3", "cudnn", "flash"]
     assert all(backend.rejected.values())
 
 
-@pytest.mark.parametrize("name", ["fa3", "fa4", "cudnn", "flash"])
+@pytest.mark.parametrize("name", ["fa3", "cudnn", "flash"])
 def test_chosen_attention_that_cannot_run_is_an_error(name: str) -> None:
     with pytest.raises(golf.ConfigError, match=f"ATTENTION={name}") as error:
         golf.choose_attention(name, torch.device("cpu"))

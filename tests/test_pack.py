@@ -6,6 +6,7 @@ import ast
 import builtins
 import hashlib
 import io
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -76,61 +77,121 @@ class Bare(ast.NodeTransformer):
 
 def shapes_of(node: object, names: list[str]) -> object:
     """A tree without its names, which are listed in the order of reading."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        names.append(node.name)
     if isinstance(node, ast.Name | ast.arg):
         names.append(node.id if isinstance(node, ast.Name) else node.arg)
         rest = [shapes_of(child, names) for child in ast.iter_child_nodes(node)]
         return [type(node).__name__, rest]
     if isinstance(node, ast.AST):
-        return [type(node).__name__, *(shapes_of(v, names) for _, v in ast.iter_fields(node))]
+        inner = [shapes_of(v, names) for field, v in ast.iter_fields(node) if field != "name"]
+        return [type(node).__name__, *inner]
     return [shapes_of(child, names) for child in node] if isinstance(node, list) else repr(node)
 
 
-def scopes(source: str) -> list[ast.stmt]:
-    """The statements of a program and of its classes, without what packing may drop."""
-    tree = Bare().visit(ast.parse(source))
-    return [inner for outer in tree.body
-            for inner in (outer.body if isinstance(outer, ast.ClassDef) else [outer])]
+def statements(source: str) -> list[ast.stmt]:
+    """The statements of a program without what packing may drop from each."""
+    return list(Bare().visit(ast.parse(source)).body)
 
 
-def test_packed_source_is_the_program_but_for_docstrings_and_names(program: Path) -> None:
-    """Renaming is one to one in every function, and touches nothing that lives outside of it."""
-    source, found = PROGRAM.read_text(), golf.unpack_program(program)
-    public = {word for word in dir(golf)} | set(dir(builtins))
-    pairs = list(zip(scopes(source), scopes(found), strict=True))
-    assert len(pairs) > 300
-    for plain, packed_form in pairs:
-        old: list[str] = []
-        new: list[str] = []
-        same = shapes_of(plain, old) == shapes_of(packed_form, new)
-        assert same, ast.unparse(plain)[:200]
-        assert len(set(zip(old, new, strict=True))) == len(set(old)) == len(set(new))
-        renamed = {a for a, b in zip(old, new, strict=True) if a != b}
-        bound = {n.id for n in ast.walk(plain)
-                 if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        bound |= {n.arg for n in ast.walk(plain) if isinstance(n, ast.arg)}
-        assert renamed <= bound
-        assert not {b for a, b in zip(old, new, strict=True) if a != b} & public
+def kept_statements(plain: list[ast.stmt], found: list[ast.stmt]) -> list[ast.stmt]:
+    """Those of the plain program that the packed one still has, which keeps their order."""
+    kept, rest = [], iter(plain)
+    for node in found:
+        wanted = shapes_of(node, [])
+        kept.append(next((n for n in rest if shapes_of(n, []) == wanted), ast.Pass()))
+    return kept
+
+
+def defined(node: ast.stmt) -> set[str]:
+    """The names that a statement of the module binds."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    return {n.id for n in ast.walk(node)
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+PACKER = {"pack_program", "strip_source", "shorten_names", "PACKED_STUB"}
+
+
+def test_only_what_nothing_needs_is_left_out(packed: bytes, program: Path) -> None:
+    plain = statements(PROGRAM.read_text())
+    kept = kept_statements(plain, statements(golf.unpack_program(program)))
+    dropped = {name for node in plain if node not in kept for name in defined(node)}
+    assert dropped >= PACKER
+    users = [node for node in kept if defined(node) != {"packed_program"}]
+    mentioned = {n.id for node in users for n in ast.walk(node) if isinstance(n, ast.Name)}
+    assert not mentioned & dropped
+
+
+def test_packed_source_is_the_program_but_for_names(program: Path) -> None:
+    """Renaming is one to one in every function, and the same everywhere for what they share."""
+    found = statements(golf.unpack_program(program))
+    plain = kept_statements(statements(PROGRAM.read_text()), found)
+    assert len(plain) > 200
+    defined_names = {name for node in plain for name in defined(node)}
+    shared: set[tuple[str, str]] = set()
+    for outer, outer_packed in zip(plain, found, strict=True):
+        body = outer.body if isinstance(outer, ast.ClassDef) else [outer]
+        is_class = isinstance(outer_packed, ast.ClassDef)
+        body_packed = outer_packed.body if is_class else [outer_packed]
+        shared.add((getattr(outer, "name", ""), getattr(outer_packed, "name", "")))
+        for node, packed_form in zip(body, body_packed, strict=True):
+            old: list[str] = []
+            new: list[str] = []
+            same = shapes_of(node, old) == shapes_of(packed_form, new)
+            assert same, ast.unparse(node)[:200]
+            pairs = set(zip(old, new, strict=True))
+            assert len(pairs) == len(set(old)) == len(set(new))
+            bound = {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+            if isinstance(node, ast.FunctionDef):
+                bound |= defined(ast.Module(node.body, []))  # type: ignore[arg-type]
+            shared |= {pair for pair in pairs if pair[0] not in bound}
+    assert len(shared) == len({a for a, _ in shared}) == len({b for _, b in shared})
+    renamed = {a for a, b in shared if a != b}
+    assert len(renamed) > 150
+    assert renamed <= defined_names
+    shown = {"Config", *(name for name in dir(golf) if name.endswith("Error"))}
+    assert not renamed & shown
+    given = {b for a, b in shared if a != b}
+    assert not given & ({*dir(builtins), *dir(golf)} - renamed)
+
+
+def test_packed_source_has_neither_comments_nor_docstrings(program: Path) -> None:
+    found = golf.unpack_program(program)
     assert '"""' not in found
-    assert "#" not in "".join(line for line in found.splitlines() if line.strip().startswith("#"))
+    assert not [line for line in found.splitlines() if line.strip().startswith("#")]
 
 
-def signatures(source: str) -> dict[str, str]:
-    """Operators and kernels with the types of their arguments."""
-    return {node.name: str([a.annotation and ast.unparse(a.annotation) for a in node.args.args])
-            for node in ast.walk(ast.parse(source))
-            if isinstance(node, ast.FunctionDef) and any(
-                word in ast.unparse(decorator) for decorator in node.decorator_list
-                for word in ("custom_op", "triton_op", "jit"))}
+def test_packing_what_was_packed_changes_nothing(program: Path, packed: bytes) -> None:
+    same = golf.pack_program(golf.unpack_program(program)) == packed
+    assert same
 
 
-def test_operators_keep_the_types_that_make_their_signature(program: Path) -> None:
-    found, wanted = signatures(golf.unpack_program(program)), signatures(PROGRAM.read_text())
-    assert len(wanted) > 1
-    assert found == wanted
+@pytest.mark.parametrize("version", ["3.12", "3.13"])
+def test_other_pythons_strip_to_the_same_text(version: str, program: Path) -> None:
+    """Runs the packer's own statements alone: another Python has no torch here."""
+    packer = [node for node in ast.parse(PROGRAM.read_text()).body
+              if isinstance(node, ast.FunctionDef | ast.Assign)
+              and defined(node) & {"NAMED", "strip_source", "names_in", "definitions", "rename",
+                                   "shorten_names"}]
+    text = "\n".join(["from __future__ import annotations", "import ast, re, sys",
+                      "from collections import Counter", *map(ast.unparse, packer),
+                      "sys.stdout.write(strip_source(sys.stdin.read()))"])
+    try:
+        process = subprocess.run([f"python{version}", "-c", text], input=PROGRAM.read_text(),
+                                 capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        if "Traceback" in str(getattr(error, "stderr", "")):
+            raise
+        pytest.skip(f"no Python {version} here")
+    same = process.stdout == golf.unpack_program(program)
+    assert same
 
 
 def test_settings_keep_the_types_by_which_they_are_read(program: Path) -> None:
-    fields = [[ast.unparse(field) for field in node.body if isinstance(field, ast.AnnAssign)]
+    fields = [[[ast.unparse(part) for part in (field.target, field.annotation)]
+               for field in node.body if isinstance(field, ast.AnnAssign)]
               for source in (golf.unpack_program(program), PROGRAM.read_text())
               for node in ast.walk(ast.parse(source))
               if isinstance(node, ast.ClassDef) and node.name == "Config"]

@@ -307,13 +307,8 @@ def test_tokenizer_with_another_bos_is_refused_before_any_work(
     stem = tmp_path / "odd"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([words(seed, 300) for seed in range(9)]),
-        model_prefix=str(stem),
-        model_type="bpe",
-        vocab_size=300,
-        hard_vocab_limit=False,
-        bos_id=2,
-        eos_id=1,
-        minloglevel=2,
+        model_prefix=str(stem), model_type="bpe", vocab_size=300, hard_vocab_limit=False, bos_id=2,
+        eos_id=1, minloglevel=2,
     )
     train = write_jsonl(tmp_path / "train.jsonl", ["some text"])
     options = ["--val-fraction", 0.5, "--tokenizer", f"{stem}.model", "--name", "n"]

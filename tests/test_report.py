@@ -21,7 +21,7 @@ from tools.runs import Run, TrainPoint, load_run
 HOSTILE = "<script>alert(1)</script>\"'&<img src=http://evil/x>"
 BREAKDOWN = {
     "document_length": [
-        {"upto": 2**k, "documents": 5, "quantised": 1.3 - k / 50} for k in range(6)
+        {"upto": 2**k, "bytes": 5, "quantised": 1.3, "documents": 1.3 - k / 50} for k in range(6)
     ],
     "position": [{"upto": 64, "sliding": 1.2}, {"upto": 128, "sliding": 1.1}],
     "stream": [{"share": i / 4, "ttt_sgd": 1.1 - i / 100} for i in range(1, 5)],
@@ -86,6 +86,7 @@ def test_page_of_one_run(logs: Path) -> None:
     assert len(text.encode()) < 2_000_000
     page = Page(text)
     assert page.tags.count("figure") == 13
+    assert {"quantised", "documents"} <= set(page.texts)  # lines of one chart, named in its legend
     for words in (
         "1.0844",
         "15,900,982",
@@ -115,10 +116,7 @@ def test_page_of_seeds_overlays_them(logs: Path) -> None:
 def test_foreign_text_is_escaped_everywhere(tmp_path: Path) -> None:
     content = synthetic.result(
         42,
-        run_id="odd",
-        preset=HOSTILE,
-        differs={HOSTILE: HOSTILE},
-        exit_reason=HOSTILE,
+        run_id="odd", preset=HOSTILE, differs={HOSTILE: HOSTILE}, exit_reason=HOSTILE,
         breakdown={"position": [{"upto": 8, HOSTILE: 1.0}]},
     )
     content["quantisation"]["by_tensor"][0]["name"] = HOSTILE
@@ -212,8 +210,7 @@ def test_tensorboard_is_optional_and_gets_all_series(
 @settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=40),
-    focus=st.booleans(),
-    name=st.text(max_size=60),
+    focus=st.booleans(), name=st.text(max_size=60),
 )
 def test_any_series_gives_well_formed_svg(values: list[float], focus: bool, name: str) -> None:
     line = svg.Series(name, [float(i) for i in range(len(values))], values, dots=True)
@@ -292,10 +289,7 @@ def readme(logs: Path) -> Path:
         "gpu": "NVIDIA H200",
         "rows": [
             {
-                "name": "micro-step",
-                "value": 1_072_000.4,
-                "unit": "tok/s",
-                "floor": 1.7e6,
+                "name": "micro-step", "value": 1_072_000.4, "unit": "tok/s", "floor": 1.7e6,
                 "ratio_to_floor": 0.63,
             },
             {"name": "start", "value": 61.25, "unit": "s"},

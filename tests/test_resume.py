@@ -20,6 +20,7 @@ from toy import PROGRAM, MakeConfig, MakeEnv, SilentLog, quiet_environment, read
 
 import train_gpt as golf
 
+DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
 MUTATE = Path(__file__).with_name("faults") / "mutate.py"
 
 
@@ -55,9 +56,10 @@ def find_start(config: golf.Config) -> tuple[golf.TrainState, list[torch.Tensor]
     return *golf.find_start(config, facts_of(config), log), log.lines
 
 
-def train(config: golf.Config, stop_after: int = -1) -> tuple[golf.Trainer, StoppingLog]:
+def train(config: golf.Config, stop_after: int = -1,
+          device: str = "cpu") -> tuple[golf.Trainer, StoppingLog]:
     """A trainer that has run until it ended or was stopped."""
-    world = golf.World()
+    world = golf.World(device=device)
     log = StoppingLog(config, world, stop_after)
     start = golf.find_start(config, facts_of(config), log)
     trainer = golf.Trainer(config, world, log, golf.sdpa_attend, start)
@@ -88,6 +90,36 @@ def test_stopped_and_resumed_training_equals_unbroken_training(make_config: Make
     names = sorted(p.name for p in (tmp_path / "runs" / "toy").glob("*"))
     assert names[-1] == "weights.ckpt"
     assert len(names) <= 4
+
+
+def look(trainer: golf.Trainer) -> tuple[golf.TrainState, list[torch.Tensor], float]:
+    """Where a trainer stands, its weights, averages and moments, and the loss that is next."""
+    tensors = [t.clone() for t in (*trainer.replicated(), *trainer.optimizer.momenta)]
+    rows = trainer.loader.read(trainer.state.step * trainer.shape.sequences, 4)
+    loss = trainer.forward_backward(golf.depth_plans(trainer.config)[trainer.state.plan],
+                                    [torch.from_numpy(rows).to(trainer.world.device)])
+    trainer.model.zero_grad()
+    return trainer.state, tensors, float(loss)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_restored_state_is_equal_bit_for_bit(make_config: MakeConfig, device: str,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped, _ = train(make_config(TRAIN_LOG_EVERY=1), stop_after=3, device=device)
+    state, tensors, loss = look(stopped)
+    found = []
+
+    def stop(self: golf.Trainer, validate: object) -> None:
+        found.append(look(self))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(golf.Trainer, "train", stop)
+    train(make_config(TRAIN_LOG_EVERY=1, RESUME="auto"), stop_after=0, device=device)
+    assert state.step in (4, 5, 6)
+    assert found[0][0] == state
+    for mine, other in zip(tensors, found[0][1], strict=True):
+        assert torch.equal(mine, other)
+    assert found[0][2] == pytest.approx(loss, abs=1e-3 if device != "cpu" else 0.0)
 
 
 def test_wall_clock_goes_on_where_it_stopped(make_config: MakeConfig) -> None:
@@ -168,7 +200,7 @@ def test_one_bad_step_is_skipped_and_the_weights_stay_finite(
     assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_skipped_step_changes_nothing_and_waits_for_nothing(
         make_config: MakeConfig, log: SilentLog, device: str) -> None:
     trainer = golf.Trainer(make_config(), golf.World(device=device), log, golf.sdpa_attend)
@@ -247,14 +279,14 @@ def test_large_quantisation_gap_is_no_result(make_env: MakeEnv, tmp_path: Path) 
 def test_evaluation_out_of_memory_goes_on_with_half_the_batch(
         make_env: MakeEnv, trained_run: Path, tmp_path: Path, fits: int,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = golf.GPT.nats
+    honest = golf.GPT.logits
 
     def greedy(model: golf.GPT, x: torch.Tensor, *rest: object) -> torch.Tensor:
         if len(x) > fits:
             raise torch.OutOfMemoryError("no memory")
         return honest(model, x, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(golf.GPT, "nats", greedy)
+    monkeypatch.setattr(golf.GPT, "logits", greedy)
     artifact = trained_run / "runs" / "toy" / "artifact.bin"
     found = golf.main(make_env(EVAL_ONLY=artifact, TTT_ENABLED=0))["bpb"]
     assert found == pytest.approx({key: read_result(trained_run)["bpb"][key]
@@ -268,7 +300,7 @@ def test_model_too_large_for_one_row_is_said(make_env: MakeEnv, trained_run: Pat
     def full(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(golf.GPT, "nats", full)
+    monkeypatch.setattr(golf.GPT, "logits", full)
     with pytest.raises(golf.ConfigError, match="EVAL_SEQ_LEN=64 must be shorter"):
         golf.main(make_env(EVAL_ONLY=trained_run / "runs" / "toy" / "artifact.bin"))
 

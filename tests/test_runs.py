@@ -172,6 +172,21 @@ def test_our_own_three_files(tmp_path: Path) -> None:
     assert text.seed is None  # a number inside the program text is no statement of the run
 
 
+def test_label_that_two_kinds_of_evaluation_share_takes_the_name_of_its_score(
+    tmp_path: Path,
+) -> None:
+    content = synthetic.result(headline="ttt_documents")
+    for table in ("bpb", "nats", "eval_seconds"):
+        content[table]["ttt_documents"] = content[table].pop("ttt_sgd")
+    path = synthetic.write_run(tmp_path, content)
+    run = runs.load_run(path)
+    assert [item.name for item in run.evaluations] == list(content["bpb"])
+    assert run.facts["bpb"] == content["bpb"]
+    path.unlink()  # of a run that died, the events know the name
+    run = runs.load_run(path)
+    assert run.headline == "ttt_documents" and set(run.table("bpb")) == set(content["bpb"])
+
+
 def test_source_is_found_by_its_hash(tmp_path: Path) -> None:
     path = synthetic.write_run(tmp_path, synthetic.result()).with_suffix(".txt")
     digest = hashlib.sha256(synthetic.PROGRAM.encode()).hexdigest()
@@ -211,6 +226,9 @@ def test_truncated_last_lines(tmp_path: Path) -> None:
     cut = read(tmp_path, MINUTES[: MINUTES.index("3.0686") + 3])
     assert cut.problems == ["train.log: the last line is cut"]
     assert cut.headline is None
+    short = read(tmp_path, MINUTES[: MINUTES.index("79352 eval")])  # its last digits are missing
+    assert short.val_bpb == 1.080 and short.problems == ["train.log: the last line is cut"]
+    assert read(tmp_path, MINUTES).problems == []
 
 
 def test_interleaved_ranks_and_colours(tmp_path: Path) -> None:

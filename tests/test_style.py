@@ -48,9 +48,7 @@ def test_every_function_is_typed() -> None:
     for node in FUNCTIONS:
         assert node.returns is not None, node.name
         untyped = {a.arg for a in [*node.args.args, *node.args.kwonlyargs] if not a.annotation}
-        # What a kernel is given are pointers and numbers; Triton reads types of constants alone.
-        is_kernel = "jit" in map(ast.unparse, node.decorator_list)
-        assert is_kernel or untyped <= {"self", "cls"}, node.name
+        assert untyped <= {"self", "cls"}, node.name
 
 
 def test_environment_is_read_in_few_places() -> None:

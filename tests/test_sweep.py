@@ -160,7 +160,7 @@ def test_sweep_runs_everything_once_and_a_repeat_runs_nothing(
     assert "4 already settled" in capsys.readouterr().out
 
     assert run(trainer, "--seeds", "1,2,3", "--set", "MATRIX_LR=.01,.02") == 0
-    assert len(ledger(trainer)) == len(rows) + 4
+    assert len(ledger(trainer)) == len(rows) + 5  # the plan, two starts and two ends
 
 
 def test_a_lost_result_is_run_again_under_a_new_id(trainer: Path) -> None:
@@ -268,7 +268,7 @@ def test_ledger_with_a_truncated_last_line_is_read_and_stays_readable(trainer: P
     path = trainer.parent / "sweep" / "ledger.jsonl"
     path.write_bytes(path.read_bytes() + b'{"event": "end", "key": "cut')
     assert run(trainer, "--seeds", "1,2") == 0
-    assert len(sweep.Ledger(path).rows) == 4
+    assert len(sweep.Ledger(path).rows) == 6  # of each: plan, start, end
 
 
 def test_only_one_sweep_works_in_a_folder(trainer: Path, capsys: pytest.CaptureFixture) -> None:
@@ -296,7 +296,7 @@ def test_terminated_sweep_ends_its_runs_and_continues_later(trainer: Path) -> No
     wait_for(trainer.parent / "sweep" / "seed7" / "logs" / "sweep-seed7.jsonl")
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 130
-    child = ledger(trainer)[0]["pid"]
+    child = ledger(trainer)[1]["pid"]
     assert ledger(trainer)[-1]["status"] == "interrupted"
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
@@ -312,7 +312,7 @@ def test_run_left_behind_by_a_killed_sweep_keeps_the_folder_locked(
     wait_for(trainer.parent / "sweep" / "seed7" / "logs" / "sweep-seed7.jsonl")
     process.kill()
     process.wait(10)
-    child = ledger(trainer)[0]["pid"]
+    child = ledger(trainer)[1]["pid"]
     try:
         assert run(trainer, "--seeds", "7") == 2
         assert "a run it left behind" in capsys.readouterr().err
@@ -401,11 +401,14 @@ def test_progress_tells_step_loss_and_time_left(trainer: Path) -> None:
         active = sweep.start_run(sweep.Run("seed1", {"SEED": "1"}, "k"), 1, None, settings, lock)
         active.process.wait(20)
         active.console.close()
-    active.last_train = {"step": 5, "train_loss": 3.25, "progress": 0.5}
     active.started = time.monotonic() - 600
+    sweep.take_event(active, {"event": "train", "step": 5, "train_loss": 3.25, "progress": 0.5})
     text = sweep.progress_line([active], [], pending=1, slots=1)
     assert "seed1 step 5 loss 3.2500 50%" in text and "about 30m" in text
     assert "about 2h" in sweep.progress_line([active], [4000.0], pending=1, slots=1)
+    sweep.take_event(active, {"event": "eval", "label": "sliding", "val_bpb": 1.25})
+    text = sweep.progress_line([active], [], pending=1, slots=1)
+    assert "seed1 sliding 1.2500 BPB" in text and "about" not in text
 
 
 @pytest.mark.parametrize("arguments", [
@@ -443,6 +446,22 @@ def test_settings_of_the_shell_are_passed_on_by_name(
     monkeypatch.setenv("QK_GAIN_INIT", "5.0")
     assert sweep.main(["--out", str(tmp_path), "--seeds", "1", "--gpus", "", "--dry-run"]) == 0
     assert "PRESET=demo QK_GAIN_INIT=5.0 SEED=1" in capsys.readouterr().out
+
+
+def test_packed_program_runs_from_the_folder_of_the_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PRESET", "demo")
+    command = ["--out", str(tmp_path / "s"), "--seeds", "1", "--gpus", "", "--packed", "--dry-run"]
+    assert sweep.main(command) == 0
+    program = tmp_path / "s" / "train_gpt.py"
+    assert f"PRESET=demo SEED=1 {sys.executable} -u {program}" in capsys.readouterr().out
+    shown = subprocess.run([sys.executable, str(program)], env={**os.environ, "PRINT_CONFIG": "1"},
+                           capture_output=True, text=True, timeout=120, check=True)
+    assert "PRESET=demo" in shown.stdout
+    program.write_bytes(program.read_bytes() + b" ")
+    assert sweep.main(command) == 2
+    assert "an earlier version of the program" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -186,7 +186,7 @@ def measure_ceilings(config: golf.Config, timer: Timer) -> tuple[Ceilings, dict[
                 for site, shape in layer_shapes(config).items()}
     attention, missing = {}, {}
     # The plain back-end writes whole score matrices: on a GPU it is no ceiling.
-    names = ("fa3", "fa4", "cudnn", "flash") if timer.device.type == "cuda" else ("math",)
+    names = ("fa3", "cudnn", "flash") if timer.device.type == "cuda" else ("math",)
     for name in names:
         try:
             attention[name] = measure_attention(timer, config, name)
@@ -682,10 +682,7 @@ def measure_startup(config: golf.Config, cache: Path) -> dict[str, float]:
 # In this order: attention kernels may be named after the products inside them.
 GROUPS = (
     ("attention", ("flash", "fmha", "attention", "sdpa", "_bwd_postprocess", "_bwd_preprocess")),
-    ("lab kernels", ("mix_norm", "qk_forward", "qk_backward", "xsa_", "square_forward",
-                     "square_backward", "nll_forward", "nll_backward")),
-    ("products", ("gemm", "nvjet", "cutlass", "cublas", "xmma", "splitk", "::mm", "addmm", "bmm",
-                  "product_with_epilogue")),
+    ("products", ("gemm", "nvjet", "cutlass", "cublas", "xmma", "splitk", "::mm", "addmm", "bmm")),
     ("reductions (triton)", ("triton_red", "triton_per")),
     ("elementwise (triton)", ("triton_",)),
     ("copies", ("memcpy", "memset", "copy", "::to", "fill")),

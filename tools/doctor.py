@@ -7,8 +7,9 @@
     python tools/doctor.py --json           the same for programs
 
 Looks at GPUs, driver, torch, compiler, attention back-end, packages, tokenizer, shards, byte
-totals, disk, memory, other GPU processes, clocks, port, caches and the size of the artifact.
-Changes nothing and leaves no file behind.
+totals, disk, memory, other GPU processes, clocks, port, caches and the size of the artifact. Says
+how to start the run on eight GPUs, and what it takes there in steps, seconds and dollars by the
+newest run of this model in logs/. Changes nothing and leaves no file behind.
 
 Exit status: 0 a run would start, 1 a run would fail, 2 bad arguments.
 """
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
     from train_gpt import Config
 
+from tools.runs import NOT_A_RUN, Run, RunError, read_result
+
 Status = Literal["ok", "warn", "fail"]
 
 OLDEST_PYTHON = (3, 11)
@@ -71,6 +74,8 @@ APT = "apt-get update && apt-get install -y"
 EXPLAIN_CLOCKS = "nvidia-smi -q -d PERFORMANCE,POWER,TEMPERATURE"
 FREE_MEMORY = "ps aux --sort=-rss | head    # end what is not needed"
 TORCHRUN = "torchrun --standalone --nproc_per_node={} train_gpt.py"
+RECORD_RANKS = WORLD_SIZES[0]
+POD_DOLLARS_PER_HOUR = 20.0        # what eight H100 cost to rent
 
 
 class Check(NamedTuple):
@@ -368,9 +373,10 @@ def attention_fix(pod: Pod) -> str:
 
     if pod.device.type != "cuda":
         return ""
-    major = torch.cuda.get_device_capability(pod.device)[0]
-    extra = "[cu13]" if (torch.version.cuda or "").startswith("13") else ""
-    return f"pip install --pre 'flash-attn-4{extra}'" if major in (9, 10) else ""
+    if numbers(torch.__version__) >= GOOD_SDPA_TORCH:
+        return ""
+    least = ".".join(map(str, GOOD_SDPA_TORCH))
+    return f"pip install -U 'torch>={least}'"
 
 
 def check_attention(pod: Pod, config: Config) -> Iterator[Check]:
@@ -390,7 +396,7 @@ def check_attention(pod: Pod, config: Config) -> Iterator[Check]:
         return
     reasons = "; ".join(f"not {name}: {reason}" for name, reason in chosen.rejected.items())
     detail = chosen.name + (f" ({reasons})" if reasons else "")
-    fast = {"fa3", "fa4"} | ({"cudnn"} if numbers(torch.__version__) >= GOOD_SDPA_TORCH else set())
+    fast = {"fa3"} | ({"cudnn"} if numbers(torch.__version__) >= GOOD_SDPA_TORCH else set())
     slow = chosen.name not in fast and fix
     yield warn("attention", detail, fix) if slow else ok("attention", detail)
 
@@ -704,21 +710,31 @@ def run_bench(ranks: int, seconds: float) -> list[RankSpeed]:
         return [RankSpeed(*json.loads(text)) for text in texts]
 
 
-def expected_steps(config: Config, tflops: float) -> tuple[float, dict[str, float]]:
-    """Optimizer steps within the training budget and tokens per second of each depth plan.
-
-    `tflops` is the matrix rate of all GPUs together; each moment counts with its own depth plan.
-    """
+def rates_at(config: Config, tflops: float) -> dict[str, float]:
+    """Tokens per second of each depth plan at the matrix rate of all GPUs together."""
     import train_gpt
 
-    rates = {plan.name: tflops * 1e12 * STEP_EFFICIENCY / train_gpt.flops_per_token(config, plan)
-             for plan in train_gpt.depth_plans(config)}
+    return {plan.name: tflops * 1e12 * STEP_EFFICIENCY / train_gpt.flops_per_token(config, plan)
+            for plan in train_gpt.depth_plans(config)}
+
+
+def expected_steps(config: Config, rates: Mapping[str, float]) -> float:
+    """Optimizer steps within the training budget; each moment counts with its own depth plan."""
+    import train_gpt
+
     if not config.max_wallclock_seconds:
-        return float(config.iterations), rates
+        return float(config.iterations)
     seconds = config.max_wallclock_seconds - config.gptq_reserve_seconds
     moments = [rates[train_gpt.plan_at(config, (place + 0.5) / 100).name] for place in range(100)]
     steps = seconds * statistics.fmean(moments) / config.train_batch_tokens
-    return min(config.iterations, steps), rates
+    return min(float(config.iterations), steps)
+
+
+def say_steps(config: Config, rates: Mapping[str, float]) -> str:
+    """Steps and rates in words."""
+    plans = ", ".join(f"{rate / 1e6:.2f} M tok/s {name}" for name, rate in rates.items())
+    budget = f"in {config.max_wallclock_seconds:g} s" if config.max_wallclock_seconds else "in all"
+    return f"about {expected_steps(config, rates):,.0f} steps {budget} ({plans})"
 
 
 def check_speed(pod: Pod, config: Config) -> Iterator[Check]:
@@ -753,10 +769,101 @@ def judge_speed(config: Config, speeds: Sequence[RankSpeed]) -> Iterator[Check]:
         yield warn("speed", f"{detail}; {lost:.0%} slower once hot", EXPLAIN_CLOCKS)
     else:
         yield ok("speed", detail)
-    steps, rates = expected_steps(config, slowest * len(speeds))
-    plans = ", ".join(f"{rate / 1e6:.2f} M tok/s {name}" for name, rate in rates.items())
-    budget = f"in {config.max_wallclock_seconds:g} s" if config.max_wallclock_seconds else "in all"
-    yield ok("expected", f"about {steps:,.0f} steps {budget} ({plans})")
+    yield ok("expected", say_steps(config, rates_at(config, slowest * len(speeds))))
+
+
+# ----------------------------------------------------------------------------------------------
+# What the run takes on eight GPUs, by the runs that there are
+# ----------------------------------------------------------------------------------------------
+class Projection(NamedTuple):
+    """What a run takes on eight GPUs, from the measurements of earlier ones."""
+
+    speed: Run                    # that its rates and times come from
+    rates: dict[str, float]       # tokens per second by depth plan, on eight GPUs
+    startup_seconds: float
+    training_seconds: float
+    artifact_seconds: float       # from the end of training to the file
+    evaluation: Run | None        # that the next figure comes from; None if none was logged
+    evaluation_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """From start to score."""
+        parts = (self.startup_seconds, self.training_seconds, self.artifact_seconds)
+        return sum(parts) + self.evaluation_seconds
+
+
+def runs_on_gpus(config: Config, logs: Path) -> list[Run]:
+    """Complete runs of this model on GPUs, newest first."""
+    import train_gpt
+
+    found = []
+    for path in logs.glob("*.json"):
+        with contextlib.suppress(RunError):
+            run = read_result(path) if not path.name.startswith(NOT_A_RUN) else Run("")
+            same = all(run.get(f"config.{name}") == getattr(config, name)
+                       for name in train_gpt.MODEL_SETTINGS)
+            if same and run.text("status") == "complete" and run.number("hardware.gpus"):
+                found.append(run)
+    return sorted(found, key=lambda run: run.text("started") or "", reverse=True)
+
+
+def project(config: Config, logs: Path = REPOSITORY / "logs") -> Projection | None:
+    """What a run takes on eight GPUs; None without a logged run of this model on a GPU."""
+    import train_gpt
+
+    plans, runs = train_gpt.depth_plans(config), runs_on_gpus(config, logs)
+    headline = f"ttt_{config.ttt_mode}" if config.ttt_enabled else ""
+    measured = [run for run in runs if all(run.number(f"train.tok_s_by_plan.{plan.name}")
+                                           for plan in plans)]
+    scored = [run for run in runs if run.number("clocks.projected_full_eval_seconds_8gpu")
+              and headline in (run.headline, "")]
+    if not measured:
+        return None
+    run = measured[0]
+    scale = RECORD_RANKS / (run.number("hardware.gpus") or 1)
+    rates = {plan.name: scale * (run.number(f"train.tok_s_by_plan.{plan.name}") or 0)
+             for plan in plans}
+    trained = run.number("clocks.training_seconds") or 0
+    seconds = config.max_wallclock_seconds
+    if not seconds:
+        seconds = config.iterations * config.train_batch_tokens / min(rates.values())
+    full = scored[0].number("clocks.projected_full_eval_seconds_8gpu") if scored else None
+    return Projection(run, rates, run.number("train.startup_seconds") or 0, seconds,
+                      (run.number("clocks.train_to_artifact_seconds") or trained) - trained,
+                      scored[0] if scored else None, full or 0)
+
+
+def launch_command(config: Config, ranks: int) -> str:
+    """The command that starts this run, with every setting that is unlike the preset's."""
+    settings = {"preset": config.preset} | config.differs()
+    words = [f"{name.upper()}={shlex.quote(str(int(v) if isinstance(v, bool) else v))}"
+             for name, v in settings.items()]
+    return " ".join([*words, TORCHRUN.format(ranks)])
+
+
+def dollars(seconds: float) -> str:
+    """Price of a pod of eight GPUs for some seconds."""
+    return f"${seconds / 3600 * POD_DOLLARS_PER_HOUR:.2f}"
+
+
+def check_projection(pod: Pod, config: Config) -> Iterator[Check]:
+    """How to start the run on eight GPUs, and what to expect there."""
+    yield ok(f"on {RECORD_RANKS} GPUs", launch_command(config, RECORD_RANKS))
+    found = project(config)
+    if found is None:
+        yield ok("projected", "unknown: no run of this model on a GPU lies in logs/")
+        return
+    gpu = found.speed.text("hardware.gpu")
+    yield ok("projected", f"{say_steps(config, found.rates)} on {RECORD_RANKS} x {gpu}, "
+             f"by {found.speed.run_id}")
+    score = f"evaluation of the official text {found.evaluation_seconds:.0f} s"
+    if found.evaluation is None:
+        score = f"evaluation unknown: no logged run ends with ttt_{config.ttt_mode}"
+    yield ok("projected time", f"start {found.startup_seconds:.0f} s, training "
+             f"{found.training_seconds:.0f} s, artifact {found.artifact_seconds:.0f} s, {score}: "
+             f"{found.seconds / 60:.0f} minutes, {dollars(found.seconds)} at "
+             f"${POD_DOLLARS_PER_HOUR:g} an hour")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -772,7 +879,7 @@ BEFORE_TORCH: tuple[CheckFunction, ...] = (
 WITH_CONFIG: tuple[ConfigCheckFunction, ...] = (
     check_gpus, check_ranks, check_brotli, check_compiler, check_tokenizer, check_train_shards,
     check_val_stream, check_disk, check_memory, check_port, check_caches, check_artifact,
-    check_gpu_memory, check_attention, check_speed)
+    check_gpu_memory, check_attention, check_speed, check_projection)
 
 
 def run_check(check: Callable[..., Iterator[Check]], *arguments: object) -> list[Check]:

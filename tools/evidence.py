@@ -24,6 +24,7 @@ from tools.runs import (
     CAP_BYTES,
     LOG_SUFFIXES,
     NOT_A_RUN,
+    PARTS,
     Json,
     Run,
     RunError,
@@ -32,6 +33,7 @@ from tools.runs import (
     read_events,
     read_json,
     read_text,
+    same_score,
     sha256_of,
     source_in_log,
 )
@@ -40,7 +42,7 @@ Kind = Literal["contradiction", "missing", "note"]
 BLANKS = {"", "-", "--", "---", "\u2013", "\u2014", "?", "tbd", "todo", "n/a", "na", "xx", "..."}
 BUDGET_SECONDS = 600.0
 RECORD_SEEDS = 3
-PARTS = ("code", "model", "total")
+MAX_PROGRAM_BYTES = 16 * 2**20
 PROOFS = ("c1_causal", "c2_normalised", "c3_score_first", "c4_single_pass")
 # Settings that say where and who, not how; they may differ between the seeds of one record.
 PLACES = re.compile(
@@ -518,8 +520,13 @@ def _check_source(folder: Folder, run: Run) -> Iterator[Finding]:
 def same_program(source: str, shipped: bytes) -> bool | None:
     """Whether a shipped file is this source up to docstrings and comments.
 
-    None where it is a wrapper around compressed text: nothing is executed here to find out.
+    None where it is a wrapper around compressed text: nothing is executed here to find out. Of our
+    own packed programs the text is known, and must be what a packed run logged; a plain run's has
+    other names inside functions.
     """
+    inside = packed_source(shipped)
+    if inside is not None:
+        return True if inside == source else False if is_stripped(source) else None
     try:
         text = shipped.decode("utf-8") if shipped[:2] != b"PK" else _zipped(shipped)
         tree, wanted = ast.parse(text), ast.parse(source)
@@ -532,12 +539,27 @@ def same_program(source: str, shipped: bytes) -> bool | None:
     return None if wrapped else False
 
 
+def packed_source(program: bytes) -> str | None:
+    """The text inside a program packed by train_gpt.py; None for any other file."""
+    try:
+        import brotli
+
+        with zipfile.ZipFile(io.BytesIO(program)) as archive:
+            unpacker = brotli.Decompressor()
+            text = unpacker.process(archive.read("source"), output_buffer_limit=MAX_PROGRAM_BYTES)
+            return str(text, "utf-8") if unpacker.is_finished() else None
+    except (ImportError, KeyError, zipfile.BadZipFile, NotImplementedError, ValueError):
+        return None
+    except brotli.error:
+        return None
+
+
 def _zipped(program: bytes) -> str:
     """Main module of a zipped program. Raises: ValueError if there is none."""
     try:
         with zipfile.ZipFile(io.BytesIO(program)) as archive:
             info = archive.getinfo("__main__.py")
-            if info.file_size > 16 * 2**20:
+            if info.file_size > MAX_PROGRAM_BYTES:
                 raise ValueError(f"__main__.py is {info.file_size:,} bytes")
             return archive.read(info).decode("utf-8")
     except (KeyError, zipfile.BadZipFile, NotImplementedError) as error:
@@ -730,12 +752,20 @@ def result_contradictions(run: Run) -> Iterator[str]:
     cap = run.number("artifact.cap_bytes")
     if cap and total and total > cap:
         yield f"artifact: {total:,.0f} bytes are over the cap of {cap:,.0f}"
-    took, budget = (run.number(f"clocks.training_{name}seconds") for name in ("", "budget_"))
-    if took and budget and took > budget:
-        yield f"training took {took:.1f} s of {budget:.1f} s"
+    for stage, clock in (("training", "training_seconds"), ("evaluation", "eval_seconds_strict")):
+        prefix = "clocks." + clock.partition("_")[0]
+        took, budget = run.number(f"clocks.{clock}"), run.number(f"{prefix}_budget_seconds")
+        if took and budget and took > budget:
+            yield f"{stage} took {took:.1f} s of {budget:.1f} s"
+    yield from audit_contradictions(run)
+
+
+def audit_contradictions(run: Run) -> Iterator[str]:
+    """Proofs that failed, and targets that no evaluation or more than one covered."""
     for proof, entry in run.table("audit").items():
         if isinstance(entry, dict) and entry.get("passed") is not True:
             yield f"audit.{proof} did not pass: worst {entry.get('worst')}"
+    targets = run.number("data.val_targets")
     checked = run.number("audit.c4_single_pass.checked")
     # Every evaluation of the artifact covers all targets once.
     evaluations = len(run.table("bpb").keys() - {"raw", "averaged"})
@@ -754,13 +784,11 @@ def _other_files(run: Run) -> Iterator[str]:
         if kind not in run.files:
             yield f"no {kind} log beside the result file"
             continue
-        other = reader(run.files[kind])
-        for item in other.evaluations:
-            mine = run.evaluation(item.name)
-            known = mine is not None and mine.bpb is not None and item.bpb is not None
-            if mine is None or (known and abs((mine.bpb or 0) - (item.bpb or 0)) > 6e-9):
-                theirs = "absent" if mine is None else mine.bpb
-                yield f"bpb.{item.name} is {theirs}, the {kind} log says {item.bpb}"
+        for item in reader(run.files[kind]).evaluations:
+            if not any(same_score(item, mine) for mine in run.evaluations):
+                named = run.evaluation(item.name)
+                mine = "absent" if named is None else named.bpb
+                yield f"bpb.{item.name} is {mine}, the {kind} log says {item.bpb}"
 
 
 def _check_artifacts(folder: Folder, artifacts: Sequence[Path]) -> Iterator[Finding]:

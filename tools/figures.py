@@ -1,8 +1,9 @@
 """The figures of one or several runs, drawn from their logs.
 
 Every figure names the log keys that it shows. A figure without data is left out. Breakdowns of the
-score are drawn when the result file has a section `breakdown` with `document_length`, `position` or
-`stream`: lists of rows with `upto` (or `share`) and one BPB per evaluation.
+score are drawn when the result file has a section `breakdown`, as tools/breakdown.py makes it, with
+`document_length`, `position` or `stream`: lists of rows with `upto` (or `share`) and one BPB per
+evaluation.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tools import svg
-from tools.runs import CAP_BYTES, Json, Run, TrainPoint, ValidationPoint, as_number
+from tools.runs import CAP_BYTES, Json, Run, TrainPoint, ValidationPoint, as_number, interpolate
 
 NAN = float("nan")
 MOST_BARS = 90
@@ -71,11 +72,10 @@ def _plan_marks(runs: Sequence[Run], *, by_step: bool) -> list[svg.Mark]:
     """Where the depth plan changed; of several runs only the first one's, they would overlap."""
     for run in runs:
         marks = []
+        times = [(p.step, p.seconds) for p in run.train if p.seconds is not None]
         for change in run.plans:
-            times = [
-                p.seconds for p in run.train if p.step >= change.step and p.seconds is not None
-            ]
-            x = float(change.step) if by_step else (times[0] if times else NAN)
+            seconds = interpolate(times, change.step) if times else None
+            x = float(change.step) if by_step else _number(seconds)
             if change.step > 0 and not math.isnan(x):
                 marks.append(svg.Mark(x, change.plan))
         if marks:
@@ -94,13 +94,15 @@ def _line_figure(name: str, chart: svg.Chart, keys: str) -> list[Figure]:
 def headline_plot(runs: Sequence[Run]) -> list[Figure]:
     """Bits per byte against seconds: training loss, validations, and the final scores as lines."""
     lines = _bpb_lines(runs)
+    if not lines:  # levels over no time at all say nothing
+        return []
     scores = [
         (run, item, i)
         for i, run in enumerate(runs)
         for item in run.evaluations
         if item.bpb is not None and (len(runs) == 1 or item.name == run.headline)
     ]
-    end = max((max(line.x) for line in lines), default=1.0)
+    end = max(max(line.x) for line in lines)
     for run, item, i in scores:
         label = f"{item.name} {item.bpb:.4f}" if len(runs) == 1 else f"{run.name}: {item.bpb:.4f}"
         colour = i + 2 + run.evaluations.index(item) if len(runs) == 1 else i
@@ -192,10 +194,15 @@ def throughput(runs: Sequence[Run]) -> list[Figure]:
 
 
 def memory(runs: Sequence[Run]) -> list[Figure]:
-    """Allocated device memory; runs on a CPU log none."""
+    """Device memory between steps and the most there was; runs on a CPU log none."""
     lines = _train_lines(runs, lambda point: point.mem_mib or None)
+    for i, run in enumerate(runs):
+        peak, ends = run.number("train.peak_mib"), [p.seconds for p in run.train if p.seconds]
+        if peak and ends:
+            label = f"{run.name}, peak"
+            lines.append(svg.Series(label, [ends[0], ends[-1]], [peak, peak], i, dashed=True))
     chart = svg.Chart("Device memory", "seconds of training", "MiB", lines, from_zero=True)
-    return _line_figure("memory", chart, "train.mem_mib")
+    return _line_figure("memory", chart, "train.mem_mib (between steps), train.peak_mib")
 
 
 def quantisation(runs: Sequence[Run]) -> list[Figure]:
@@ -280,9 +287,32 @@ def breakdowns(runs: Sequence[Run]) -> list[Figure]:
     return drawn
 
 
+def adaptation_gain(runs: Sequence[Run]) -> list[Figure]:
+    """How much better the adapting evaluation is than the best fixed one, along the stream."""
+    lines = []
+    for i, run in enumerate(runs):
+        columns = _columns(run, "stream")
+        adapted = next((name for name in columns if name.startswith("ttt")), None)
+        fixed = [n for n in ("documents", "sliding", "quantised") if n in columns]
+        if adapted is None or not fixed:
+            continue
+        rows = run.rows("breakdown.stream")
+        gains = [_value(row, fixed[0]) - _value(row, adapted) for row in rows]
+        name = f"{run.name}: {fixed[0]} - {adapted}"
+        lines.append(svg.Series(name, [_number(_x_of(row)) for row in rows], gains, i, dots=True))
+    title = "Gain of adaptation along the validation stream"
+    chart = svg.Chart(title, "share of the stream", "BPB", lines)
+    return _line_figure("adaptation_gain", chart, "breakdown.stream")
+
+
+def _value(row: dict[str, Json], name: str) -> float:
+    """Number in a row, NaN where there is none."""
+    return _number(as_number(row.get(name)))
+
+
 def _columns(run: Run, key: str) -> list[str]:
     """Names of the score columns of a breakdown: all numbers that are no axis and no count."""
-    aside = {"upto", "share", "from", "targets", "documents", "bytes"}
+    aside = {"upto", "share", "bytes"}
     names: dict[str, None] = {}
     for row in run.rows(f"breakdown.{key}"):
         names |= {n: None for n, v in row.items() if n not in aside and as_number(v) is not None}
@@ -311,4 +341,5 @@ BUILDERS: tuple[Callable[[Sequence[Run]], list[Figure]], ...] = (
     quantisation,
     where_bytes_go,
     breakdowns,
+    adaptation_gain,
 )

@@ -259,13 +259,11 @@ SKIPPED_FOLDERS = frozenset(
 )
 DEMO_NAME, DEMO_TOKENIZER = "demo_sp1024", "demo_1024_bpe.model"
 DEMO_RECIPE = {
-    "version": 1,
-    "vocab_size": 1024,
+    "version": 1, "vocab_size": 1024,
     "shard_tokens": 200_000,  # several shards, so that two ranks have something to share
     "corpus_bytes_min": 2_000_000,
     "val_bytes_min": 64_000,  # the document that crosses it is the last one
-    "document_chars_min": 200,
-    "document_chars_max": 4_000,
+    "document_chars_min": 200, "document_chars_max": 4_000,
     "paragraph_chars_max": 3_000,  # longer ones are tables
     "marks_percent_max": 22,  # of a paragraph's characters
 }
@@ -431,23 +429,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
 
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=guarded(),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            character_coverage=0.999,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="nmt_nfkc",
-            add_dummy_prefix=False,
-            pad_id=0,
-            bos_id=BOS_ID,
-            eos_id=2,
-            unk_id=3,
+            sentence_iterator=guarded(), model_writer=model, model_type="bpe",
+            vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=0.999,
+            byte_fallback=True, split_digits=True, normalization_rule_name="nmt_nfkc",
+            add_dummy_prefix=False, pad_id=0, bos_id=BOS_ID, eos_id=2, unk_id=3,
             max_sentence_length=1 << 30,  # longer documents would be left out
-            num_threads=1,
-            minloglevel=2,
+            num_threads=1, minloglevel=2,
         )
     except RuntimeError as error:
         if failures:
@@ -632,8 +619,7 @@ def describe_files(folder: Path, known: Mapping[str, str | None]) -> dict[str, o
     paths = sorted(path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name))
     return {
         path.name: {
-            "bytes": path.stat().st_size,
-            "sha256": known.get(path.name) or file_sha256(path),
+            "bytes": path.stat().st_size, "sha256": known.get(path.name) or file_sha256(path),
         }
         for path in track(paths, "SHA-256", "files")
     }
@@ -650,8 +636,7 @@ def describe_dataset(
         split: [read_shard(path) for path in find_shards(folder, split)] for split in (TRAIN, VAL)
     }
     return {
-        "tokenizer": tokenizer_path.name,
-        "tokenizer_sha256": file_sha256(tokenizer_path),
+        "tokenizer": tokenizer_path.name, "tokenizer_sha256": file_sha256(tokenizer_path),
         "vocab_size": vocab_size,
         **measure_streams(shards, token_bytes(load_tokenizer(tokenizer_path, vocab_size))),
         "files": describe_files(folder, known),
@@ -903,10 +888,7 @@ def fetch_file(hub: Hub, file: RemoteFile, staging: Path, vocab_size: int) -> in
             hub.library.hf_hub_download(
                 hub.repository,
                 file.remote,
-                repo_type="dataset",
-                revision=hub.commit,
-                local_dir=staging,
-                endpoint=hub.endpoint,
+                repo_type="dataset", revision=hub.commit, local_dir=staging, endpoint=hub.endpoint,
             )
         )
     except Exception as error:  # see list_remote
@@ -950,8 +932,7 @@ def write_download_manifest(
     """Describes a downloaded dataset; warns if its validation part is not the competition's."""
     known = {file.local.name: file.sha256 for file in files}
     manifest: dict[str, object] = {
-        "name": variant.dataset,
-        "source": f"https://huggingface.co/datasets/{hub.repository}",
+        "name": variant.dataset, "source": f"https://huggingface.co/datasets/{hub.repository}",
         "revision": hub.commit,
         **describe_dataset(folder, files[0].local, variant.vocab_size, known),
     }
@@ -1296,18 +1277,12 @@ def folder_name(text: str) -> str:
 def demo_plan(data_dir: Path, documents: Callable[[], Sequence[str]]) -> BuildPlan:
     """How the demo dataset is built from the harvested documents."""
     return BuildPlan(
-        name=DEMO_NAME,
-        data_dir=data_dir,
-        train_texts=lambda: split_demo(documents())[0],
-        val_texts=lambda: split_demo(documents())[1],
-        tokenizer_name=DEMO_TOKENIZER,
-        tokenizer_source=None,
-        vocab_size=DEMO_RECIPE["vocab_size"],
-        shard_tokens=DEMO_RECIPE["shard_tokens"],
-        workers=1,
+        name=DEMO_NAME, data_dir=data_dir, train_texts=lambda: split_demo(documents())[0],
+        val_texts=lambda: split_demo(documents())[1], tokenizer_name=DEMO_TOKENIZER,
+        tokenizer_source=None, vocab_size=DEMO_RECIPE["vocab_size"],
+        shard_tokens=DEMO_RECIPE["shard_tokens"], workers=1,
         provenance={
-            "source": f"documentation of Python {sys.version.split()[0]}",
-            "revision": None,
+            "source": f"documentation of Python {sys.version.split()[0]}", "revision": None,
             "recipe": DEMO_RECIPE,
         },
     )
@@ -1353,19 +1328,14 @@ def run_jsonl(arguments: argparse.Namespace) -> int:
     )
     trained = arguments.train_tokenizer
     plan = BuildPlan(
-        name=arguments.name,
-        data_dir=arguments.data_dir,
-        train_texts=source.train_texts,
+        name=arguments.name, data_dir=arguments.data_dir, train_texts=source.train_texts,
         val_texts=source.val_texts,
         tokenizer_name=f"{arguments.name}_bpe.model" if trained else arguments.tokenizer.name,
         tokenizer_source=None if trained else arguments.tokenizer,
         vocab_size=trained or open_tokenizer(arguments.tokenizer).vocab_size(),
-        shard_tokens=arguments.shard_tokens,
-        workers=arguments.workers,
+        shard_tokens=arguments.shard_tokens, workers=arguments.workers,
         provenance={
-            "source": "jsonl",
-            "revision": None,
-            "inputs": describe_inputs(source),
+            "source": "jsonl", "revision": None, "inputs": describe_inputs(source),
         },
     )
     if plan.folder.exists() and not arguments.force:
@@ -1436,40 +1406,26 @@ def add_jsonl(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     val = parser.add_mutually_exclusive_group(required=True)
     val.add_argument(
-        "--val",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="FILE",
+        "--val", action="append", default=[], type=Path, metavar="FILE",
         help="validation documents; may be given more than once",
     )
     val.add_argument(
-        "--val-fraction",
-        type=number_between(float, 0.0001, 0.5),
-        metavar="F",
+        "--val-fraction", type=number_between(float, 0.0001, 0.5), metavar="F",
         help="hold out this share of the documents, chosen by hash",
     )
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model")
     tokenizer.add_argument(
-        "--train-tokenizer",
-        type=number_between(int, 300, VOCAB_SIZE_MAX),
-        metavar="V",
+        "--train-tokenizer", type=number_between(int, 300, VOCAB_SIZE_MAX), metavar="V",
         help="train one of V pieces on the training documents, at most the first "
         f"{TOKENIZER_TEXT_BYTES // 10**6} MB of them",
     )
     parser.add_argument(
-        "--shard-tokens",
-        type=number_between(int, 1, 2**31 - 1),
-        default=100_000_000,
-        metavar="N",
+        "--shard-tokens", type=number_between(int, 1, 2**31 - 1), default=100_000_000, metavar="N",
         help="tokens in a shard (default: %(default)s)",
     )
     parser.add_argument(
-        "--workers",
-        type=number_between(int, 1, 1024),
-        default=os.cpu_count() or 1,
-        metavar="N",
+        "--workers", type=number_between(int, 1, 1024), default=os.cpu_count() or 1, metavar="N",
         help="processes that tokenise (default: one per CPU)",
     )
     parser.add_argument("--force", action="store_true", help="replace the dataset if it is there")
@@ -1487,9 +1443,7 @@ def add_download(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("variant", choices=VARIANTS)
     parser.add_argument("--revision", default="main", help="branch, tag or commit (default: main)")
     parser.add_argument(
-        "--train-shards",
-        type=number_between(int, 1, 10**6),
-        metavar="N",
+        "--train-shards", type=number_between(int, 1, 10**6), metavar="N",
         help="only the first N training shards (default: all that are published)",
     )
     parser.set_defaults(run=run_download)
@@ -1506,16 +1460,11 @@ def add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="data/datasets/<name>")
     parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="MODEL",
+        "--tokenizer", type=Path, metavar="MODEL",
         help="default: the one the manifest or the folder's name tells",
     )
     parser.add_argument(
-        "--shingle-tokens",
-        type=number_between(int, 0, 10**15),
-        default=200_000_000,
-        metavar="N",
+        "--shingle-tokens", type=number_between(int, 0, 10**15), default=200_000_000, metavar="N",
         help="compare shingles of the first N training tokens, 0 for all (default: %(default)s)",
     )
     parser.set_defaults(run=run_verify)
@@ -1533,9 +1482,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.epilog = "Exit codes: 0 done, 1 error or failed check, 2 usage."
         if name != "verify":
             command.add_argument(
-                "--data-dir",
-                type=Path,
-                default=Path(os.environ.get("DATA_DIR", "data")),
+                "--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR", "data")),
                 help="root of datasets/ and tokenizers/ (default: DATA_DIR, else data)",
             )
     return parser

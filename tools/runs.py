@@ -21,7 +21,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -29,9 +29,11 @@ Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | 
 
 LOG_SUFFIXES = (".txt", ".log", ".out")
 NOT_A_RUN = ("bench_", "quantiser_curve", "submission", "manifest")  # JSON files that are no result
+PARTS = ("code", "model", "total")
 CAP_BYTES = 16_000_000
 MAX_RESULT_BYTES = 256 * 2**20  # a result is kilobytes; anything near this is not one of ours
-EVALUATIONS = ("raw", "averaged", "quantised", "sliding", "documents", "ttt_sgd", "ttt_documents")
+EVALUATIONS = ("raw", "averaged", "quantised", "sliding", "documents", "ttt_sgd", "ttt_documents",
+               "mixer")
 
 
 class RunError(Exception):
@@ -233,6 +235,11 @@ def load_run(name: str | Path, logs: Path = Path("logs")) -> Run:
         run = combine(run, read_events(_with(stem, ".jsonl")))
     if _with(stem, ".json").is_file():
         run = combine(run, read_result(_with(stem, ".json")))
+    steps, seconds = run.number("train.steps"), run.number("train.seconds")
+    run.validation = [  # the last one belongs to the end, however long before a step was logged
+        point._replace(seconds=seconds) if seconds and point.step == steps else point
+        for point in run.validation
+    ]
     return run
 
 
@@ -443,12 +450,37 @@ EVENT_HANDLERS: dict[str, Callable[[Run, dict[str, Json]], None]] = {
 }
 
 
+def same_score(one: Evaluation, other: Evaluation) -> bool:
+    """Whether two readings hold one score, as far as a text log prints it."""
+    if one.bpb is None or other.bpb is None or one.loss is None or other.loss is None:
+        return False
+    return abs(one.bpb - other.bpb) < 6e-9 and abs(one.loss - other.loss) < 6e-9
+
+
+def _with_names_of(run: Run, evaluations: Sequence[Evaluation]) -> Run:
+    """The run, its evaluations called as those with the same scores are called."""
+    names = {
+        item.name: twin.name for item in run.evaluations
+        for twin in evaluations if same_score(item, twin)
+    }
+    facts = dict(run.facts)
+    for key in ("bpb", "nats"):
+        if key in facts:
+            facts[key] = {names.get(name, name): value for name, value in run.table(key).items()}
+    if run.headline in names:
+        facts["headline"] = names[run.headline]
+    renamed = [item._replace(name=names.get(item.name, item.name)) for item in run.evaluations]
+    return replace(run, facts=facts, evaluations=renamed)
+
+
 def combine(base: Run, over: Run) -> Run:
     """One run of two readings of the same run; `over` is the more trusted.
 
-    Series are taken whole from `over` where it has them. Evaluations are matched by name: the more
-    trusted score is kept and gets the other's seconds.
+    Series are taken whole from `over` where it has them. Evaluations are matched by score, for the
+    text log calls all test-time training alike, then by name: the more trusted one is kept and gets
+    the other's seconds.
     """
+    base = _with_names_of(base, over.evaluations)
     seconds = {item.name: item.seconds for item in base.evaluations}
     mine = [
         item if item.seconds is not None else item._replace(seconds=seconds.get(item.name))
@@ -493,7 +525,7 @@ STOP = re.compile(r"step\s*[:=]\s*(\d+)\s*/\s*(\d+)")
 LOOP = re.compile(rf"layer_loop\s*:\s*enabled step\s*:\s*(\d+)(?: frac\s*:\s*{NUMBER})?")
 PEAK = re.compile(r"peak memory(?: allocated)?\s*[:=]\s*(\d+) MiB")
 HESSIANS = re.compile(rf"Hessians in {NUMBER}\s*s")
-PRUNED = re.compile(r"prun\w*[^\d\n]{0,40}?([\d,]+)\s*(?:values|weights|params|/|of\b)", re.I)
+PRUNED = re.compile(r"prun\w*[^\d\n]{0,40}?(\d[\d,]*)\s*(?:values|weights|params|/|of\b)", re.I)
 FACT = re.compile(r"\b([a-z_]+)\s*[:=]\s*(\d[\d,]*)(?![\w.])")
 SETTING = re.compile(r"^  ([a-z][a-z0-9_]*): ?(.*)$")
 CRASH = re.compile(
@@ -507,6 +539,8 @@ UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, None: 0.001}
 RULE = re.compile(rb"^[=-]{50,}\s*$|^run \S+[ :|]+PRESET=|^Hyperparameters:\s*$")
 CODE = re.compile(rb'^(?:#!|"""|import |from \w)')
 ARTIFACT = re.compile(r"artifact_bytes = ([\d,]+) code \+ ([\d,]+) model = ([\d,]+)")
+EVAL_TOTAL = re.compile(rf"total_eval_time\s*[:=]\s*{NUMBER}\s*s")
+TORCH = re.compile(r"^(?!.*import).*\b(?:PyTorch|torch)(?: version)?\s*[:= ]\s*v?(\d+\.\d+[\w.+]*)")
 TRAINED = re.compile(rf"^training: (\d+) steps, {NUMBER}s")
 
 # Line facts that published trainers print as `name: value`, and the key each becomes.
@@ -536,7 +570,7 @@ def canonical(label: str) -> str:
 
 # The order decides: a label that names test-time training and quantisation is a TTT score.
 CANONICAL_WORDS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("ngram", "n_gram", "hedge", "mixer", "ppm"), "mixer"),
+    (("ngram", "n_gram", "hedge", "mixer", "mixture", "ppm"), "mixer"),
     (("slot",), "slot"),
     (("ttt_phased", "ttt_lora", "ttt_documents", "ttt_doc"), "ttt_documents"),
     (("ttt",), "ttt_sgd"),
@@ -639,19 +673,6 @@ class _Text:
         evaluations.append(Evaluation(name, label, loss, bpb, seconds))
         self.score_line = self.line
 
-    def on_artifact(self, line: str) -> None:
-        match = ARTIFACT.search(line)
-        for key, text in zip(
-            ("code", "model", "total"), match.groups() if match else (), strict=False
-        ):
-            assign(self.run.facts, f"artifact.{key}_bytes", int(text.replace(",", "")))
-
-    def on_trained(self, line: str) -> None:
-        match = TRAINED.match(line)
-        if match:
-            assign(self.run.facts, "train.steps", int(match[1]))
-            assign(self.run.facts, "train.seconds", float(match[2]))
-
     def on_bytes(self, line: str) -> None:
         match = BYTES.match(line)
         if match is None:
@@ -683,23 +704,6 @@ class _Text:
             self.run.plans.append(PlanChange(int(match[1]), "looped", progress))
             assign(self.run.facts, "train.loop_enabled_step", int(match[1]))
 
-    def on_memory(self, line: str) -> None:
-        match = PEAK.search(line)
-        if match:
-            assign(self.run.facts, "train.peak_mib", int(match[1]))
-
-    def on_hessians(self, line: str) -> None:
-        match = HESSIANS.search(line)
-        if match:
-            self.run.phases.append(Phase("hessians", float(match[1])))
-            assign(self.run.facts, "quantisation.seconds_hessians", float(match[1]))
-
-    def on_prune(self, line: str) -> None:
-        match = PRUNED.search(line)
-        if match:
-            values = int(match[1].replace(",", "") or 0)
-            assign(self.run.facts, "quantisation.pruned_values", values)
-
     def on_fact(self, line: str) -> None:
         if len(line) > 400 or "{" in line:
             return  # a dump, not a statement of the run
@@ -718,43 +722,44 @@ class _Text:
         if match and not any(mark in line for mark in ("NVIDIA-SMI", "{", '"')):
             self.run.facts.setdefault("hardware", {"gpu": f"NVIDIA {match[1]}"})
 
-    def on_torch(self, line: str) -> None:
-        match = re.search(r"\b(?:PyTorch|torch)(?: version)?\s*[:= ]\s*v?(\d+\.\d+[\w.+]*)", line)
-        if match and "import" not in line:
-            assign(self.run.facts, "versions.torch", match[1])
 
-    def on_eval_total(self, line: str) -> None:
-        match = re.search(rf"total_eval_time\s*[:=]\s*{NUMBER}\s*s", line)
-        if match:
-            assign(self.run.facts, "clocks.eval_seconds_lenient", float(match[1]))
+def takes(pattern: re.Pattern[str], kinds: dict[str, Callable[[str], Json]]) -> Handler:
+    """A handler that puts the groups of a pattern under log keys, each as its kind."""
+
+    def take(text: _Text, line: str) -> None:
+        match = pattern.search(line)
+        for group, (key, kind) in zip(match.groups() if match else (), kinds.items(), strict=False):
+            assign(text.run.facts, key, kind(group.replace(",", "")))
+
+    return take
 
 
 # Only lines with one of these words are looked at, which keeps 100 MB of log within seconds.
 TEXT_HANDLERS: tuple[tuple[str, Handler], ...] = (
+    ("artifact_bytes", takes(ARTIFACT, {f"artifact.{part}_bytes": int for part in PARTS})),
+    ("training:", takes(TRAINED, {"train.steps": int, "train.seconds": float})),
+    ("peak memory", takes(PEAK, {"train.peak_mib": int})),
+    ("Hessians in", takes(HESSIANS, {"quantisation.seconds_hessians": float})),
+    ("prun", takes(PRUNED, {"quantisation.pruned_values": int})),
+    ("Prun", takes(PRUNED, {"quantisation.pruned_values": int})),
+    ("total_eval_time", takes(EVAL_TOTAL, {"clocks.eval_seconds_lenient": float})),
     ("train_loss", _Text.on_train),
     ("val_bpb", _Text.on_bpb),
     (" bytes", _Text.on_bytes),
-    ("artifact_bytes", _Text.on_artifact),
-    ("training:", _Text.on_trained),
     ("stopping_early", _Text.on_stop),
     ("layer_loop", _Text.on_loop),
-    ("peak memory", _Text.on_memory),
-    ("Hessians in", _Text.on_hessians),
-    ("prun", _Text.on_prune),
-    ("Prun", _Text.on_prune),
     ("Error", _Text.on_crash),
     ("Traceback", _Text.on_crash),
     ("exitcode", _Text.on_crash),
     ("Watchdog", _Text.on_crash),
     ("Segmentation", _Text.on_crash),
-    ("total_eval_time", _Text.on_eval_total),
     ("total_docs", _Text.on_fact),
 )
 # Said once, near the head of a log.
 HEAD_HANDLERS: tuple[tuple[str, Handler], ...] = (
     *TEXT_HANDLERS,
     ("NVIDIA ", _Text.on_gpu),
-    ("orch", _Text.on_torch),
+    ("orch", takes(TORCH, {"versions.torch": str})),
     ("train_shards", _Text.on_fact),
     ("_tokens", _Text.on_fact),
     ("model_params", _Text.on_fact),
@@ -781,7 +786,8 @@ def read_text(path: Path) -> Run:
             parser.line = lines + 1
             parser.feed(chunk[start:end], handlers)
         lines, last, words = lines + chunk.count("\n", before), chunk[-1:], TEXT_HANDLERS
-    if last not in ("", "\n", "\r") and not run.evaluations:
+    # A number at the very end may lack digits.
+    if last not in ("", "\n", "\r") and (last.isdigit() or not run.evaluations):
         run.problems.append(f"{path.name}: the last line is cut")
     if parser.glued:
         run.problems.append(f"{path.name}: {parser.glued} line(s) of two ranks run into each other")
@@ -896,12 +902,12 @@ def _exact_clock(run: Run, parser: _Text) -> None:
     run.train = exact
     times = [(p.step, p.seconds) for p in exact if p.seconds is not None]
     run.validation = [
-        point._replace(seconds=_interpolate(times, point.step)) if point.seconds is None else point
+        point._replace(seconds=interpolate(times, point.step)) if point.seconds is None else point
         for point in run.validation
     ]
 
 
-def _interpolate(times: list[tuple[int, float]], step: int) -> float | None:
+def interpolate(times: list[tuple[int, float]], step: int) -> float | None:
     """Seconds at a step by a straight line between its neighbours; None without neighbours."""
     earlier = [item for item in [(0, 0.0), *times] if item[0] <= step]
     later = [item for item in times if item[0] >= step]

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 # Distinguishable with every common colour blindness, in this order.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b5b5b")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b5b5b",
+           "#882255", "#44aa99")
 INK, SOFT, GRID, PAPER = "#1f2328", "#59636e", "#e3e6ea", "#ffffff"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 MAX_POINTS = 3000  # in one chart, shared by its series, so that a page of charts stays small
+FEW_POINTS = 4
 WIDTH, HEIGHT = 720, 320
 LEFT, RIGHT, TOP, BOTTOM = 64, 18, 40, 46
 LEGEND_ROW, AXIS_LABEL = 18, 14
@@ -23,7 +25,10 @@ LEGEND_ROW, AXIS_LABEL = 18, 14
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line: values of equal length; points with a NaN are left out."""
+    """One line: values of equal length; points with a NaN are left out.
+
+    A few points with dots are not joined: what lies between them was not measured.
+    """
 
     name: str
     x: Sequence[float]
@@ -139,8 +144,16 @@ def line_chart(chart: Chart) -> str:
             x, _ = at(mark.x, y0)
             body.append(_line(x, top, x, height - BOTTOM, SOFT, dashed=True))
             body.append(_text(x + 4, top + 12, mark.label, "start", SOFT))
+    # An inner element cuts off what lies outside the axes; dots on them keep their other half.
+    edge, far = 4, 9 * plot_h
+    box = f"{LEFT - edge} {top - edge} {plot_w + 2 * edge} {plot_h + 2 * edge}"
+    left, upper, width, tall = box.split()
+    place = f'x="{left}" y="{upper}" width="{width}" height="{tall}"'
+    body.append(f'<svg {place} viewBox="{box}">')
     for series, points in lines:
-        body.append(_polyline(series, [at(a, min(max(b, y0), y1)) for a, b in points]))
+        spots = [at(a, b) for a, b in points]
+        body.append(_polyline(series, [(x, min(max(y, -far), far)) for x, y in spots]))
+    body.append("</svg>")
     middle = LEFT + plot_w / 2
     body.append(_text(middle, height - 8, chart.x_label, "middle", SOFT))
     body.append(_text(LEFT - 44, top - 8, chart.y_label, "start", SOFT))
@@ -161,7 +174,8 @@ def _ranges(
     """Axis limits with a little air; never of zero length."""
     xs = [x for points in lines for x, _ in points]
     x0, x1 = min(xs), max(xs)
-    after = x0 + (x1 - x0) * 0.05 if chart.focus else x0
+    focus = chart.focus and max(map(len, lines)) >= FEW_POINTS
+    after = x0 + (x1 - x0) * 0.05 if focus else x0
     ys = [y for points in lines for x, y in points if x >= after]
     ys = ys or [y for points in lines for _, y in points]
     y0, y1 = (0.0 if chart.from_zero else min(ys)), max(ys)
@@ -256,8 +270,9 @@ def _polyline(series: Series, points: Sequence[tuple[float, float]]) -> str:
     stroke = colour(series.colour)
     dash = ' stroke-dasharray="6 4"' if series.dashed else ""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    width = 0 if series.dots and len(points) < FEW_POINTS else 1.6
     shape = (
-        f'<polyline points="{path}" fill="none" stroke="{stroke}" stroke-width="1.6" '
+        f'<polyline points="{path}" fill="none" stroke="{stroke}" stroke-width="{width}" '
         f'stroke-linejoin="round"{dash}><title>{escape(series.name)}</title></polyline>'
     )
     if series.dots or len(points) == 1:

@@ -5,12 +5,14 @@
     python tools/sweep.py --seeds 42,314 --set MATRIX_LR=.022,.026 --nproc 1       one run per GPU
     python tools/sweep.py --out runs/sweeps/lr --seeds 42 --detach       survives a lost connection
     python tools/sweep.py --out runs/sweeps/lr --status               what is done and what is left
+    AUDIT=1 python tools/sweep.py --packed --seeds 42,314,999 --out runs/sweeps/mine    for a record
 
 Every combination of seeds and settings becomes one run in its own folder `<out>/<label>/`.
-`<out>/ledger.jsonl` gets one line when a run starts and one when it ends; repeating the command
-skips what is complete and runs the rest. Every setting is passed to the child by name and read back
-from its log and result: a run that did not use what it was given is stopped and reported, never
-averaged. `--reference` ends runs that fall behind a finished run's loss at the same step.
+`<out>/ledger.jsonl` gets the plan, one line when a run starts and one when it ends; repeating the
+command skips what is complete and runs the rest. Every setting is passed to the child by name and
+read back from its log and result: a run that did not use what it was given is stopped and reported,
+never averaged. `--reference` ends runs that fall behind a finished run's loss at the same step.
+`--packed` runs the packed program, the one whose bytes count; `record.py make` takes the folder.
 
 Exit status: 0 all runs complete or stopped early, 1 a run failed, 2 bad arguments, 3 a setting did
 not take effect, 130 interrupted.
@@ -45,6 +47,7 @@ from typing import IO, NamedTuple
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+OURS = REPOSITORY / "train_gpt.py"
 RESERVED = ("RUN_ID", "LOG_DIR", "RUN_DIR")  # the sweep chooses these so that runs cannot collide
 WORLD_SIZES = (8, 6, 4, 3, 2, 1)  # what train_gpt.py accepts, largest first
 SETTLED = ("complete", "stopped")  # states that a repeated command does not run again
@@ -375,6 +378,25 @@ class Ledger:
         ends = [row for row in self.rows if row.get("key") == key and row.get("event") == "end"]
         return ends[-1] if ends else None
 
+    def announce(self, plan: Sequence[Run]) -> None:
+        """Writes down the seeds of a plan, unless they are there: none can be dropped later."""
+        seeds = {run.settings["SEED"]: None for run in plan if "SEED" in run.settings}
+        if not {int(seed) for seed in seeds} <= set(self.seeds()):
+            self.add(event="plan", seeds=list(seeds))
+
+    def seeds(self) -> list[int]:
+        """Seeds of all runs that were ever planned, run or not."""
+        plans = [row["seeds"] for row in self.rows if row.get("event") == "plan"]
+        lists = [seeds for seeds in plans if isinstance(seeds, list)]
+        return list(dict.fromkeys(int(seed) for seeds in lists for seed in seeds))
+
+    def results(self) -> list[Path]:
+        """Result files of the runs that are complete, in the order of their ends."""
+        keys = dict.fromkeys(str(row["key"]) for row in self.rows if "key" in row)
+        ends = map(self.last_end, keys)
+        return [self.path.parent / str(end["result"]) for end in ends
+                if end is not None and end.get("status") == "complete"]
+
     def is_settled(self, run: Run) -> bool:
         """Whether a run was stopped early, or is complete with its result still there."""
         row = self.last_end(run.key)
@@ -422,6 +444,8 @@ class Active:
     started: float = field(default_factory=time.monotonic)
     curve: Curve = field(default_factory=Curve)
     last_train: Event = field(default_factory=dict)
+    stage: str = "starting"
+    promised: float | None = None  # seconds in all, by the share of training that is done
     verdict: tuple[str, str] | None = None  # status and reason when the sweep itself ended the run
 
     @property
@@ -473,15 +497,28 @@ def end_processes(active: Active) -> None:
 
 
 def read_events(active: Active) -> None:
-    """Takes in what the run has written; a setting that did not take effect is the verdict."""
+    """Takes in what the run has written."""
     for event in active.tail.read():
-        active.curve.add(event)
-        if event.get("event") == "train":
-            active.last_train = event
-        if event.get("event") == "start" and "config" in event:
-            wrong = unlike(event["config"], active.run.settings)
-            if wrong:
-                active.verdict = ("mismatch", "; ".join(wrong))
+        take_event(active, event)
+
+
+def take_event(active: Active, event: Event) -> None:
+    """Takes in one event; a setting that did not take effect is the verdict."""
+    active.curve.add(event)
+    kind, score = event.get("event"), number(event.get("val_bpb"))
+    if kind == "train":
+        active.last_train = event
+        share, loss = number(event.get("progress")), number(event.get("train_loss"))
+        active.promised = active.seconds / share if share else None
+        words = [f"step {event.get('step')}"] + [f"loss {loss:.4f}"] * (loss is not None)
+        active.stage = " ".join([*words, *[f"{share:.0%}"] * (share is not None)])
+    elif kind in ("artifact", "eval"):    # training no longer tells how long the rest takes
+        active.stage = f"{event.get('label')} {score:.4f} BPB" if score else "artifact written"
+        active.promised = None
+    elif kind == "start" and "config" in event:
+        wrong = unlike(event["config"], active.run.settings)
+        if wrong:
+            active.verdict = ("mismatch", "; ".join(wrong))
 
 
 def should_end(active: Active, settings: Settings) -> tuple[str, str] | None:
@@ -637,18 +674,8 @@ def progress_line(active: Sequence[Active], durations: Sequence[float], pending:
 
     A run's length is the mean of the finished ones, before that what the fastest one promises.
     """
-    parts = []
-    promised = []
-    for run in active:
-        train = run.last_train
-        loss, share = number(train.get("train_loss")), number(train.get("progress"))
-        words = [run.run.label]
-        words += [f"step {train['step']}"] if "step" in train else ["starting"]
-        words += [f"loss {loss:.4f}"] if loss is not None else []
-        words += [f"{share:.0%}"] if share is not None else []
-        parts.append(" ".join(words))
-        if share:
-            promised.append(run.seconds / share)
+    parts = [f"{run.run.label} {run.stage}" for run in active]
+    promised = [run.promised for run in active if run.promised is not None]
     length = statistics.fmean(durations) if durations else min(promised, default=None)
     if length is None:
         return " | ".join([*parts, f"{pending} waiting"])
@@ -689,7 +716,7 @@ def table(ledger: Ledger) -> str:
     for start, end in rows:
         score = number(end.get("val_bpb"))
         lines.append(
-            f"{start['label']!s:<44} {end['status']!s:<16} {score or math.nan:>9.5f} "
+            f"{start['label']!s:<44} {end['status']!s:<16} {f'{score:.5f}' if score else '-':>9} "
             f"{end.get('steps') or '-'!s:>7} {end.get('total_bytes') or '-'!s:>11} "
             f"{end.get('seconds') or '-'!s:>8}"
         )
@@ -727,7 +754,8 @@ OPTIONS: dict[str, dict[str, object]] = {
     "--detach": {"action": "store_true", "help": "go on in the background, log in OUT/sweep.log"},
     "--status": {"action": "store_true", "help": "print the ledger as a table and exit"},
     "--dry-run": {"action": "store_true", "help": "print the runs with their commands and exit"},
-    "--trainer": {"type": Path, "default": REPOSITORY / "train_gpt.py", "help": "program to run"},
+    "--trainer": {"type": Path, "default": OURS, "help": "program to run"},
+    "--packed": {"action": "store_true", "help": "run our program packed, from OUT/train_gpt.py"},
     "--report-seconds": {"type": float, "default": 60.0,
                          "help": "between progress lines when the output is not a terminal"},
     "--poll-seconds": {"type": float, "default": 1.0, "help": "between looks at the runs"},
@@ -747,6 +775,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def pack_into(out: Path) -> Path:
+    """Our program, packed, in the folder of a sweep.
+
+    Raises: SweepError when another one lies there, whose runs would not compare.
+    """
+    import train_gpt
+
+    path, program = out / "train_gpt.py", train_gpt.packed_program()
+    if path.is_file() and path.read_bytes() != program:
+        raise SweepError(f"{path}: an earlier version of the program; give a new --out")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(program)
+    return path
+
+
 def settings_from(arguments: argparse.Namespace) -> Settings:
     """How to run, with defaults that depend on this machine filled in.
 
@@ -758,8 +801,9 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     if processes not in WORLD_SIZES:
         sizes = ", ".join(map(str, sorted(WORLD_SIZES)))
         raise SweepError(f"--nproc {processes}: world sizes are {sizes}")
-    if not arguments.trainer.is_file():
-        raise SweepError(f"--trainer {arguments.trainer}: no such file")
+    trainer = pack_into(arguments.out) if arguments.packed else arguments.trainer
+    if not trainer.is_file():
+        raise SweepError(f"--trainer {trainer}: no such file")
     for name, least in (("window", 1), ("max_failures", 1), ("run_timeout", 0), ("tolerance", 0)):
         if getattr(arguments, name) < least:
             option = name.replace("_", "-")
@@ -770,7 +814,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         after = arguments.after_step if arguments.after_step is not None else curve.last_step() / 10
         patience = Patience(curve, arguments.tolerance, arguments.window, after)
     return Settings(
-        arguments.out.resolve(), arguments.trainer.resolve(), processes, gpu_slots(gpus, processes),
+        arguments.out.resolve(), trainer.resolve(), processes, gpu_slots(gpus, processes),
         patience, arguments.run_timeout, arguments.max_failures, arguments.poll_seconds,
         arguments.report_seconds)
 
@@ -778,12 +822,13 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
 def planned(arguments: argparse.Namespace) -> list[Run]:
     """The runs that the command line asks for.
 
-    Where train_gpt.py is the trainer, the shell's own settings are made explicit and it checks all.
+    Where our program is the trainer, packed or not, the shell's own settings are made explicit and
+    it checks all.
     """
     axes = parse_axes(arguments.seeds, arguments.assignments)
     if not axes:
         raise SweepError("nothing to run: give --seeds, --set, or both")
-    if arguments.trainer.resolve() != REPOSITORY / "train_gpt.py":
+    if not arguments.packed and arguments.trainer.resolve() != OURS:
         return plan_runs(axes, {})
     known = setting_names() - set(RESERVED)
     runs = plan_runs(axes, {name: value for name, value in os.environ.items() if name in known})
@@ -852,6 +897,7 @@ def run_sweep(plan: list[Run], settings: Settings) -> int:
         ledger = Ledger(settings.out / "ledger.jsonl")
         sweep = Sweep(plan, settings, ledger, lock)
         ledger.check_trainer(sweep.digest)
+        ledger.announce(sweep.plan)
         status = sweep.execute()
         print(table(ledger))
     return status
