@@ -25,7 +25,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -119,14 +118,12 @@ class Config:
     rope_dims: int = within(16, 0, 1024)  # rotated dimensions of each head; 0: all
     qk_gain_init: float = within(5.25, 0.01, 100)
     ln_scale: bool = True  # norm outputs are divided by sqrt(block + 1)
-    xsa_last_n: int = within(11, 0, 256)  # exclusive self attention on that many last blocks
-    xsa_per_visit: bool = False  # XSA_LAST_N counts the visits of a plan instead
+    xsa_last_n: int = within(11, 0, 256)  # last blocks, or with CROSS_REPEAT visits, so attending
     residual: Literal["parallel", "two_lane_drop", "two_lane_attn", "two_lane_both"] = "parallel"
     parallel_residual_start: int = within(7, -1, 256)  # -1: every block is serial
     max_skips: int = within(256, 0, 256)  # U-Net skips, from the middle outwards
     ve_layers: str = ""  # blocks to whose values a narrow embedding is added
     num_value_embeds: int = within(0, 0, 8)  # full tables, scaled anew for every visit
-    matrix_init: Literal["orthogonal", "uniform"] = "orthogonal"
     logit_softcap: float = within(30.0, 1, 1e4)
     tied_embed_init_std: float = within(0.005, 1e-6, 1)
     # Depth recurrence
@@ -171,10 +168,8 @@ class Config:
     attn_qmax: int = within(31, 1, 127)  # largest integer; there are 2 * qmax + 1
     mlp_qmax: int = within(31, 1, 127)
     embed_qmax: int = within(127, 1, 127)
-    matrix_clip_sigmas: float = within(12.85, 1.01, 1000)
-    embed_clip_sigmas: float = within(20.0, 1.01, 1000)
-    matrix_clip_quantiles: str = ""  # of magnitudes in rows, instead; the one of least error wins
-    embed_clip_quantiles: str = ""
+    matrix_clip_sigmas: str = "12.85"  # of rows; up to 1: a quantile of magnitudes instead; of
+    embed_clip_sigmas: str = "20"  # several, the one of least error wins
     clip_floor: float = within(0.0, 0, 1000)  # least clip width of a row
     gptq_calibration_batches: int = within(64, 0, 10**7)  # of micro_batch_tokens, all ranks
     max_quant_gap_bpb: float = within(0.05, 0, 100)  # a larger loss by quantisation is no result
@@ -292,24 +287,21 @@ PLAIN: dict = dict(quantiser="gptq", compressor="brotli", gptq_damp=0.01, val_ta
                    sliding_window_enabled=True, ttt_mode="sgd")
 PR1445 = PLAIN | dict(
     vocab_size=4096, ttt_enabled=False, residual="two_lane_drop", max_skips=5, ve_layers="9,10",
-    num_loops=1, enable_looping_at=2000 / 5104, qk_gain_init=5.0, embed_wd=0.095,
-    train_order="coprime", gptq_reserve_seconds=10.0, quantiser="nearest_tables",
-    clip_floor=1.0, prune=True)
-PERCENTILES = dict(matrix_clip_quantiles="0.999,0.9995,0.9999,0.99999,1",
-                   embed_clip_quantiles="0.9999984")
-PR1453 = PLAIN | dict(
+    num_loops=1, enable_looping_at=2000 / 5104, qk_gain_init=5.0, embed_wd=0.095, prune=True,
+    train_order="coprime", gptq_reserve_seconds=10.0, quantiser="nearest_tables", clip_floor=1.0)
+PERCENTILES = dict(matrix_clip_sigmas="0.999,0.9995,0.9999,0.99999,1",
+                   embed_clip_sigmas="0.9999984")
+PR1453 = PLAIN | dict.fromkeys(("matrix_clip_sigmas", "embed_clip_sigmas"),
+                               "0.9999,0.99995,0.99999,0.999995,0.999999") | dict(
     vocab_size=1024, ttt_enabled=False, num_layers=3, model_dim=880, mlp_mult=3.0, rope_dims=0,
-    ln_scale=False, qk_gain_init=1.5, xsa_last_n=4, xsa_per_visit=True, parallel_residual_start=-1,
-    max_skips=0, num_value_embeds=2, cross_repeat=True, num_loops=3, loop_start=0, loop_end=2,
-    prog_depth="0.3:2,0.5:3,1:4", matrix_init="uniform", train_seq_len=1024,
-    train_batch_tokens=524_288, eval_seq_len=1024, eval_stride=256, matrix_lr=0.018,
-    scalar_lr=0.018, tied_embed_lr=0.021, muon_wd=0.04, embed_wd=0.0, adam_wd=0.0,
-    muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500,
-    muon_row_normalize=False, train_order="sequential", warmdown_iters=3000, averaging="swa",
-    gptq_reserve_seconds=0.0, gptq_calibration_batches=0, attn_qmax=63, mlp_qmax=16, embed_qmax=63,
-    quantiser="nearest",
-    **dict.fromkeys(("matrix_clip_quantiles", "embed_clip_quantiles"),
-                    "0.9999,0.99995,0.99999,0.999995,0.999999"), compressor="zstd")
+    ln_scale=False, qk_gain_init=1.5, xsa_last_n=4, parallel_residual_start=-1, max_skips=0,
+    num_value_embeds=2, cross_repeat=True, num_loops=3, loop_start=0, loop_end=2, muon_wd=0.04,
+    prog_depth="0.3:2,0.5:3,1:4", train_seq_len=1024, train_batch_tokens=524_288, matrix_lr=0.018,
+    eval_seq_len=1024, eval_stride=256, scalar_lr=0.018, tied_embed_lr=0.021, embed_wd=0.0,
+    adam_wd=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85, warmdown_iters=3000,
+    muon_momentum_warmup_steps=500, muon_row_normalize=False, train_order="sequential",
+    averaging="swa", gptq_reserve_seconds=0.0, gptq_calibration_batches=0, quantiser="nearest",
+    attn_qmax=63, mlp_qmax=16, embed_qmax=63, compressor="zstd")
 
 PRESETS: dict[str, dict] = {
     "record": {},
@@ -385,9 +377,9 @@ def check_consistency(config: Config) -> None:
         require(not broken(value, bound), name, value, f"{words} {other.upper()} ({bound})")
     require(config.compressor == "ans" or config.quantiser != "rate", "compressor",
             config.compressor, f"ans for QUANTISER={config.quantiser}")
-    for name in ("matrix_clip_quantiles", "embed_clip_quantiles"):
-        require(all(0 < q <= 1 for q in numbers(name, getattr(config, name))), name,
-                getattr(config, name), "above 0 and at most 1")
+    for name in ("matrix_clip_sigmas", "embed_clip_sigmas"):
+        clips = numbers(name, getattr(config, name)) or [0.0]
+        require(0 < min(clips) <= max(clips) <= 1000, name, clips, "above 0 and at most 1000")
     until, passes = map(list, zip(*config.depth_schedule, strict=True))
     require(sorted(until) == until and sorted(passes) == passes and passes[0] > config.cross_repeat
             and passes[-1] == config.num_loops + 1, "prog_depth", repr(config.prog_depth),
@@ -668,56 +660,34 @@ class TrainLoader:
     def __init__(self, shards: Sequence[np.ndarray], config: Config) -> None:
         self.shards, self.config, self.seq_len = shards, config, config.train_seq_len
         self.num_tokens = sum(shard.size for shard in shards)
-        self.counts = np.array([max(0, s.size - 1) // self.seq_len for s in shards])  # of windows
         self.ends_sha256 = digest(b"".join(shard[-999:].tobytes() for shard in shards))
-        self.order, self.batches = self.coprime_batches(), list[np.ndarray]()
-        if not self.counts.any():
+        self.enter_epoch(0)
+        if not len(self.starts):
             raise DataError(f"{config.dataset_dir}: {self.num_tokens} training tokens; shards need "
                             f"TRAIN_SEQ_LEN ({self.seq_len}) + 1 at least")
-        self.enter_epoch(0)
 
     def enter_epoch(self, epoch: int) -> None:
-        """Draws rows of a shard and a start: of one pass, or of one coprime batch."""
-        rng, starts = np.random.Generator(np.random.PCG64([self.config.seed, epoch])), []
-        order, self.epoch = self.config.train_order, epoch
+        """Draws boundaries and order of the windows of one pass: rows of a shard and a start.
+        Coprime: in each shard at a stride, and shards are drawn by what is left in them."""
+        order, seeds, starts, keys = self.config.train_order, [self.config.seed, epoch], [], []
         if order == "coprime":
-            while len(self.batches) <= epoch:
-                self.batches.append(next(self.order))
-            self.starts = self.batches[epoch]
-            return
-        for number, (shard, count) in enumerate(zip(self.shards, self.counts, strict=True)):
-            spare = max(0, shard.size - 1) - count * self.seq_len
-            begin = rng.integers(spare + 1) if order == "shuffled" else 0
-            begins = begin + self.seq_len * np.arange(count)
-            starts.append(np.stack([np.full(count, number), begins], axis=1))
-        self.starts = np.concatenate(starts)
+            seeds.append(int(self.ends_sha256[:8], 16))
+        rng = np.random.Generator(np.random.PCG64(seeds))
+        for number, shard in enumerate(self.shards):
+            count, spare = divmod(max(0, shard.size - 1), self.seq_len)
+            phase, places = rng.integers(spare + 1) * (order != "sequential"), np.arange(count)
+            if order == "coprime" and count:
+                first, stride = rng.integers(1, count + 1, 2).tolist()
+                while math.gcd(stride, count) > 1:
+                    stride += 1
+                places = (first + stride * places) % count
+                keys.append(np.sort(rng.random(count)))
+            starts.append(np.stack([np.full(count, number), phase + self.seq_len * places], axis=1))
+        self.epoch, self.starts = epoch, np.concatenate(starts)
         if order == "shuffled":
             self.starts = rng.permutation(self.starts)
-
-    def coprime_batches(self) -> Iterator[np.ndarray]:
-        """Batches from a few shards, later more, drawn by what is left in them; seed and contents,
-        not paths, decide. Order within a batch has no effect, so none is drawn."""
-        rng = np.random.default_rng([self.config.seed, int(self.ends_sha256[:16], 16)])
-        size, taken = self.config.train_batch_tokens // self.seq_len, 0 * self.counts
-        walks = [self.walk(number, rng) for number in range(len(taken))]
-        for number in itertools.count():
-            share = min(number / 1800, 1.0)
-            weight = (self.counts - taken % self.counts.clip(1)) ** (0.9 - 0.4 * share)
-            most = min(round(8 + 56 * share), size, int(np.count_nonzero(weight)))
-            some = rng.choice(len(taken), most, replace=False, p=weight / weight.sum())
-            rest = rng.choice(some, size - most, p=weight[some] / weight[some].sum())
-            np.add.at(taken, picks := np.append(some, rest), 1)
-            yield np.array([(shard, next(walks[shard])) for shard in picks])
-
-    def walk(self, number: int, rng: np.random.Generator) -> Iterator[int]:
-        """Start positions in one shard without end, each pass at its own phase and stride."""
-        while count := int(self.counts[number]):
-            phase = rng.integers(self.shards[number].size - count * self.seq_len)
-            at, stride = rng.integers(1, count + 1, 2).tolist()
-            while math.gcd(stride, count) > 1:
-                stride = stride % count + 1
-            for place in range(at, at + count * stride, stride):
-                yield int(phase) + self.seq_len * (place % count)
+        elif keys:
+            self.starts = self.starts[np.concatenate(keys).argsort()]
 
     def read(self, first: int, count: int) -> np.ndarray:
         """Windows `first` to `first + count`, int32 (count, seq_len + 1). Raises: DataError."""
@@ -847,13 +817,17 @@ class Adapter(Protocol):
     """Sees every linear layer and may change its output. `visit` counts; the head is -1."""
     def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor: ...
 
+class BlockForm(NamedTuple):
+    """What is fixed about a block when it is compiled."""
+    residual: str  # serial, or RESIDUAL
+    exclusive: bool  # exclusive self attention
+
 class Visit(NamedTuple):
     """One virtual layer: a physical block, which pass over it, and the skip that precedes it.
     Where two lanes have parted, its skip enters neither, that of attention, or both."""
     block: int
     pass_number: int
-    residual: str  # serial, or RESIDUAL
-    exclusive: bool  # exclusive self attention
+    form: BlockForm
     skip_row: int = -1  # row of the skip weights; -1: none
     skip_from: int = -1  # visit whose output is mixed in
 
@@ -870,20 +844,20 @@ class DepthPlan(NamedTuple):
 @functools.cache  # asked at every step
 def build_plan(config: Config, passes: int) -> DepthPlan:
     """A U-Net: decoder j, in the second half of visits, takes the j-th last encoder's output.
-    Example: blocks 0 1 2 3 4 -> encoders 0 1; decoders 2 (skip from 1), 3 (skip from 0), 4
-    """
+    Example: blocks 0 1 2 3 4 -> encoders 0 1; decoders 2 (skip from 1), 3 (skip from 0), 4"""
     blocks, first, last = list(range(config.num_layers)), config.loop_start, config.loop_end + 1
     order = blocks[:first] + blocks[first:last] * passes + blocks[last:]
     half, start, visits = len(order) // 2, config.parallel_residual_start, list[Visit]()
     for position, block in enumerate(order):
         row, skip_from = position - half, 2 * half - 1 - position
         residual = config.residual if 0 <= start <= block else "serial"
-        if residual.startswith("two") and visits[-1].residual == "serial":
+        if residual.startswith("two") and visits[-1].form.residual == "serial":
             residual = "two_lane_both"  # where lanes part, the skip is mixed in before
-        left = (len(order) - position) if config.xsa_per_visit else config.num_layers - block
+        left = (len(order) - position) if config.cross_repeat else config.num_layers - block
         mixed = 0 <= row < min(half, config.max_skips) and residual != "two_lane_drop"
-        visits.append(Visit(block, order[:position].count(block), residual,
-                            left <= config.xsa_last_n, *((row, skip_from) if mixed else ())))
+        form = BlockForm(residual, left <= config.xsa_last_n)
+        skip = (row, skip_from) if mixed else ()
+        visits.append(Visit(block, order[:position].count(block), form, *skip))
     name = {config.num_loops + 1: "looped", 1: "unlooped"}.get(passes, f"looped_{passes}")
     return DepthPlan(name, tuple(visits))
 
@@ -894,16 +868,8 @@ def depth_plans(config: Config) -> tuple[DepthPlan, ...]:
 
 def plan_at(config: Config, progress: float) -> DepthPlan:
     """The plan in force at `progress` (0 to 1)."""
-    schedule = config.depth_schedule
-    passes = next((count for until, count in schedule if progress < until), schedule[-1][1])
-    return build_plan(config, passes)
-
-class BlockForm(NamedTuple):
-    """What is fixed about a block when it is compiled."""
-    num_heads: int
-    num_kv_heads: int
-    residual: str
-    exclusive: bool
+    counts = [passes for until, passes in config.depth_schedule if progress < until]
+    return build_plan(config, (counts or [config.num_loops + 1])[0])
 
 class BlockWeights(NamedTuple):
     """Parameters of one physical block; matrices are in the compute type."""
@@ -952,8 +918,7 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     y_BTGRK = y_BTHK.float().unflatten(2, (v.shape[2], -1))
     return (y_BTGRK - (y_BTGRK * v).sum(-1, keepdim=True) * v).flatten(2, 3).to(y_BTHK.dtype)
 
-def split_heads(qkv_BTNK: Tensor, gain_H: Tensor,
-                rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(qkv_BTNK: Tensor, gain_H: Tensor, rotary: Rotary) -> tuple[Tensor, ...]:
     """Queries, keys and values: the first two normalised and rotated, queries gained.
     Each kind by itself, and gained before it is rotated: anything else makes the compiler write
     slower code, or keep float32 queries for the backward pass."""
@@ -971,9 +936,8 @@ def linear(x: Tensor, w_OI: Tensor, site: Site, tap: Tap | None) -> Tensor:
 def attention(x_BTD: Tensor, w: BlockWeights, form: BlockForm, rotary: Rotary, attend: Attend,
               tap: Tap | None, value: Sequence[Tensor] = ()) -> Tensor:
     """Grouped-query attention with normalised, rotated, gained queries and keys."""
-    num_heads = form.num_heads + 2 * form.num_kv_heads
-    qkv_BTNK = linear(x_BTD, w.qkv, "qkv", tap).unflatten(-1, (num_heads, -1))
-    width = qkv_BTNK.shape[-1]
+    width = w.out.shape[1] // len(w.q_gain)
+    qkv_BTNK = linear(x_BTD, w.qkv, "qkv", tap).unflatten(-1, (-1, width))
     padding = -width % 8  # kernels want such heads; their scale goes by the padded width
     gain_H = w.q_gain * math.sqrt(1 + padding / width)
     q_BTHK, k_BTGK, v_BTGK = split_heads(qkv_BTNK, gain_H, rotary)
@@ -1042,9 +1006,8 @@ class GPT(nn.Module):
         super().__init__()
         L, D, V, ones, zeros = (
             config.num_layers, config.model_dim, config.vocab_size, torch.ones, torch.zeros)
-        visits = max(len(plan.visits) for plan in depth_plans(config))
-        skips, extra, ve = (min(config.max_skips, visits // 2), config.num_value_embeds,
-                            len(config.ve_blocks))
+        visits, ve = max(len(plan.visits) for plan in depth_plans(config)), len(config.ve_blocks)
+        skips, extra, one = min(config.max_skips, visits // 2), config.num_value_embeds, min(ve, 1)
         self.config, self.attend, self.dtype = config, attend, dtype
         self.embed = nn.Parameter(zeros(V, D))
         self.qkv = nn.Parameter(zeros(L, D + 2 * config.kv_dim, D))
@@ -1058,9 +1021,9 @@ class GPT(nn.Module):
         for name, value in {
                 "skip_weights": ones(skips, D), "skip_gates": zeros(skips, D),
                 "lane_mix": torch.full((int(config.residual != "parallel"),), 0.5),
-                "ve_table": zeros(V * bool(ve), VALUE_EMBED_DIM),
-                "ve_proj": zeros(min(ve, 1), config.kv_dim, VALUE_EMBED_DIM),
-                "ve_scale": torch.tensor([[0.1]] * bool(ve) + [[1.0]] * ve),  # of all, of each
+                "ve_table": zeros(one, V, VALUE_EMBED_DIM),
+                "ve_proj": zeros(one, config.kv_dim, VALUE_EMBED_DIM),
+                "ve_scale": torch.tensor([[0.1]] * one + [[1.0]] * ve),  # of all, of each
                 "value_tables": zeros(extra, V, D),
                 "visit_scales": zeros(visits, config.cross_repeat + extra, D),
                 "cross_repeat_scales": zeros(L * config.cross_repeat, config.num_loops, D)}.items():
@@ -1077,17 +1040,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Orthogonal or uniform input matrices, zero output matrices, Gaussian embeddings."""
+        """Orthogonal input matrices, zero output matrices, Gaussian embeddings."""
         generator = torch.Generator().manual_seed(seed)
         self.embed.normal_(0, self.config.tied_embed_init_std, generator=generator)
         for matrix in self.matrices():
             if matrix.role not in ("out", "down"):
                 for w_OI in matrix.view(matrix.parameter.data):
-                    bound = w_OI.shape[1] ** -0.5
-                    if self.config.matrix_init == "orthogonal":
-                        nn.init.orthogonal_(w_OI, generator=generator)
-                    else:
-                        w_OI.uniform_(-bound, bound, generator=generator)
+                    nn.init.orthogonal_(w_OI, generator=generator)
         for name, table in self.named(*TABLES[1:]).items():
             table.normal_(0, 0.01 if name == "ve_table" else 1.0, generator=generator)
 
@@ -1109,9 +1068,7 @@ class GPT(nn.Module):
 
     def vectors(self) -> dict[str, nn.Parameter]:
         """The tensors that stay floating-point numbers; Muon trains one of them, ve_proj."""
-        return self.named(
-            "attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "skip_gates",
-            "lane_mix", "ve_proj", "ve_scale", "visit_scales", "cross_repeat_scales")
+        return {name: p for name, p in self.named_parameters() if name not in self.stacks()}
 
     def block_weights(self) -> list[BlockWeights]:
         # A scale of outputs goes into the weights: rows of them are few, rows of a batch are many.
@@ -1122,16 +1079,6 @@ class GPT(nn.Module):
         vectors = [p.unbind() for p in (self.resid_mix, self.q_gain, self.norm_scale)]
         return [BlockWeights(*parts) for parts in zip(*matrices, *vectors, strict=True)]
 
-    def values(self, ids_BT: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """What joins the values of attention, and its weight, by block."""
-        if not self.config.ve_blocks:
-            return {}
-        table, projection, scale = (self.get_parameter("ve_" + name).to(self.dtype)
-                                    for name in ("table", "proj", "scale"))
-        ve_BTC = scale[0] * F.linear(F.embedding(ids_BT, table), projection[0])
-        return {block: (ve_BTC, weight)
-                for block, weight in zip(self.config.ve_blocks, scale[1:], strict=True)}
-
     def rows(self, name: str) -> Sequence[Tensor]:
         """A parameter by its first dimension; nothing if the model has none."""
         return [row for p in self.named(name).values() for row in p.unbind()]
@@ -1141,12 +1088,16 @@ class GPT(nn.Module):
         """Normalised output of the last block, (B, T, D) in the compute type."""
         config, weights, rotary = self.config, self.block_weights(), Rotary(self.cos, self.sin)
         skips = self.rows("skip_weights"), [gate.sigmoid() for gate in self.rows("skip_gates")]
-        values, scales, repeats = self.values(ids_BT), *map(
-            self.rows, ("visit_scales", "cross_repeat_scales"))
+        scales, repeats = map(self.rows, ("visit_scales", "cross_repeat_scales"))
         embedder, runner, norm = (
             (embed_tokens, block_runner or run_block, rms_norm) if adapter else
             (self.embed_tokens, self.run_block, self.norm))
         x = x0 = embedder(ids_BT, self.embed, self.dtype)
+        shared, *own = self.rows("ve_scale") or [x0]
+        values = dict[int, tuple[Tensor, ...]]()
+        for table, w_OI in zip(self.rows("ve_table"), self.rows("ve_proj"), strict=True):
+            ve_BTC = shared.to(x0) * F.linear(F.embedding(ids_BT, table).to(x0), w_OI.to(x0))
+            values = {block: (ve_BTC, w) for block, w in zip(config.ve_blocks, own, strict=True)}
         sources = [x0.new_ones(())] * config.cross_repeat
         sources += [F.embedding(ids_BT, table).to(x0) for table in self.rows("value_tables")]
         outputs: list[Tensor] = []
@@ -1158,13 +1109,12 @@ class GPT(nn.Module):
             terms = [*zip(sources, *scales[number:number + 1], strict=True)]
             if repeats and again:
                 terms.append((outputs[number - segment], repeats[block][again - 1]))
-            if visit.residual.startswith("two"):
+            if visit.form.residual.startswith("two"):
                 lane = lane or [x.view_as(x)]
             tap = functools.partial(adapter, number, block) if adapter else None
-            form = BlockForm(config.num_heads, config.num_kv_heads, visit.residual, visit.exclusive)
             stream = Stream(x.view_as(x), x0, skip, tuple(terms), values.get(block, ()),
                             tuple(lane))  # one tensor twice would be another graph
-            x, *lane = runner(stream, weights[block], form, rotary, self.attend, tap)
+            x, *lane = runner(stream, weights[block], visit.form, rotary, self.attend, tap)
             outputs.append(x)
         for other in lane:
             x = other + self.get_parameter("lane_mix").to(x.dtype) * (x - other)
@@ -1273,19 +1223,15 @@ def maybe_compile(function: Callable, config: Config) -> Callable:
 # Matrices go to Muon, whose momentum and work are shared out over the ranks; the rest to AdamW.
 #   M matrices of one shape, laid wide   R rows   C columns (R <= C)
 
-def lr_scale(progress: float, warmdown_frac: float, floor: float) -> float:
-    """1 until the last `warmdown_frac` of the run, then linear down to `floor`."""
-    return max(floor, min(1.0, (1.0 - progress) / warmdown_frac))
+def lr_scale(config: Config, step: float, progress: float) -> float:
+    """1 until the last share of the run, then linear down to the floor. The share may be that of
+    some steps, as long as those until now."""
+    iters = config.warmdown_iters * progress / max(step, 1)
+    return max(config.min_lr, min(1.0, (1 - progress) / max(iters or config.warmdown_frac, 1e-9)))
 
 def schedule_step(config: Config, step: int, progress: float) -> float:
     """The step that settings in steps mean: the true one, or its like in SCHEDULE_STEPS."""
     return config.schedule_steps * progress or step
-
-def warmdown_share(config: Config, at: float, progress: float) -> float:
-    """Last share of the run with falling rate, in a run of steps as long as those until now."""
-    if not config.warmdown_iters:
-        return config.warmdown_frac
-    return max(config.warmdown_iters * progress / max(at, 1), 1e-9)
 
 def muon_momentum(step: float, config: Config) -> float:
     """Linear ramp from the warm-up start to the final momentum."""
@@ -1359,10 +1305,9 @@ class Optimizer:
         if sorted([*stacked, *map(id, self.replicated)]) != sorted(map(id, model.parameters())):
             raise TypeError("a parameter is in no optimizer group, or in two")
         self.adam = torch.optim.AdamW(
-            [dict(params=[*tables.values()], base=config.tied_embed_lr,
-                  weight_decay=config.embed_wd),
-             dict(params=[*vectors.values()], base=config.scalar_lr,
-                  weight_decay=config.adam_wd)],
+            [dict(params=[*group.values()], base=base, weight_decay=decay)
+             for group, base, decay in ((tables, config.tied_embed_lr, config.embed_wd),
+                                        (vectors, config.scalar_lr, config.adam_wd))],
             lr=0.0, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
 
     @torch.no_grad()
@@ -1658,7 +1603,7 @@ class Trainer:
                   batches: list[Tensor]) -> float:
         """Gives the device one step; the scale of its learning rates."""
         at = schedule_step(self.config, step, progress)
-        scale = lr_scale(progress, warmdown_share(self.config, at, progress), self.config.min_lr)
+        scale = lr_scale(self.config, at, progress)
         begin = self.mark()
         with torch._dynamo.config.patch(error_on_recompile=True):  # the error names the guard
             loss = self.forward_backward(plan, batches)
@@ -1805,8 +1750,7 @@ def quant_rule(config: Config, stack: str) -> QuantRule:
     kind, solver = "matrix" if stack in MATRICES else "embed", config.quantiser
     qmax = config.embed_qmax if kind == "embed" else (
         config.attn_qmax if stack in MATRICES[:2] else config.mlp_qmax)
-    quantiles = getattr(config, f"{kind}_clip_quantiles")
-    clips = numbers("clip_quantiles", quantiles) or [getattr(config, f"{kind}_clip_sigmas")]
+    clips = numbers(name := f"{kind}_clip_sigmas", getattr(config, name))
     if solver == "nearest_tables":
         solver = "gptq" if stack in MATRICES else "nearest"
     if stack not in (*MATRICES, "embed"):
@@ -1913,17 +1857,16 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
         floats[f"{name}.column"] = world.sum_(columns).view(stack[..., 0, :].shape)
     return QuantisedModel(integers, {name: t.half().cpu() for name, t in floats.items()})
 
-def prune_ones(quantised: QuantisedModel, share: float) -> tuple[QuantisedModel, int]:
-    """The model without the ones of that share of matrix rows, finest first, and their number."""
-    integers, count = dict(quantised.integers), 0
-    scales = [quantised.floats[f"{name}.scale"] for name in MATRICES]
-    order = torch.cat([scale.flatten() for scale in scales]).argsort(stable=True)
-    chosen = (order.argsort() < share * len(order)).split([scale.numel() for scale in scales])
-    for name, rows in zip(MATRICES, chosen, strict=True):
-        q = integers[name]
-        ones = (q.abs() == 1) & rows.view(q.shape[:-1])[..., None]
-        integers[name], count = q.masked_fill(ones, 0), count + int(ones.sum())
-    return quantised._replace(integers=integers), count
+def prune_ones(quantised: QuantisedModel, share: float) -> QuantisedModel:
+    """The model without the ones of that share of matrix rows, finest first."""
+    scales, integers = quantised.floats, dict(quantised.integers)
+    order = torch.cat([scales[f"{name}.scale"].flatten() for name in MATRICES]).argsort(stable=True)
+    chosen, last = order.argsort() < share * len(order), 0
+    for name in MATRICES:
+        first, last = last, last + scales[f"{name}.scale"].numel()
+        rows = chosen[first:last].view(integers[name].shape[:-1])
+        integers[name] = integers[name] * ~((integers[name].abs() == 1) & rows[..., None])
+    return quantised._replace(integers=integers)
 
 def stored_weights(quantised: QuantisedModel, name: str) -> Tensor:
     """The float32 stack that the integers, row scales and column scales of `name` stand for."""
@@ -1983,9 +1926,8 @@ LevelTables = tuple[np.ndarray, np.ndarray]
 # Settings without which the weights mean something else.
 MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
                   "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "parallel_residual_start",
-                  "logit_softcap", "num_loops", "loop_start", "loop_end", "xsa_per_visit",
-                  "residual", "max_skips", "ve_layers", "num_value_embeds", "prog_depth",
-                  "cross_repeat")
+                  "logit_softcap", "num_loops", "loop_start", "loop_end", "residual", "max_skips",
+                  "ve_layers", "num_value_embeds", "prog_depth", "cross_repeat")
 
 def require_compressor(config: Config) -> None:
     """Raises ConfigError where the codec is missing, before time goes into a model for it."""
@@ -2218,22 +2160,20 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
     cap, floor = config.artifact_cap_bytes, -3.0 if config.quantiser == "rate" else 0.0
     margin, low, high, at = min(5000, cap // 200), floor - 1, math.inf, 0.0
     slope, last = -sum(p.numel() for p in model.stacks().values()) / 8, (math.inf, 0)
-    pruned, base = 0, quantise(model, hessians, world, known=known) if config.prune else None
+    base = quantise(model, hessians, world, known=known) if config.prune else None
     for _ in range(20):
         begin = time.perf_counter()
-        if base:
-            quantised, pruned = prune_ones(base, at)
-        else:
-            quantised = quantise(model, hessians, world, 2**at, known)
+        quantised = prune_ones(base, at) if base else quantise(
+            model, hessians, world, 2**at, known)
         solved = time.perf_counter()
         blob = encode_artifact(quantised, config, plan) if world.is_main else b""
         log.put("quantisation", seconds_solve=round(solved - begin, 2),
                 seconds_encode=round(time.perf_counter() - solved, 2))
         over = int(world.decide(code_bytes + len(blob))[0]) - cap
-        what = f"{pruned:,} pruned ones" if base else f"steps x{2**at:.4f}"
+        what = f"ones pruned in {at:.2%} of rows" if base else f"steps x{2**at:.4f}"
         log.line(f"fit: {what} leave {-over:,} bytes unused")
         if over <= 0:
-            best, high, used = (quantised, blob), at, pruned
+            best, high, used = (quantised, blob), at, what
         else:
             low = at
         if not config.fit or -margin < over <= 0 or high <= floor or (base and low >= 1):
@@ -2247,9 +2187,10 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
         raise ArtifactError(f"artifact is {over:,} bytes over ARTIFACT_CAP_BYTES ({cap:,}), "
                             f"even with {what} (FIT={config.fit:d})")
     if floor == 0.0 < high:
-        log.warn("the preset's clip widths do not fit the cap: "
-                 + (f"{used:,} ones pruned" if base else f"widened x{2**high:.4f}"))
-    log.put("quantisation", clip_widening=round(2**high, 5) if not base else 1.0, pruned=used)
+        log.warn(f"the preset's clip widths do not fit the cap: {used}")
+    log.put("quantisation", clip_widening=1.0 if base else round(2**high, 5), pruned=sum(
+        int((q != best[0].integers[name]).sum()) for name, q in base.integers.items())
+        if base else 0)
     return best
 
 def save_artifact(path: Path, blob: bytes, found: QuantisedModel, model: GPT, log: RunLog) -> None:
@@ -3111,16 +3052,16 @@ def describe_config(config: Config, world: World) -> str:
     for plan in depth_plans(config):
         lines.append(f"plan {plan.name}: {plan.describe()} "
                      f"{flops_per_token(config, plan) / 1e6:.1f} MFLOP per token")
-        for number, (block, pass_number, residual, exclusive, skip_row, skip_from
-                     ) in enumerate(plan.visits):
+        for number, (block, again, form, skip_row, skip_from) in enumerate(plan.visits):
             facts = {
-                residual + " xsa" * exclusive: True, "value embedding": block in config.ve_blocks,
+                form.residual + " xsa" * form.exclusive: 1,
                 f"skip {skip_row} from visit {skip_from}": skip_row >= 0,
+                "value embedding": block in config.ve_blocks,
                 f"{config.num_value_embeds} value tables": config.num_value_embeds,
                 "loop embedding": config.cross_repeat,
-                "its last output": config.cross_repeat and pass_number}
+                "its last output": config.cross_repeat and again}
             kind = ", ".join(text for text, holds in facts.items() if holds)
-            lines.append(f"  visit {number:>2}: block {block} pass {pass_number} {kind}")
+            lines.append(f"  visit {number:>2}: block {block} pass {again} {kind}")
     with torch.device("meta"):
         groups = count_parameters(GPT(config, sdpa_attend))
     lines += [f"{name}: {tensors} tensors, {count:,} parameters"

@@ -17,13 +17,13 @@ PR1493 = golf.Config.from_env({"PRESET": "pr1493"})
 @pytest.mark.parametrize(("progress", "scale"), [
     (0.0, 1.0), (0.28, 1.0), (0.64, 0.5), (0.82, 0.25), (1.0, 0.0)])
 def test_published_learning_rate_schedule(progress: float, scale: float) -> None:
-    assert golf.lr_scale(progress, 0.72, 0.0) == pytest.approx(scale, abs=1e-12)
+    assert golf.lr_scale(golf.Config(), 0, progress) == pytest.approx(scale, abs=1e-12)
 
 
 def test_learning_rate_floor() -> None:
-    assert golf.lr_scale(1.0, 0.72, 0.1) == 0.1
-    assert golf.lr_scale(0.99, 0.72, 0.1) == 0.1
-    assert golf.lr_scale(0.1, 0.72, 0.1) == 1.0
+    assert golf.lr_scale(golf.Config(min_lr=0.1), 0, 1.0) == 0.1
+    assert golf.lr_scale(golf.Config(min_lr=0.1), 0, 0.99) == 0.1
+    assert golf.lr_scale(golf.Config(min_lr=0.1), 0, 0.1) == 1.0
 
 
 @pytest.mark.parametrize(("step", "momentum"), [
