@@ -174,8 +174,8 @@ class Config:
     gptq_calibration_batches: int = within(64, 0, 10**7)  # of micro_batch_tokens, all ranks
     max_quant_gap_bpb: float = within(0.05, 0, 100)  # a larger loss by quantisation is no result
     gptq_damp: float = within(0.03, 1e-6, 1)  # of the mean Hessian diagonal
-    # Clips as given, or steps by their effect per bit; nearest: for tables, or for all.
-    quantiser: Literal["gptq", "rate", "nearest_tables", "nearest"] = "rate"
+    # Clips as given, or steps by their effect per bit; tables, or all, only rounded to nearest.
+    quantiser: Literal["gptq", "rate", "gptq_matrices", "nearest"] = "rate"
     compressor: Literal["brotli", "ans", "zstd"] = "ans"  # zstd: brotli where not installed
     fit: bool = True  # one factor on all steps fits the artifact to its cap
     prune: bool = False  # instead, as many ones of the finest rows of matrices become zeros
@@ -288,7 +288,7 @@ PLAIN: dict = dict(quantiser="gptq", compressor="brotli", gptq_damp=0.01, val_ta
 PR1445 = PLAIN | dict(
     vocab_size=4096, ttt_enabled=False, residual="two_lane_drop", max_skips=5, ve_layers="9,10",
     num_loops=1, enable_looping_at=2000 / 5104, qk_gain_init=5.0, embed_wd=0.095, prune=True,
-    train_order="coprime", gptq_reserve_seconds=10.0, quantiser="nearest_tables", clip_floor=1.0)
+    train_order="coprime", gptq_reserve_seconds=10.0, quantiser="gptq_matrices", clip_floor=1.0)
 PERCENTILES = dict(matrix_clip_sigmas="0.999,0.9995,0.9999,0.99999,1",
                    embed_clip_sigmas="0.9999984")
 PR1453 = PLAIN | dict.fromkeys(("matrix_clip_sigmas", "embed_clip_sigmas"),
@@ -817,17 +817,12 @@ class Adapter(Protocol):
     """Sees every linear layer and may change its output. `visit` counts; the head is -1."""
     def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor: ...
 
-class BlockForm(NamedTuple):
-    """What is fixed about a block when it is compiled."""
-    residual: str  # serial, or RESIDUAL
-    exclusive: bool  # exclusive self attention
-
 class Visit(NamedTuple):
     """One virtual layer: a physical block, which pass over it, and the skip that precedes it.
     Where two lanes have parted, its skip enters neither, that of attention, or both."""
     block: int
     pass_number: int
-    form: BlockForm
+    form: str  # serial, or RESIDUAL; and xsa where self attention is exclusive
     skip_row: int = -1  # row of the skip weights; -1: none
     skip_from: int = -1  # visit whose output is mixed in
 
@@ -851,12 +846,11 @@ def build_plan(config: Config, passes: int) -> DepthPlan:
     for position, block in enumerate(order):
         row, skip_from = position - half, 2 * half - 1 - position
         residual = config.residual if 0 <= start <= block else "serial"
-        if residual.startswith("two") and visits[-1].form.residual == "serial":
+        if residual.startswith("two") and visits[-1].form.startswith("serial"):
             residual = "two_lane_both"  # where lanes part, the skip is mixed in before
         left = (len(order) - position) if config.cross_repeat else config.num_layers - block
         mixed = 0 <= row < min(half, config.max_skips) and residual != "two_lane_drop"
-        form = BlockForm(residual, left <= config.xsa_last_n)
-        skip = (row, skip_from) if mixed else ()
+        form, skip = residual + " xsa" * (left <= config.xsa_last_n), (row, skip_from) * mixed
         visits.append(Visit(block, order[:position].count(block), form, *skip))
     name = {config.num_loops + 1: "looped", 1: "unlooped"}.get(passes, f"looped_{passes}")
     return DepthPlan(name, tuple(visits))
@@ -890,25 +884,20 @@ class Stream(NamedTuple):
     value: tuple[Tensor, ...] = ()  # (B, T, G*K) and its scale, for the values of attention
     lane: tuple[Tensor, ...] = ()  # (B, T, D), which the MLP reads and adds to instead
 
-class Rotary(NamedTuple):
-    """Rotation tables, float32 (T, half the rotated dimensions)."""
-    cos: Tensor
-    sin: Tensor
-
 def rms_norm(x: Tensor) -> Tensor:
     """`x` over its root mean square along the last dimension, computed in float32."""
     return F.rms_norm(x.float(), (x.shape[-1],), eps=NORM_EPS).to(x.dtype)
 
-def rotary_tables(num_positions: int, rotated_dims: int, base: float) -> Rotary:
-    """Tables for positions from 0; angles are float64, in which every position is exact."""
+def rotary_tables(num_positions: int, rotated_dims: int, base: float) -> Tensor:
+    """Cosines and sines for positions from 0, float32 (2, T, half the rotated dimensions); angles
+    are float64, in which every position is exact."""
     exponent = -torch.arange(0, rotated_dims, 2, dtype=torch.float64) / rotated_dims
     angle = torch.outer(torch.arange(num_positions, dtype=torch.float64), base**exponent)
-    return Rotary(angle.cos().float(), angle.sin().float())
+    return torch.stack([angle.cos(), angle.sin()]).float()
 
-def rotate(x_BTHK: Tensor, rotary: Rotary) -> Tensor:
+def rotate(x_BTHK: Tensor, rotary: Tensor) -> Tensor:
     """Rotates pairs (i, i + half) of every head by its position; other dimensions pass. Float32."""
-    half = rotary.cos.shape[-1]
-    cos, sin = (t[:x_BTHK.shape[1], None, :] for t in rotary)
+    half, (cos, sin) = rotary.shape[-1], rotary[:, :x_BTHK.shape[1], None]
     a, b, rest = x_BTHK.tensor_split((half, 2 * half), dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
@@ -918,7 +907,7 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     y_BTGRK = y_BTHK.float().unflatten(2, (v.shape[2], -1))
     return (y_BTGRK - (y_BTGRK * v).sum(-1, keepdim=True) * v).flatten(2, 3).to(y_BTHK.dtype)
 
-def split_heads(qkv_BTNK: Tensor, gain_H: Tensor, rotary: Rotary) -> tuple[Tensor, ...]:
+def split_heads(qkv_BTNK: Tensor, gain_H: Tensor, rotary: Tensor) -> tuple[Tensor, ...]:
     """Queries, keys and values: the first two normalised and rotated, queries gained.
     Each kind by itself, and gained before it is rotated: anything else makes the compiler write
     slower code, or keep float32 queries for the backward pass."""
@@ -933,7 +922,7 @@ def linear(x: Tensor, w_OI: Tensor, site: Site, tap: Tap | None) -> Tensor:
     y = F.linear(x, w_OI)
     return y if tap is None else tap(site, x, y)
 
-def attention(x_BTD: Tensor, w: BlockWeights, form: BlockForm, rotary: Rotary, attend: Attend,
+def attention(x_BTD: Tensor, w: BlockWeights, form: str, rotary: Tensor, attend: Attend,
               tap: Tap | None, value: Sequence[Tensor] = ()) -> Tensor:
     """Grouped-query attention with normalised, rotated, gained queries and keys."""
     width = w.out.shape[1] // len(w.q_gain)
@@ -945,14 +934,9 @@ def attention(x_BTD: Tensor, w: BlockWeights, form: BlockForm, rotary: Rotary, a
         v_BTGK = v_BTGK + value[1].to(v_BTGK.dtype) * value[0].view_as(v_BTGK)
     padded = (F.pad(t, (0, padding)) if padding else t for t in (q_BTHK, k_BTGK, v_BTGK))
     y_BTHK = attend(*padded)[..., :width]
-    if form.exclusive:
+    if form.endswith("xsa"):
         y_BTHK = exclude_self(y_BTHK, v_BTGK)
     return linear(y_BTHK.flatten(2), w.out, "out", tap)
-
-def mlp(x_BTD: Tensor, w: BlockWeights, tap: Tap | None) -> Tensor:
-    """Two linear layers round the square of a leaky ReLU."""
-    hidden_BTF = F.leaky_relu(linear(x_BTD, w.up, "up", tap), LEAKY_SLOPE).square()
-    return linear(hidden_BTF, w.down, "down", tap)
 
 def mix_skip(x_BTD: Tensor, skip: Sequence[Tensor]) -> Tensor:
     """The stream with its share of a U-Net skip, if there is one."""
@@ -961,7 +945,7 @@ def mix_skip(x_BTD: Tensor, skip: Sequence[Tensor]) -> Tensor:
     source_BTD, weight, gate = (t.to(x_BTD.dtype) for t in skip)
     return (1 - gate) * (weight * source_BTD) + gate * x_BTD
 
-def run_block(stream: Stream, w: BlockWeights, form: BlockForm, rotary: Rotary, attend: Attend,
+def run_block(stream: Stream, w: BlockWeights, form: str, rotary: Tensor, attend: Attend,
               tap: Tap | None = None) -> tuple[Tensor, ...]:
     """One block: mixes what enters, then adds attention and MLP. The stream, or both its lanes."""
     dtype, x_BTD = stream.x.dtype, mix_skip(stream.x, stream.skip)
@@ -972,10 +956,11 @@ def run_block(stream: Stream, w: BlockWeights, form: BlockForm, rotary: Rotary, 
     z = rms_norm(u) * norm_scale
     after = other = u + attention(z, w, form, rotary, attend, tap, stream.value)
     for lane in stream.lane:
-        other = mix_skip(lane, stream.skip) if form.residual == "two_lane_both" else lane
-    if form.residual != "parallel":
+        other = mix_skip(lane, stream.skip) if form.startswith("two_lane_both") else lane
+    if not form.startswith("parallel"):
         z = rms_norm(other) * norm_scale
-    other = other + mlp(z, w, tap)
+    hidden_BTF = F.leaky_relu(linear(z, w.up, "up", tap), LEAKY_SLOPE).square()
+    other = other + linear(hidden_BTF, w.down, "down", tap)
     return (after, other) if stream.lane else (other,)
 
 def embed_tokens(ids_BT: Tensor, embed_VD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -999,8 +984,7 @@ class Matrix(NamedTuple):
 class GPT(nn.Module):
     """The language model: float32 parameters stacked over blocks, and the only forward pass."""
     norm_scale: Tensor
-    cos: Tensor
-    sin: Tensor
+    rotary: Tensor
 
     def __init__(self, config: Config, attend: Attend, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -1030,10 +1014,10 @@ class GPT(nn.Module):
             if value.numel():  # of nothing there is no parameter
                 self.register_parameter(name, nn.Parameter(value))
         norm_scale = torch.arange(1.0, L + 1).rsqrt() if config.ln_scale else ones(L)
-        rotary = rotary_tables(max(config.train_seq_len, config.eval_seq_len),
-                               config.rope_dims or config.head_dim, config.rope_base)
-        for name, table in {"norm_scale": norm_scale, **rotary._asdict()}.items():
-            self.register_buffer(name, table, persistent=False)
+        self.register_buffer("norm_scale", norm_scale, persistent=False)
+        self.register_buffer("rotary", rotary_tables(
+            max(config.train_seq_len, config.eval_seq_len), config.rope_dims or config.head_dim,
+            config.rope_base), persistent=False)
         # One graph per form of a block serves every visit, plan and evaluation.
         self.run_block, self.embed_tokens, self.norm, self.softcapped_nll = (
             maybe_compile(f, config) for f in (run_block, embed_tokens, rms_norm, softcapped_nll))
@@ -1086,15 +1070,15 @@ class GPT(nn.Module):
     def hidden(self, ids_BT: Tensor, plan: DepthPlan, adapter: Adapter | None = None,
                block_runner: Callable[..., tuple[Tensor, ...]] | None = None) -> Tensor:
         """Normalised output of the last block, (B, T, D) in the compute type."""
-        config, weights, rotary = self.config, self.block_weights(), Rotary(self.cos, self.sin)
+        config, weights = self.config, self.block_weights()
         skips = self.rows("skip_weights"), [gate.sigmoid() for gate in self.rows("skip_gates")]
         scales, repeats = map(self.rows, ("visit_scales", "cross_repeat_scales"))
         embedder, runner, norm = (
             (embed_tokens, block_runner or run_block, rms_norm) if adapter else
             (self.embed_tokens, self.run_block, self.norm))
         x = x0 = embedder(ids_BT, self.embed, self.dtype)
+        values: dict[int, tuple[Tensor, ...]] = {}
         shared, *own = self.rows("ve_scale") or [x0]
-        values = dict[int, tuple[Tensor, ...]]()
         for table, w_OI in zip(self.rows("ve_table"), self.rows("ve_proj"), strict=True):
             ve_BTC = shared.to(x0) * F.linear(F.embedding(ids_BT, table).to(x0), w_OI.to(x0))
             values = {block: (ve_BTC, w) for block, w in zip(config.ve_blocks, own, strict=True)}
@@ -1109,12 +1093,12 @@ class GPT(nn.Module):
             terms = [*zip(sources, *scales[number:number + 1], strict=True)]
             if repeats and again:
                 terms.append((outputs[number - segment], repeats[block][again - 1]))
-            if visit.form.residual.startswith("two"):
+            if visit.form.startswith("two"):
                 lane = lane or [x.view_as(x)]
             tap = functools.partial(adapter, number, block) if adapter else None
             stream = Stream(x.view_as(x), x0, skip, tuple(terms), values.get(block, ()),
                             tuple(lane))  # one tensor twice would be another graph
-            x, *lane = runner(stream, weights[block], visit.form, rotary, self.attend, tap)
+            x, *lane = runner(stream, weights[block], visit.form, self.rotary, self.attend, tap)
             outputs.append(x)
         for other in lane:
             x = other + self.get_parameter("lane_mix").to(x.dtype) * (x - other)
@@ -1301,9 +1285,6 @@ class Optimizer:
         self.replicated = [*tables.values(), *vectors.values()]
         roles = ("/".join(m.role for m in group.matrices) for group in self.groups)
         self.names = [*roles, *tables, *vectors]
-        stacked = {id(m.parameter) for m in model.matrices()}
-        if sorted([*stacked, *map(id, self.replicated)]) != sorted(map(id, model.parameters())):
-            raise TypeError("a parameter is in no optimizer group, or in two")
         self.adam = torch.optim.AdamW(
             [dict(params=[*group.values()], base=base, weight_decay=decay)
              for group, base, decay in ((tables, config.tied_embed_lr, config.embed_wd),
@@ -1375,10 +1356,9 @@ class TrainState:
             warm = (self.step + 1) / (self.step + 10) if config.averaging == "ema_warm" else 1.0
             return 1 - min(config.ema_decay, warm)
         before, self.period = self.period, int(at / config.swa_every)
-        if not in_swa or self.period == before:
-            return 0.0
-        self.snapshots += 1
-        return 1 / self.snapshots
+        due = in_swa and self.period > before
+        self.snapshots += due
+        return due / max(self.snapshots, 1)
 
     def write(self, path: Path, tensors: list[Tensor]) -> None:
         """Writes a checkpoint: an uncompressed .npz, which holds no code."""
@@ -1553,10 +1533,7 @@ class Trainer:
                     log.event("plan", step=step + 1, plan=plan.name, progress=progress)
                     log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
                              f"{plan.describe()}")
-                scale = self.take_step(step, plan, progress, next(stream))
-                in_swa = plan == plans[-1] and scale < config.swa_start_frac
-                at = 1 + schedule_step(config, step, progress)  # the first is number one here
-                self.average.update(state.average_share(config, at, in_swa))
+                self.take_step(plan, progress, next(stream))
                 state.step += 1
         stream.close()
         self.drain(0)
@@ -1599,19 +1576,19 @@ class Trainer:
             return time.perf_counter()
         return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
 
-    def take_step(self, step: int, plan: DepthPlan, progress: float,
-                  batches: list[Tensor]) -> float:
-        """Gives the device one step; the scale of its learning rates."""
-        at = schedule_step(self.config, step, progress)
-        scale = lr_scale(self.config, at, progress)
+    def take_step(self, plan: DepthPlan, progress: float, batches: list[Tensor]) -> None:
+        """Gives the device one step, and the average its share of the new weights."""
+        config, at = self.config, schedule_step(self.config, self.state.step, progress)
+        scale = lr_scale(config, at, progress)
         begin = self.mark()
         with torch._dynamo.config.patch(error_on_recompile=True):  # the error names the guard
             loss = self.forward_backward(plan, batches)
         middle = self.mark()
         values = torch.stack([loss, self.optimizer.step(at, scale)]).to("cpu", non_blocking=True)
-        self.flight.append((step + 1, plan, progress, scale, values, self.optimizer.squares,
-                            begin, middle, self.mark()))
-        return scale
+        self.flight.append((self.state.step + 1, plan, progress, scale, values,
+                            self.optimizer.squares, begin, middle, self.mark()))
+        in_swa = plan == depth_plans(config)[-1] and scale < config.swa_start_frac
+        self.average.update(self.state.average_share(config, at + 1, in_swa))  # numbered from one
 
     def drain(self, most_in_flight: int) -> None:
         log, config = self.log, self.config
@@ -1742,20 +1719,18 @@ def prepare_solver(hessian_CC: Tensor, damp: float) -> tuple[Tensor, Tensor]:
 class QuantRule(NamedTuple):
     """How a class of tensors becomes integers from -qmax to qmax."""
     qmax: int
-    solver: Literal["gptq", "rate", "nearest"]
-    clips: tuple[float, ...]  # of rows, to try: up to 1 quantiles, else standard deviations
+    solver: str  # gptq, rate or nearest
+    clips: list[float]  # of rows, to try: up to 1 quantiles, else standard deviations
 
 def quant_rule(config: Config, stack: str) -> QuantRule:
     """The rule for a stacked tensor; only the token table has inputs to learn a better one from."""
     kind, solver = "matrix" if stack in MATRICES else "embed", config.quantiser
-    qmax = config.embed_qmax if kind == "embed" else (
-        config.attn_qmax if stack in MATRICES[:2] else config.mlp_qmax)
-    clips = numbers(name := f"{kind}_clip_sigmas", getattr(config, name))
-    if solver == "nearest_tables":
-        solver = "gptq" if stack in MATRICES else "nearest"
-    if stack not in (*MATRICES, "embed"):
+    qmax = getattr(config, {"qkv": "attn", "out": "attn", "up": "mlp", "down": "mlp"}.get(
+        stack, "embed") + "_qmax")
+    if kind == "embed" and (stack != kind or solver == "gptq_matrices"):
         solver = "nearest"
-    return QuantRule(127 if solver == "rate" else qmax, solver, tuple(clips))
+    clips = numbers(name := f"{kind}_clip_sigmas", getattr(config, name))
+    return QuantRule(127 if solver == "rate" else qmax, solver.removesuffix("_matrices"), clips)
 
 def row_scales(w_RC: Tensor, clip: float, qmax: int, widen: float = 1.0,
                floor: float = 0.0) -> Tensor:
@@ -1929,18 +1904,14 @@ MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_
                   "logit_softcap", "num_loops", "loop_start", "loop_end", "residual", "max_skips",
                   "ve_layers", "num_value_embeds", "prog_depth", "cross_repeat")
 
-def require_compressor(config: Config) -> None:
-    """Raises ConfigError where the codec is missing, before time goes into a model for it."""
+def codec_of(config: Config) -> str:
+    """The coder of levels in use. Raises: ConfigError if time would go into a model without it."""
     with contextlib.suppress(ImportError):
         from brotli import Decompressor
         if hasattr(Decompressor, "can_accept_more_data"):
-            return
+            missing = config.compressor == "zstd" and not importlib.util.find_spec("zstandard")
+            return "brotli" if missing else config.compressor
     raise ConfigError(f"COMPRESSOR={config.compressor} needs: pip install -U 'brotli>=1.2'")
-
-def codec_of(config: Config) -> str:
-    """The coder of levels in use."""
-    missing = config.compressor == "zstd" and not importlib.util.find_spec("zstandard")
-    return "brotli" if missing else config.compressor
 
 def compress(data: np.ndarray | bytes, codec: str = "brotli") -> bytes:
     """Bytes, or those of an array, as a brotli or zstd stream."""
@@ -1952,14 +1923,16 @@ def compress(data: np.ndarray | bytes, codec: str = "brotli") -> bytes:
 
 def decompress(data: bytes, shape: Sequence[int], codec: str = "brotli") -> np.ndarray:
     """The inverse of `compress`, int8. Raises: ArtifactError unless just the shape comes out."""
-    import brotli
-    decoder, size, out = brotli.Decompressor(), math.prod(shape), b""
-    if codec == "zstd":
-        from zstandard import ZstdDecompressor
+    size, out, whole = math.prod(shape), b"", True
     with contextlib.suppress(Exception):  # one byte more, not whatever it would expand to
-        out = (ZstdDecompressor().stream_reader(data).read(size + 1) if codec == "zstd"
-               else decoder.process(data, output_buffer_limit=size + 1))
-    if len(out) != size or not (codec == "zstd" or decoder.is_finished()):
+        if codec == "zstd":
+            from zstandard import ZstdDecompressor
+            out = ZstdDecompressor().stream_reader(data).read(size + 1)
+        else:
+            from brotli import Decompressor
+            out = (decoder := Decompressor()).process(data, output_buffer_limit=size + 1)
+            whole = decoder.is_finished()
+    if len(out) != size or not whole:
         raise ArtifactError(f"a {codec} stream does not decode to {size} bytes")
     return np.frombuffer(out, np.int8).reshape(shape)
 
@@ -2163,8 +2136,8 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
     base = quantise(model, hessians, world, known=known) if config.prune else None
     for _ in range(20):
         begin = time.perf_counter()
-        quantised = prune_ones(base, at) if base else quantise(
-            model, hessians, world, 2**at, known)
+        quantised = (prune_ones(base, at) if base else
+                     quantise(model, hessians, world, 2**at, known))
         solved = time.perf_counter()
         blob = encode_artifact(quantised, config, plan) if world.is_main else b""
         log.put("quantisation", seconds_solve=round(solved - begin, 2),
@@ -2892,13 +2865,12 @@ def prepare(config: Config, world: World) -> Setup:
     """Everything that can fail before paid time: files, packages, attention, logs."""
     torch.set_float32_matmul_precision("high")
     batch_shape(config, world.size)
-    require_compressor(config)
-    # Weights, gradient, two moments and average, four bytes each.
-    needed = sum(20 * shape.numel() for kind in expected_shapes(config) for shape in kind.values())
+    codec_of(config)
     memory = (torch.cuda.get_device_properties(world.device).total_memory if world.is_cuda else
               os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    require(needed <= memory, "num_value_embeds", config.num_value_embeds, "less, or MODEL_DIM "
-            f"({config.model_dim}): {needed >> 30} of {memory >> 30} GiB would be needed")
+    numbers = sum(shape.numel() for kind in expected_shapes(config) for shape in kind.values())
+    require(20 * numbers <= memory, "num_value_embeds", config.num_value_embeds,  # with moments
+            f"less, or MODEL_DIM ({config.model_dim}): above {memory >> 30} GiB in all")
     val, source, packed = ValStream.load(config), program_source(), packed_program()
     data, total, cap = data_facts(config, val), len(packed), config.artifact_cap_bytes
     if config.eval_only:
@@ -3053,13 +3025,10 @@ def describe_config(config: Config, world: World) -> str:
         lines.append(f"plan {plan.name}: {plan.describe()} "
                      f"{flops_per_token(config, plan) / 1e6:.1f} MFLOP per token")
         for number, (block, again, form, skip_row, skip_from) in enumerate(plan.visits):
-            facts = {
-                form.residual + " xsa" * form.exclusive: 1,
-                f"skip {skip_row} from visit {skip_from}": skip_row >= 0,
-                "value embedding": block in config.ve_blocks,
-                f"{config.num_value_embeds} value tables": config.num_value_embeds,
-                "loop embedding": config.cross_repeat,
-                "its last output": config.cross_repeat and again}
+            facts = {form: True, f"skip {skip_row} from visit {skip_from}": skip_row >= 0,
+                     f"{config.num_value_embeds} value tables": config.num_value_embeds,
+                     "loop embedding": config.cross_repeat, "value embedding": block in
+                     config.ve_blocks, "its last output": config.cross_repeat and again}
             kind = ", ".join(text for text, holds in facts.items() if holds)
             lines.append(f"  visit {number:>2}: block {block} pass {again} {kind}")
     with torch.device("meta"):

@@ -402,7 +402,7 @@ def test_old_brotli_is_noticed_before_training(config: golf.Config,
 
     monkeypatch.setattr(brotli, "Decompressor", Decompressor)
     with pytest.raises(golf.ConfigError, match=r"brotli.*1\.2"):
-        golf.require_compressor(config)
+        golf.codec_of(config)
 
 
 def write_artifact(config: golf.Config, path: Path, plan: str = "looped") -> Path:

@@ -292,12 +292,12 @@ def test_bfloat16_stays_near_float32(config: golf.Config) -> None:
 
 def test_rotation_has_a_row_for_every_position() -> None:
     tables = golf.rotary_tables(2048, 16, 10_000.0)
-    assert torch.unique(torch.cat(tables, dim=1), dim=0).shape[0] == 2048
+    assert torch.unique(torch.cat([*tables], dim=1), dim=0).shape[0] == 2048
     for position in (0, 1, 257, 2047):
         for i in range(8):
             angle = position * 10_000.0 ** (-2 * i / 16)
-            assert tables.cos[position, i].item() == pytest.approx(math.cos(angle), abs=1e-6)
-            assert tables.sin[position, i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert tables[0, position, i].item() == pytest.approx(math.cos(angle), abs=1e-6)
+            assert tables[1, position, i].item() == pytest.approx(math.sin(angle), abs=1e-6)
 
 
 def test_rotation_keeps_length_and_depends_on_distance_alone() -> None:

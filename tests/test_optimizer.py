@@ -187,11 +187,14 @@ def test_every_weight_is_in_exactly_one_group(config: golf.Config) -> None:
     assert in_muon == golf.count_parameters(model)["matrix"][1]
 
 
-def test_parameter_without_a_group_is_refused(config: golf.Config) -> None:
+def test_parameter_without_a_group_cannot_be(config: golf.Config) -> None:
+    """What is neither matrix nor table trains with the scalars, and is stored with them."""
     model = golf.GPT(config, golf.sdpa_attend)
     model.extra = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(TypeError, match="group"):
-        golf.Optimizer(model, config, golf.World())
+    optimizer = golf.Optimizer(model, config, golf.World())
+    assert any(p is model.extra for p in optimizer.adam.param_groups[1]["params"])
+    assert any(p is model.extra for p in optimizer.replicated)
+    assert model.vectors()["extra"] is model.extra
 
 
 def test_gradients_are_cleared_and_a_zero_rate_changes_nothing(config: golf.Config) -> None:

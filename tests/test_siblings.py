@@ -100,7 +100,7 @@ def test_published_depths(name: str, switches: list[tuple[float, int]]) -> None:
 @pytest.mark.parametrize("name", ["pr1453", "pr895"])
 def test_exclusive_attention_follows_the_last_four_visits(name: str) -> None:
     for plan in golf.depth_plans(preset(name)):
-        flags = [visit.form.exclusive for visit in plan.visits]
+        flags = ["xsa" in visit.form for visit in plan.visits]
         assert flags == [False] * (len(flags) - 4) + [True] * 4
 
 
@@ -264,7 +264,7 @@ def test_padded_heads_keep_the_scale_of_their_own_width() -> None:
     weights = golf.BlockWeights(w_qkv / 15, torch.eye(220), torch.empty(0), torch.empty(0),
                                 torch.empty(0), torch.tensor([1.5, 2.0]), torch.ones(()))
     rotary = golf.rotary_tables(9, 110, 1e4)
-    found = golf.attention(x, weights, golf.BlockForm("serial", False), rotary, attend, None)
+    found = golf.attention(x, weights, "serial", rotary, attend, None)
     assert seen == [(1, 9, 2, 112)]
     for h, gain in enumerate((1.5, 2.0)):
         q, k, v = ((x[0].double() @ (w_qkv / 15).double()[i * 220 + h * 110:][:110].T)

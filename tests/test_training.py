@@ -319,11 +319,11 @@ def test_loss_that_is_not_finite_ends_training(config: golf.Config, log: SilentL
     trainer = make_trainer(config, log)
     honest = trainer.take_step
 
-    def poisoned(step: int, plan: golf.DepthPlan, progress: float, batches: list[Tensor]) -> float:
-        if step == 2:
+    def poisoned(plan: golf.DepthPlan, progress: float, batches: list[Tensor]) -> None:
+        if trainer.state.step == 2:
             with torch.no_grad():
                 trainer.model.q_gain[0, 0] = math.inf
-        return honest(step, plan, progress, batches)
+        honest(plan, progress, batches)
 
     monkeypatch.setattr(trainer, "take_step", poisoned)
     with pytest.raises(golf.TrainingError, match=r"^step 4: .*nan") as error:

@@ -180,7 +180,7 @@ def check_brotli(pod: Pod, config: Config) -> Iterator[Check]:
     import train_gpt
 
     try:
-        train_gpt.require_compressor(config)
+        train_gpt.codec_of(config)
     except train_gpt.GolfError as error:
         yield fail("codec", str(error), "pip install 'brotli>=1.2'")
     else:
