@@ -40,7 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -248,8 +248,8 @@ class Config:
     @property
     def depth_schedule(self) -> list[tuple[float, int]]:
         """Progress until which, and how often, the loop segment is passed."""
-        flat = numbers("prog_depth", self.prog_depth)
-        flat = flat or [self.enable_looping_at, 1, 1, self.num_loops + 1]
+        flat = numbers("prog_depth", self.prog_depth) or [
+            self.enable_looping_at, 1, 1, self.num_loops + 1]
         return [(until, int(passes)) for until, passes in zip(flat[::2], flat[1::2], strict=False)]
 
     @property
@@ -669,10 +669,9 @@ class TrainLoader:
     def enter_epoch(self, epoch: int) -> None:
         """Draws boundaries and order of the windows of one pass: rows of a shard and a start.
         Coprime: in each shard at a stride, and shards are drawn by what is left in them."""
-        order, seeds, starts, keys = self.config.train_order, [self.config.seed, epoch], [], []
-        if order == "coprime":
-            seeds.append(int(self.ends_sha256[:8], 16))
-        rng = np.random.Generator(np.random.PCG64(seeds))
+        order, starts, keys = self.config.train_order, [], []
+        contents = [int(self.ends_sha256[:8], 16)] * (order == "coprime")
+        rng = np.random.Generator(np.random.PCG64([self.config.seed, epoch, *contents]))
         for number, shard in enumerate(self.shards):
             count, spare = divmod(max(0, shard.size - 1), self.seq_len)
             phase, places = rng.integers(spare + 1) * (order != "sequential"), np.arange(count)
@@ -812,14 +811,10 @@ Site = Literal["qkv", "out", "up", "down", "head"]
 SITES: tuple[Site, ...] = typing.get_args(Site)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q_BTHK, k_BTGK, v_BTGK -> y_BTHK, causal
 Tap = Callable[[Site, Tensor, Tensor], Tensor]  # input and output of a layer -> output to use
-
-class Adapter(Protocol):
-    """Sees every linear layer and may change its output. `visit` counts; the head is -1."""
-    def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor: ...
+Adapter = Callable[[int, int, Site, Tensor, Tensor], Tensor]  # that of visit, block (head: -1, -1)
 
 class Visit(NamedTuple):
-    """One virtual layer: a physical block, which pass over it, and the skip that precedes it.
-    Where two lanes have parted, its skip enters neither, that of attention, or both."""
+    """One virtual layer: a physical block, which pass over it, and the skip that precedes it."""
     block: int
     pass_number: int
     form: str  # serial, or RESIDUAL; and xsa where self attention is exclusive
@@ -889,8 +884,7 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), (x.shape[-1],), eps=NORM_EPS).to(x.dtype)
 
 def rotary_tables(num_positions: int, rotated_dims: int, base: float) -> Tensor:
-    """Cosines and sines for positions from 0, float32 (2, T, half the rotated dimensions); angles
-    are float64, in which every position is exact."""
+    """Cosines and sines, (2, T, half the dimensions); angles are float64, where all are exact."""
     exponent = -torch.arange(0, rotated_dims, 2, dtype=torch.float64) / rotated_dims
     angle = torch.outer(torch.arange(num_positions, dtype=torch.float64), base**exponent)
     return torch.stack([angle.cos(), angle.sin()]).float()
@@ -1052,7 +1046,8 @@ class GPT(nn.Module):
 
     def vectors(self) -> dict[str, nn.Parameter]:
         """The tensors that stay floating-point numbers; Muon trains one of them, ve_proj."""
-        return {name: p for name, p in self.named_parameters() if name not in self.stacks()}
+        stacks = self.stacks()
+        return {name: p for name, p in self.named_parameters() if name not in stacks}
 
     def block_weights(self) -> list[BlockWeights]:
         # A scale of outputs goes into the weights: rows of them are few, rows of a batch are many.
@@ -1093,8 +1088,7 @@ class GPT(nn.Module):
             terms = [*zip(sources, *scales[number:number + 1], strict=True)]
             if repeats and again:
                 terms.append((outputs[number - segment], repeats[block][again - 1]))
-            if visit.form.startswith("two"):
-                lane = lane or [x.view_as(x)]
+            lane = lane or [x.view_as(x)] * visit.form.startswith("two")
             tap = functools.partial(adapter, number, block) if adapter else None
             stream = Stream(x.view_as(x), x0, skip, tuple(terms), values.get(block, ()),
                             tuple(lane))  # one tensor twice would be another graph
@@ -1208,8 +1202,7 @@ def maybe_compile(function: Callable, config: Config) -> Callable:
 #   M matrices of one shape, laid wide   R rows   C columns (R <= C)
 
 def lr_scale(config: Config, step: float, progress: float) -> float:
-    """1 until the last share of the run, then linear down to the floor. The share may be that of
-    some steps, as long as those until now."""
+    """1, then linear down to the floor over a share of the run, or steps as long as until now."""
     iters = config.warmdown_iters * progress / max(step, 1)
     return max(config.min_lr, min(1.0, (1 - progress) / max(iters or config.warmdown_frac, 1e-9)))
 
@@ -1832,16 +1825,16 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
         floats[f"{name}.column"] = world.sum_(columns).view(stack[..., 0, :].shape)
     return QuantisedModel(integers, {name: t.half().cpu() for name, t in floats.items()})
 
-def prune_ones(quantised: QuantisedModel, share: float) -> QuantisedModel:
-    """The model without the ones of that share of matrix rows, finest first."""
-    scales, integers = quantised.floats, dict(quantised.integers)
-    order = torch.cat([scales[f"{name}.scale"].flatten() for name in MATRICES]).argsort(stable=True)
-    chosen, last = order.argsort() < share * len(order), 0
-    for name in MATRICES:
-        first, last = last, last + scales[f"{name}.scale"].numel()
-        rows = chosen[first:last].view(integers[name].shape[:-1])
-        integers[name] = integers[name] * ~((integers[name].abs() == 1) & rows[..., None])
-    return quantised._replace(integers=integers)
+def prune_ones(quantised: QuantisedModel, share: float) -> int:
+    """Makes zeros of the ones in that share of matrix rows, finest first; their number."""
+    scales = [quantised.floats[f"{name}.scale"].flatten() for name in MATRICES]
+    place, count = torch.cat(scales).argsort(stable=True).argsort(), 0
+    for name, rows in zip(MATRICES, place.split([*map(len, scales)]), strict=True):
+        q = quantised.integers[name]
+        ones = (q.abs() == 1) & (rows.view(q.shape[:-1])[..., None] < share * len(place))
+        count += int(ones.sum())
+        q[ones] = 0
+    return count
 
 def stored_weights(quantised: QuantisedModel, name: str) -> Tensor:
     """The float32 stack that the integers, row scales and column scales of `name` stand for."""
@@ -2132,38 +2125,37 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
     config, known, code_bytes = model.config, dict[str, tuple](), len(packed_program())
     cap, floor = config.artifact_cap_bytes, -3.0 if config.quantiser == "rate" else 0.0
     margin, low, high, at = min(5000, cap // 200), floor - 1, math.inf, 0.0
+    most = 1.0 if config.prune else 99.0  # all rows, or no bound
     slope, last = -sum(p.numel() for p in model.stacks().values()) / 8, (math.inf, 0)
-    base = quantise(model, hessians, world, known=known) if config.prune else None
     for _ in range(20):
         begin = time.perf_counter()
-        quantised = (prune_ones(base, at) if base else
-                     quantise(model, hessians, world, 2**at, known))
+        quantised = quantise(model, hessians, world, 1 if config.prune else 2**at, known)
+        pruned = prune_ones(quantised, at) if config.prune else 0
         solved = time.perf_counter()
         blob = encode_artifact(quantised, config, plan) if world.is_main else b""
         log.put("quantisation", seconds_solve=round(solved - begin, 2),
                 seconds_encode=round(time.perf_counter() - solved, 2))
         over = int(world.decide(code_bytes + len(blob))[0]) - cap
-        what = f"ones pruned in {at:.2%} of rows" if base else f"steps x{2**at:.4f}"
+        what = f"{pruned:,} pruned ones" if config.prune else f"steps x{2**at:.4f}"
         log.line(f"fit: {what} leave {-over:,} bytes unused")
         if over <= 0:
-            best, high, used = (quantised, blob), at, what
+            best, high, used = (quantised, blob), at, (what, pruned)
         else:
             low = at
-        if not config.fit or -margin < over <= 0 or high <= floor or (base and low >= 1):
+        if not config.fit or -margin < over <= 0 or high <= floor or low >= most:
             break
         if math.isfinite(last[0]):
             slope = min((over - last[1]) / (at - last[0]), 0.1 * slope)
         last, at = (at, over), at - max(-3, min(3, (over + margin / 2) / slope))
-        at = max(floor, min(at, 1.0) if base else at)
+        at = max(floor, min(at, most))
         at = at if low < at < high else (low + high) / 2
     if high == math.inf:
         raise ArtifactError(f"artifact is {over:,} bytes over ARTIFACT_CAP_BYTES ({cap:,}), "
                             f"even with {what} (FIT={config.fit:d})")
     if floor == 0.0 < high:
-        log.warn(f"the preset's clip widths do not fit the cap: {used}")
-    log.put("quantisation", clip_widening=1.0 if base else round(2**high, 5), pruned=sum(
-        int((q != best[0].integers[name]).sum()) for name, q in base.integers.items())
-        if base else 0)
+        log.warn(f"the preset's clip widths do not fit the cap: {used[0]}")
+    log.put("quantisation", clip_widening=1.0 if config.prune else round(2**high, 5),
+            pruned=used[1])
     return best
 
 def save_artifact(path: Path, blob: bytes, found: QuantisedModel, model: GPT, log: RunLog) -> None:
