@@ -174,8 +174,7 @@ class Config:
     gptq_calibration_batches: int = within(64, 0, 10**7)  # of micro_batch_tokens, all ranks
     max_quant_gap_bpb: float = within(0.05, 0, 100)  # a larger loss by quantisation is no result
     gptq_damp: float = within(0.03, 1e-6, 1)  # of the mean Hessian diagonal
-    # Clips as given, or steps by their effect per bit; tables, or all, only rounded to nearest.
-    quantiser: Literal["gptq", "rate", "gptq_matrices", "nearest"] = "rate"
+    quantiser: Literal["gptq", "rate", "gptq_matrices", "nearest"] = "rate"  # rate: per bit
     compressor: Literal["brotli", "ans", "zstd"] = "ans"  # zstd: brotli where not installed
     fit: bool = True  # one factor on all steps fits the artifact to its cap
     prune: bool = False  # instead, as many ones of the finest rows of matrices become zeros

@@ -797,12 +797,13 @@ def runs_on_gpus(config: Config, logs: Path) -> list[Run]:
     """Complete runs of this model on GPUs, newest first."""
     import train_gpt
 
-    found = []
+    found, default = [], train_gpt.Config()  # what a log older than a setting has for it
     for path in logs.glob("*.json"):
         with contextlib.suppress(RunError):
             run = read_result(path) if not path.name.startswith(NOT_A_RUN) else Run("")
-            same = all(run.get(f"config.{name}") == getattr(config, name)
-                       for name in train_gpt.MODEL_SETTINGS)
+            logged = {name: run.get(f"config.{name}") for name in train_gpt.MODEL_SETTINGS}
+            same = all((getattr(default, name) if value is None else value)
+                       == getattr(config, name) for name, value in logged.items())
             if same and run.text("status") == "complete" and run.number("hardware.gpus"):
                 found.append(run)
     return sorted(found, key=lambda run: run.text("started") or "", reverse=True)
