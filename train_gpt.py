@@ -546,6 +546,7 @@ def environment_facts(world: World) -> dict[str, object]:
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 BOS_ID = 1
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a leading space
+CASE_OPERATOR = "\ue001"  # a piece of tokenizers of text whose capitals are operators
 
 def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
     """The uint16 ids of a shard, mapped, below `vocab_size` if given. Raises: DataError."""
@@ -676,9 +677,10 @@ def bytes_of_targets(previous: np.ndarray, target: np.ndarray, table: TokenBytes
     return table.base[target] + (table.leading_space[target] & ~table.boundary[previous])
 
 class ValStream:
-    """The validation tokens in order, and the bytes of every target: any token but the first."""
+    """The validation tokens in order, and the bytes of every target: any token but the first.
+    Where the text was transformed, a side-car says which raw bytes each token stands for."""
     def __init__(self, tokens: np.ndarray, table: TokenBytes, seq_len: int,
-                 keep_tail: bool = False) -> None:
+                 keep_tail: bool = False, sidecar: np.ndarray | None = None) -> None:
         whole = max(0, tokens.size - 1) // seq_len * seq_len  # the tail fills no sequence
         self.num_targets = tokens.size - 1 if keep_tail else whole
         if not whole:
@@ -687,18 +689,28 @@ class ValStream:
         self.num_documents = int((self.tokens == BOS_ID).sum())
         self.document_starts = np.union1d(0, np.flatnonzero(self.tokens[:-1] == BOS_ID))
         self.document_stops = np.append(self.document_starts[1:], self.num_targets)
-        self.target_bytes = bytes_of_targets(self.tokens[:-1], self.tokens[1:], table)
-        self.num_bytes = int(self.target_bytes.sum())
+        self.transformed = sidecar is not None
+        self.target_bytes = (bytes_of_targets(self.tokens[:-1], self.tokens[1:], table)
+                             if sidecar is None else sidecar[1:self.num_targets + 1])
+        self.num_bytes = int(self.target_bytes.sum(dtype=np.int64))
         if not self.num_bytes:
             raise DataError(f"validation stream of {self.num_targets} targets holds no text")
 
     @classmethod
     def load(cls, config: Config) -> ValStream:
         """The stream of the configured dataset. Raises: DataError."""
-        table = token_bytes(load_tokenizer(config.tokenizer_file, config.vocab_size))
-        shards = find_shards(config.dataset_dir, "val")
+        folder, sidecar = config.dataset_dir, None
+        tokenizer = load_tokenizer(config.tokenizer_file, config.vocab_size)
+        shards = find_shards(folder, "val")
         tokens = np.concatenate([read_shard(path, config.vocab_size) for path in shards])
-        return cls(tokens, table, config.eval_seq_len, config.val_tail)
+        if not tokenizer.is_unknown(tokenizer.piece_to_id(CASE_OPERATOR)):
+            shards = find_shards(folder, "val_bytes")  # the token table would count operators
+            sidecar = np.concatenate([read_shard(path) for path in shards])
+            if sidecar.size != tokens.size or sidecar[tokens == BOS_ID].any():
+                raise DataError(f"{folder}: {sidecar.size} byte counts in val_bytes shards, must "
+                                f"be {tokens.size}, and none for the starts of documents")
+        table = token_bytes(tokenizer)
+        return cls(tokens, table, config.eval_seq_len, config.val_tail, sidecar)
 
 # ==================================================================================================
 # 4  Model
@@ -2615,13 +2627,13 @@ def evaluate_mixture(scorer: Scorer) -> Score:
 # The story: checks before any paid time, training, quantisation, one file, and from there on only
 # that file. Every error that a user can act on ends the program with one line.
 
-OFFICIAL_VAL_TARGETS = 40_540_160  # whole sequences of 2,048
+OFFICIAL_VAL_TARGETS = 40_540_160, 47_851_520  # whole sequences; with case operators
 OFFICIAL_VAL_BYTES = range(151_070_000, 151_090_000)  # tokenizers truncate at different places
 Setup = tuple[Config, World, RunLog, Attend, ValStream, Start]  # known before the clock starts
 
 def is_official(val: ValStream) -> bool:
     """Whether these are the competition's targets, with the tail that fills no sequence or not."""
-    return val.num_targets // 2048 * 2048 == OFFICIAL_VAL_TARGETS
+    return val.num_targets // 2048 * 2048 == OFFICIAL_VAL_TARGETS[val.transformed]
 
 def resolve_track(config: Config, world: World, val: ValStream, attention: str) -> str:
     """The track of the run. Raises: ConfigError if it claims 10min_16mb and cannot be on it."""
@@ -2772,12 +2784,13 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         if stopped:
             log.result["ttt_stopped_at"] = stopped
             log.warn(f"test-time training made scores worse: stopped after {stopped} targets")
-    full = full or score.seconds * OFFICIAL_VAL_TARGETS / RECORD_RANKS * world.size / targets
+    most = OFFICIAL_VAL_TARGETS[val.transformed] / targets
+    full = full or score.seconds * most / RECORD_RANKS * world.size
     if config.mixer == "legal":
         mixed, headline = evaluate_mixture(scorer), "mixer"
         log_score(log, headline, "quantized_mixture", mixed)
         score = mixed._replace(seconds=score.seconds + mixed.seconds)
-        full += mixed.seconds * OFFICIAL_VAL_TARGETS / targets
+        full += mixed.seconds * most
     # The strict clock runs from opening the file on, the lenient one in the headline alone.
     strict = time.perf_counter() - begin + scorer.earlier_seconds
     log.put("clocks", eval_seconds_strict=strict, eval_seconds_lenient=score.seconds,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,37 @@ def test_sidecar_states_the_bytes_of_the_raw_text(dataset: Path) -> None:
     assert manifest["transform"] == "caseops"
     assert manifest["val_raw_bytes"] == counts.sum()
     assert prepare_data.main(["verify", str(dataset)]) == 0
+
+
+def stream_of(dataset: Path, model: Path) -> golf.ValStream:
+    return golf.ValStream.load(golf.Config.from_env({
+        "DATA_PATH": str(dataset), "TOKENIZER_PATH": str(model), "VOCAB_SIZE": "420",
+        "EVAL_SEQ_LEN": "16", "EVAL_STRIDE": "8", "TTT_CHUNK_SIZE": "8"}))
+
+
+def test_trainer_counts_raw_bytes(dataset: Path, model: Path) -> None:
+    stream = stream_of(dataset, model)
+    assert stream.transformed
+    assert stream.num_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert not stream.target_bytes[stream.tokens[1:] == golf.BOS_ID].any()
+
+
+@pytest.mark.parametrize("harm", ["missing", "short", "counts a start"])
+def test_trainer_refuses_transformed_shards_without_their_bytes(
+        dataset: Path, model: Path, tmp_path: Path, harm: str) -> None:
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    first, *_ = sorted(copy.glob("*_val_bytes_*"))
+    counts = golf.read_shard(first).copy()
+    if harm == "missing":
+        for path in copy.glob("*_val_bytes_*"):
+            path.unlink()
+    elif harm == "short":
+        prepare_data.write_shard(first, counts[1:])
+    else:
+        counts[0] = 1
+        prepare_data.write_shard(first, counts)
+    with pytest.raises(golf.DataError, match="val_bytes"):
+        stream_of(copy, model)
 
 
 def test_flag_without_a_tokenizer_to_train_is_an_error(model: Path, tmp_path: Path,

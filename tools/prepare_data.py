@@ -9,6 +9,7 @@ Every command but `verify` leaves, under --data-dir,
 
     datasets/<name>/fineweb_train_%06d.bin   training stream
     datasets/<name>/fineweb_val_%06d.bin     validation stream
+    datasets/<name>/fineweb_val_bytes_%06d.bin    raw bytes of its tokens, if text is transformed
     datasets/<name>/manifest.json            what the streams are: counts, bytes, hashes, source
     tokenizers/<tokenizer>.model
 
