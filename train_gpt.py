@@ -2180,9 +2180,18 @@ class Scorer:
         share = np.array_split(np.arange(len(windows.starts)), self.world.size)[self.world.rank]
         skipped, config = (windows.first_scored - windows.starts)[share], self.model.config
         for skip in np.unique(skipped):
-            group, rows = share[skipped == skip], self.rows
-            for part in map(windows.select, np.split(group, range(rows, len(group), rows))):
-                ledger.commit(part, self.predict(part, (rows, config.eval_seq_len), ledger))
+            left = share[skipped == skip]
+            while len(left):
+                part = windows.select(left[:self.rows])
+                try:
+                    nats_KBS = self.predict(part, (self.rows, config.eval_seq_len), ledger)
+                except torch.OutOfMemoryError:
+                    require(self.rows > 1, "eval_seq_len", config.eval_seq_len,
+                            "shorter: memory is full")
+                    self.rows //= 2
+                    continue
+                ledger.commit(part, nats_KBS)
+                left = left[self.rows:]
 
     def predict(self, windows: Windows, shape: tuple[int, int], ledger: ScoreLedger,
                 adapter: LowRank | None = None) -> Tensor:
@@ -2226,33 +2235,35 @@ class Audit:
     """Checks evaluations while they run: order in every batch, distributions in sampled ones."""
     def __init__(self, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.checked, self.worst = torch.zeros(2, len(CONDITIONS), dtype=torch.float64)
+        self.notes: list[tuple[str, int, float | Tensor]] = []  # read when all is over
         self.state: tuple[int, list[int]] = 0, []
         self.rows: dict[int, np.ndarray] = {}  # by target, what was sampled of every token, K, V
 
     def note(self, condition: str, checked: int, violation: float | Tensor) -> None:
-        index = CONDITIONS.index(condition)
-        self.checked[index] += checked
-        self.worst[index] = self.worst[index].maximum(torch.as_tensor(violation).cpu())
+        self.notes.append((condition, checked, violation))
 
+    @torch.no_grad()
     def observe(self, scorer: Scorer, ledger: ScoreLedger, windows: Windows, rows: Tensor,
                 nats_KBS: Tensor, adapter: LowRank | None) -> None:
-        """Looks at scores that are not committed yet: weights move only after a release."""
+        """Looks at scores that are not committed yet: weights move only after a release, or back
+        to fresh adapters where documents begin. Waits for the device in sampled batches only."""
+        if not ledger.num_commits:
+            self.rows = {}  # those of an earlier evaluation are nothing to mix
         weights = adapter.parameters if adapter else scorer.model.parameters()
         before, self.state = self.state, (ledger.num_releases, [p._version for p in weights])
-        starts = ledger.stream.document_starts
-        opened = adapter.pairs if adapter and windows.first_scored[0] in starts else []
-        stale = any(bool(b.any()) for _, b in opened)
-        moved = ledger.num_commits and before[1] != self.state[1] and before[0] == self.state[0]
-        self.note("c3_score_first", 1, float(moved and (stale or not opened)))
+        moved = ledger.num_commits > 0 and before[1] != self.state[1] and before[0] == self.state[0]
+        starts, stale = ledger.stream.document_starts, torch.tensor(False)
+        fresh = adapter is not None and windows.first_scored[0] in starts
+        if adapter and fresh:
+            stale = torch.stack(torch._foreach_norm([b for _, b in adapter.pairs])).any()
+        self.note("c3_score_first", 1, moved * (stale if fresh else 1.0))
         if ledger.by_document:  # no document starts inside a context, nor with another's adapter
             inside = np.searchsorted(starts, windows.stops)
             inside -= np.searchsorted(starts, windows.starts, "right")
-            self.note("documents_isolated", len(inside), float(stale or inside.max() > 0))
+            self.note("documents_isolated", len(inside), stale | bool(inside.max() > 0))
         if ledger.num_commits % AUDIT_EVERY == 0:
             self.sample(scorer, windows, rows, nats_KBS, adapter)
 
-    @torch.no_grad()
     def sample(self, scorer: Scorer, windows: Windows, rows: Tensor, nats_KBS: Tensor,
                adapter: LowRank | None) -> None:
         """Scores up to a drawn target again, with it, all that follows and other rows replaced."""
@@ -2275,26 +2286,27 @@ class Audit:
 
     def replay(self, stream: ValStream, kept_KT: np.ndarray, ledger: ScoreLedger,
                rows: dict[int, np.ndarray]) -> None:
-        """Mixes the first chunks again, and with a drawn target and all that follows replaced."""
+        """Mixes the beginning again, with its last probe's target and all that follows replaced."""
         for row_FV in rows.values():  # the mixture with the neural distribution, and without
             self.note("c2_normalised", 1, abs(np.exp(-row_FV).sum(1) - 1).max())
-        stop, altered = min(2 * MIX_CHUNK, stream.num_targets), copy.copy(stream)
-        drawn = int(torch.randint(stop, (), generator=self.generator))
-        row_KV, altered.tokens = next(iter(self.rows.values())), stream.tokens.copy()
-        altered.tokens[drawn + 1:] = torch.randint(
-            row_KV.shape[1], (stream.num_targets - drawn,), generator=self.generator).numpy()
-        changed_KT, probe = kept_KT[:, :stop].copy(), {drawn: row_KV}
-        changed_KT[0, drawn:] += 1  # as of other targets
-        same = mix(stream, kept_KT, stop, probe)
-        other = mix(altered, changed_KT, stop, probe)
-        moved = (same[0].nats != other[0].nats) | (same[0].nats != ledger.nats)
-        self.note("c1_causal", drawn, moved[:drawn].any())
-        self.note("c3_score_first", 1, float((same[1][drawn] != other[1][drawn]).any()))
+        first, row_KV, altered = min(rows), self.rows[min(rows)], copy.copy(stream)
+        stop = min((first // MIX_CHUNK + 1) * MIX_CHUNK, stream.num_targets)  # of its chunk
+        later, changed_KT = np.arange(stream.num_targets + 1) > first, kept_KT[:, :stop].copy()
+        altered.tokens = np.where(later, (stream.tokens + 1) % row_KV.shape[1], stream.tokens)
+        changed_KT[0, first:] += 1  # as of other targets
+        other, again = mix(altered, changed_KT, stop, {first: row_KV})
+        self.note("c1_causal", first, (other.nats != ledger.nats)[:first].any())
+        self.note("c3_score_first", 1, float((again[first] != rows[first]).any()))
 
     def report(self, world: World) -> dict[str, dict[str, object]]:
         """Of every condition that any rank checked: whether it held, how often, the worst case."""
-        counts, worst = world.combine(self.checked), world.combine(self.worst, dist.ReduceOp.MAX)
-        facts = zip(CONDITIONS, counts.tolist(), worst.tolist(), strict=True)
+        counts, worst = torch.zeros(2, len(CONDITIONS), dtype=torch.float64)
+        for condition, checked, violation in self.notes:
+            index = CONDITIONS.index(condition)
+            counts[index] += checked
+            worst[index] = worst[index].maximum(torch.as_tensor(violation).cpu())
+        facts = zip(CONDITIONS, world.combine(counts).tolist(),
+                    world.combine(worst, dist.ReduceOp.MAX).tolist(), strict=True)
         return {name: {"passed": most <= AUDIT_TOLERANCE, "checked": int(count), "worst": most}
                 for name, count, most in facts if count}
 
@@ -2306,9 +2318,8 @@ class Score(NamedTuple):
 
 def evaluate(scorer: Scorer, windows: Windows, by_document: bool = False) -> Score:
     """The score of a fixed model on all windows."""
-    ledger = scorer.open_ledger(by_document)
+    scorer.fixed = ledger = scorer.open_ledger(by_document)
     scorer.score(windows, ledger)
-    scorer.fixed = ledger
     return finish_score(scorer, ledger)
 
 def finish_score(scorer: Scorer, ledger: ScoreLedger) -> Score:
@@ -2605,8 +2616,12 @@ def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.
 def evaluate_mixture(scorer: Scorer) -> Score:
     """The score of a mixture on top of the last evaluation."""
     kept_KT, stream, audit = scorer.last.kept.cpu().numpy(), scorer.stream, scorer.audit
-    ledger, rows = mix(stream, kept_KT, stream.num_targets, audit.rows if audit else {})
-    if audit and audit.rows:
+    probes = audit.rows if audit else {}
+    if audit and probes:  # one more of the beginning, so that little is to be mixed again
+        early = torch.randint(min(2 * MIX_CHUNK, stream.num_targets), (), generator=audit.generator)
+        probes.setdefault(int(early), next(iter(probes.values())))
+    ledger, rows = mix(stream, kept_KT, stream.num_targets, probes)
+    if audit and probes:
         audit.replay(stream, kept_KT, ledger, rows)
     return finish_score(scorer, ledger)
 
@@ -2720,59 +2735,41 @@ def train_to_artifact(setup: Setup, path: Path) -> None:
     log_score(log, "averaged", "pre-quantization post-ema", score(plan))
     log.write_result("partial", "evaluating")
 
-def score_fixed(setup: Setup, scorer: Scorer, key: str, label: str, windows: Windows) -> Score:
-    """The logged score of the model as it is. Raises: TrainingError if quantisation lost much."""
-    config, _, log, *_ = setup
-    while True:
-        try:
-            score = evaluate(scorer, windows, key == "documents")
-            break
-        except torch.OutOfMemoryError:
-            require(scorer.rows > 1, "eval_seq_len", config.eval_seq_len, "shorter: memory is full")
-            scorer.rows //= 2
-            log.warn(f"out of memory: batches of {scorer.rows} windows from here on")
-    log_score(log, key, label, score)
-    if key == "quantised" and "averaged" in log.result["bpb"]:
-        gap = score.bits - log.result["bpb"]["averaged"]
-        log.put("quantisation", gap_bpb=gap)
-        if not gap <= config.max_quant_gap_bpb:
-            raise TrainingError(f"quantisation lost {gap:.4f} BPB, over MAX_QUANT_GAP_BPB; "
-                                f"{log.folder} keeps the weights")
-    return score
-
 def evaluate_artifact(setup: Setup, path: Path) -> None:
     """Scores what the file at `path` stands for; the last evaluation is the headline."""
     config, world, log, attend, val, _ = setup
-    begin, targets = time.perf_counter(), val.num_targets
+    begin, targets, length = time.perf_counter(), val.num_targets, config.eval_seq_len
     torch._dynamo.reset()  # what training compiled would be missing on the clock
-    by_document = config.ttt_mode == "documents"
     model, plan = load_artifact(path, config, world, attend)
     scorer = Scorer(model, plan, val, world, Audit(config.seed) if config.audit else None)
-    seq_len, stride = config.eval_seq_len, config.eval_stride
-    sliding = sliding_windows(targets, seq_len, stride)
-    plans = [("quantised", "quantized", sliding_windows(targets, seq_len, seq_len))]
-    if config.sliding_window_enabled:
-        plans += [("sliding", "quantized_sliding_window", sliding)]
-    if by_document:
-        plans += [("documents", "quantized_documents", document_windows(val, seq_len, seq_len))]
-    views = len(TEMPERED) * (config.mixer != "off")
-    for number, (headline, label, windows) in enumerate(plans, 1 - config.ttt_enabled):
-        scorer.views = views * (number == len(plans))  # of the headline only
-        score = score_fixed(setup, scorer, headline, label, windows)
-    scorer.views = views
-    full = project_documents(scorer) if by_document and config.ttt_enabled else 0.0
-    if config.ttt_enabled:
-        headline = f"ttt_{config.ttt_mode}"
-        text = config.config_hash + program_source()  # with the artifact, what the scores are of
-        mark = digest(path.read_bytes() + text.encode())[:16]
-        score = (evaluate_documents(scorer, f"{log.folder}/ledger_{mark}") if by_document
-                 else evaluate_adapting(scorer, sliding))
-        log_score(log, headline, "quantized_ttt", score)
-        stopped = int(world.combine(torch.tensor(scorer.stopped_at), dist.ReduceOp.MAX))
-        if stopped:
-            log.result["ttt_stopped_at"] = stopped
-            log.warn(f"test-time training made scores worse: stopped after {stopped} targets")
+    scorer.views = len(TEMPERED) * (config.mixer == "legal")
+    text = config.config_hash + program_source()  # with the artifact, what the scores are of
+    prefix = f"{log.folder}/ledger_{digest(path.read_bytes() + text.encode())[:16]}"
+    sliding = sliding_windows(targets, length, config.eval_stride)
+    by_document, learns = config.ttt_mode == "documents", config.ttt_enabled
+    table: list[tuple] = [  # whether it is wanted, key, label of published logs, function, inputs
+        (True, "quantised", "quantized", evaluate, sliding_windows(targets, length, length)),
+        (config.sliding_window_enabled, "sliding", "quantized_sliding_window", evaluate, sliding),
+        (by_document, "documents", "quantized_documents", evaluate,
+         document_windows(val, length, length), True),
+        (learns and by_document, "ttt_documents", "quantized_ttt", evaluate_documents, prefix),
+        (learns and not by_document, "ttt_sgd", "quantized_ttt", evaluate_adapting, sliding)]
+    full = project_documents(scorer) if learns and by_document else 0.0
+    for wanted, key, label, function, *inputs in table:
+        if wanted:
+            score, headline = function(scorer, *inputs), key
+            log_score(log, key, label, score)
+        if key == "quantised" and (averaged := log.result["bpb"].get("averaged")):
+            log.put("quantisation", gap_bpb=(gap := score.bits - averaged))
+            if not gap <= config.max_quant_gap_bpb:
+                raise TrainingError(f"quantisation lost {gap:.4f} BPB, over MAX_QUANT_GAP_BPB; "
+                                    f"{log.folder} keeps the weights")
     full = full or score.seconds * OFFICIAL_VAL_TARGETS / RECORD_RANKS * world.size / targets
+    if scorer.rows < config.eval_rows:
+        log.warn(f"out of memory: batches of {scorer.rows} windows from here on")
+    if stopped := int(world.combine(torch.tensor(scorer.stopped_at), dist.ReduceOp.MAX)):
+        log.result["ttt_stopped_at"] = stopped
+        log.warn(f"test-time training made scores worse: stopped after {stopped} targets")
     if config.mixer == "legal":
         mixed, headline = evaluate_mixture(scorer), "mixer"
         log_score(log, headline, "quantized_mixture", mixed)
@@ -2791,12 +2788,13 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
 
 def describe_config(config: Config, world: World) -> str:
     """Settings, topology, parameters, operations and expected bytes, as text."""
+    micro_steps, sequences = batch_shape(config, world.size)
     lines = [f"{name.upper()}={int(value) if isinstance(value, bool) else value}"
              for name, value in asdict(config).items()]
     lines.append(f"config hash {config.config_hash}, differs: {config.differs() or None}")
     for plan in depth_plans(config):
-        lines.append(f"plan {plan.name}: {plan.describe()} "
-                     f"{flops_per_token(config, plan) / 1e6:.1f} MFLOP per token")
+        flops = flops_per_token(config, plan) / 1e6
+        lines.append(f"plan {plan.name}: {plan.describe()} {flops:.1f} MFLOP per token")
         for number, (block, pass_number, skip_row, skip_from) in enumerate(plan.visits):
             form = block_form(config, block)
             lines.append(f"  visit {number:>2}: block {block} pass {pass_number} {form.residual}"
@@ -2806,12 +2804,11 @@ def describe_config(config: Config, world: World) -> str:
         groups = count_parameters(GPT(config, sdpa_attend))
     lines += [f"{name}: {tensors} tensors, {count:,} parameters"
               for name, (tensors, count) in groups.items()]
-    micro_steps, sequences = batch_shape(config, world.size)
+    total, most = sum(count for _, count in groups.values()), config.artifact_cap_bytes
     return "\n".join([
-        *lines, f"total: {sum(count for _, count in groups.values()):,} parameters",
-        f"batch: {world.size} ranks x {micro_steps} micro-steps x {sequences} sequences x "
-        f"{config.train_seq_len} tokens", "expected artifact: "
-        f"{estimate_artifact_bytes(config):,} of {config.artifact_cap_bytes:,} bytes"])
+        *lines, f"total: {total:,} parameters", f"batch: {world.size} ranks x {micro_steps} "
+        f"micro-steps x {sequences} sequences x {config.train_seq_len} tokens",
+        f"expected artifact: {estimate_artifact_bytes(config):,} of {most:,} bytes"])
 
 def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
     """One run from settings to result. Raises: GolfError."""
