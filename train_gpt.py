@@ -2377,7 +2377,7 @@ class ChunkLearner:
 def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     """The score of a model that learns, along a cosine, from every chunk but the last."""
     stream, world, learner = scorer.stream, scorer.world, ChunkLearner(scorer)
-    ledger, num_targets = ScoreLedger(stream, world, views=scorer.views), stream.num_targets
+    ledger, num_targets = ScoreLedger(stream, world, False, scorer.views), stream.num_targets
     size = learner.config.ttt_chunk_tokens
     last_chunk = (num_targets - 1) // size
     for chunk in range(last_chunk + 1):
