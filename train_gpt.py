@@ -2165,17 +2165,14 @@ class Scorer:
 
     def __init__(self, model: GPT, plan: DepthPlan, stream: ValStream, world: World,
                  audit: Audit | None = None) -> None:
-        self.model, self.plan, self.stream, self.world = model, plan, stream, world
-        self.audit = audit
+        self.model, self.plan, self.audit = model, plan, audit
+        self.stream, self.world = stream, world
         self.tokens = torch.from_numpy(stream.tokens).to(world.device)
         self.earlier_seconds = 0.0  # of an evaluation that was interrupted and went on
         self.views = 0  # how many further facts of each score a mixture will want
         self.fixed: ScoreLedger | None = None  # of the last evaluation without learning, complete
         self.stopped_at = 0  # targets scored when learning was given up; 0: never
         self.rows = model.config.eval_rows  # windows of a batch, fewer where memory was short
-
-    def open_ledger(self, by_document: bool = False) -> ScoreLedger:
-        return ScoreLedger(self.stream, self.world, by_document, self.views)
 
     def harm(self, ledger: ScoreLedger, targets: np.ndarray, world: World) -> float:
         """Mean nats by which scores of these ranks are worse than those without learning were."""
@@ -2299,17 +2296,17 @@ class Audit:
 
     def replay(self, stream: ValStream, kept_KT: np.ndarray, ledger: ScoreLedger,
                rows: dict[int, np.ndarray]) -> None:
-        """Mixes the beginning again, with its last probe's target and all that follows replaced."""
+        """Mixes again up to the first probe, whose target and all that follows are replaced."""
         for row_FV in rows.values():  # the mixture with the neural distribution, and without
             self.note("c2_normalised", 1, abs(np.exp(-row_FV).sum(1) - 1).max())
-        first, row_KV, altered = min(rows), self.rows[min(rows)], copy.copy(stream)
+        first, row_KV = min(self.rows.items())
         stop = min((first // MIX_CHUNK + 1) * MIX_CHUNK, stream.num_targets)  # of its chunk
-        later, changed_KT = np.arange(stream.num_targets + 1) > first, kept_KT[:, :stop].copy()
-        altered.tokens = np.where(later, (stream.tokens + 1) % row_KV.shape[1], stream.tokens)
+        altered, changed_KT = copy.copy(stream), kept_KT[:, :stop].copy()
+        altered.tokens = (stream.tokens + (np.arange(len(stream.tokens)) > first)) % len(row_KV.T)
         changed_KT[0, first:] += 1  # as of other targets
         other, again = mix(altered, changed_KT, stop, {first: row_KV})
         self.note("c1_causal", first, (other.nats != ledger.nats)[:first].any())
-        self.note("c3_score_first", 1, float((again[first] != rows[first]).any()))
+        self.note("c3_score_first", 1, (again[first] != rows[first]).any())
 
     def report(self, world: World) -> dict[str, dict[str, object]]:
         """Of every condition that any rank checked: whether it held, how often, the worst case."""
@@ -2331,9 +2328,9 @@ class Score(NamedTuple):
 
 def evaluate(scorer: Scorer, windows: Windows, by_document: bool = False) -> Score:
     """The score of a fixed model on all windows."""
-    scorer.fixed = ledger = scorer.open_ledger(by_document)
-    scorer.score(windows, ledger)
-    return finish_score(scorer, ledger)
+    scorer.fixed = ScoreLedger(scorer.stream, scorer.world, by_document, scorer.views)
+    scorer.score(windows, scorer.fixed)
+    return finish_score(scorer, scorer.fixed)
 
 def finish_score(scorer: Scorer, ledger: ScoreLedger) -> Score:
     """The score of a complete ledger."""
@@ -2391,15 +2388,16 @@ class ChunkLearner:
 
 def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     """The score of a model that learns, along a cosine, from every chunk but the last."""
-    ledger, learner = scorer.open_ledger(), ChunkLearner(scorer)
-    num_targets, size = scorer.stream.num_targets, learner.config.ttt_chunk_tokens
+    stream, world, learner = scorer.stream, scorer.world, ChunkLearner(scorer)
+    ledger, num_targets = ScoreLedger(stream, world, False, scorer.views), stream.num_targets
+    size = learner.config.ttt_chunk_tokens
     last_chunk = (num_targets - 1) // size
     for chunk in range(last_chunk + 1):
         first, last = chunk * size, min((chunk + 1) * size, num_targets)
         scorer.score(windows.select(windows.first_scored // size == chunk), ledger)  # 1. predict
         tokens = ledger.released(first, last)  # 2. final
         mine = first + np.flatnonzero(ledger.scored[first:last])
-        if scorer.harm(ledger, mine, scorer.world) > MAX_HARM and not scorer.stopped_at:
+        if scorer.harm(ledger, mine, world) > MAX_HARM and not scorer.stopped_at:
             torch._foreach_copy_([p.data for p in learner.parameters], learner.artifact)
             scorer.stopped_at = last
         if chunk < last_chunk and not scorer.stopped_at:
@@ -2492,7 +2490,7 @@ def evaluate_documents(scorer: Scorer, prefix: str = "") -> Score:
     """The score when adapters of its own learn from each document, chunk by chunk.
     What files with a `prefix` hold of an interrupted evaluation by as many ranks is kept."""
     stream, world, adapters = scorer.stream, scorer.world, LowRank(scorer.model, scorer.plan)
-    ledger, rows = scorer.open_ledger(by_document=True), adapters.config.ttt_batch_size
+    ledger, rows = ScoreLedger(stream, world, True, scorer.views), adapters.config.ttt_batch_size
     path = Path(f"{prefix}_{world.rank}_of_{world.size}.npz")
     if prefix and path.is_file():
         scorer.earlier_seconds = ledger.resume(path)
@@ -2639,7 +2637,7 @@ def evaluate_mixture(scorer: Scorer) -> Score:
     return finish_score(scorer, ledger)
 
 HEDGE_BATCH, HEDGE_START = 8192, 10_000  # targets of a step of weights; counted before the first
-HEDGE_ROWS = ((0.1, 0), (0.1, 0), (0.01, 1))  # added to each count, and least sum of counts
+HEDGE_ROWS = (0.1, 0.1, 0.01), (0, 0, 1)  # of each order: added to counts, least sum of counts
 
 def hedge1453(scorer: Scorer) -> tuple[float, float]:
     """What PR 1453 calls nats per target, for comparison, and the mean mass over all tokens, at
@@ -2651,12 +2649,12 @@ def hedge1453(scorer: Scorer) -> tuple[float, float]:
     known_KT = scorer.last.kept.cpu().numpy().astype(np.float64)
     a, b, y = np.lib.stride_tricks.sliding_window_view(np.int64(padded), 3).T
     row_OT = np.stack([0 * b, b, (36313 * a ^ 27191 * b) % 65536])
-    counts = [np.zeros((rows, size + 1), np.float32) for rows in (1, size, 65536)]  # and their sum
+    counts = [np.zeros((rows, size + 1), np.int32) for rows in (1, size, 65536)]  # and their sum
     weights = np.array([2.0, 0, 0, 0, 0])  # logarithms; of model, three n-gram orders, entropy
 
     def costs(known_KN: np.ndarray, row_ON: np.ndarray, target_N: np.ndarray) -> np.ndarray:
         grams = [np.log((np.maximum(n[row, size], least) + add * size) / (n[row, target_N] + add))
-                 for n, row, (add, least) in zip(counts, row_ON, HEDGE_ROWS, strict=True)]
+                 for n, row, add, least in zip(counts, row_ON, *HEDGE_ROWS, strict=True)]
         return np.stack([known_KN[0], *grams, known_KN[1]])
 
     for first in range(0, len(y), HEDGE_BATCH):
@@ -2689,11 +2687,10 @@ def is_official(val: ValStream) -> bool:
 
 def resolve_track(config: Config, world: World, val: ValStream, attention: str) -> str:
     """The track of the run. Raises: ConfigError if it claims 10min_16mb and cannot be on it."""
-    official, claim = is_official(val), " for TRACK=10min_16mb"
-    if config.track == "non_record" or (
-            config.track == "auto" and not (official and world.size == RECORD_RANKS)):
+    official, eight, claim = is_official(val), world.size == RECORD_RANKS, " for TRACK=10min_16mb"
+    if config.track == "non_record" or (config.track == "auto" and not (official and eight)):
         return "non_record"
-    require(world.size == RECORD_RANKS, "world_size", world.size, f"{RECORD_RANKS}{claim}")
+    require(eight, "world_size", world.size, f"{RECORD_RANKS}{claim}")
     require(official, "val_targets", val.num_targets, f"{OFFICIAL_VAL_TARGETS}{claim}")
     require(config.compile and not torch._dynamo.config.disable, "compile", 0, f"1{claim}")
     require(attention not in ("flash", "math"), "attention", attention, f"fa3 or cudnn{claim}")
@@ -2890,11 +2887,10 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
             with contextlib.suppress(OSError):
                 log.write_result("partial", world.explain(error))
             raise
-        clocks = result["clocks"]
-        crossed = [f"{name.upper()}={getattr(config, name)} was crossed: {clocks[clock]:.1f}s"
-                   for name, clock in (("max_wallclock_seconds", "training_seconds"),
-                                       ("max_eval_seconds", "eval_seconds_strict"))
-                   if 0 < getattr(config, name) < clocks.get(clock, 0)]
+        crossed = [f"{name}={limit} was crossed: {seconds:.1f}s" for name, limit, clock in (
+            ("MAX_WALLCLOCK_SECONDS", config.max_wallclock_seconds, "training_seconds"),
+            ("MAX_EVAL_SECONDS", config.max_eval_seconds, "eval_seconds_strict"))
+            if 0 < limit < (seconds := result["clocks"].get(clock, 0))]
         log.write_result("complete", "; ".join(crossed) or "finished")
         if crossed and result["track"] == "10min_16mb":
             raise LegalityError(result["exit_reason"])
