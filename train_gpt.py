@@ -184,7 +184,7 @@ class Config:
     eval_stride: int = within(64, 1, 1 << 20)
     val_batch_tokens: int = within(524_288, 8, 1 << 23)  # eight ranks' share of a forward pass
     sliding_window_enabled: bool = False
-    mixer: Literal["off", "legal"] = "off"  # of the model with n-grams of scored tokens
+    mixer: Literal["off", "legal", "hedge1453"] = "off"  # of model and n-grams; 1453 only compares
     val_tail: bool = True  # 0: without the tail that fills no sequence, as the published runs
     max_eval_seconds: float = within(600.0, 1, 1e7)
     # Test-time training
@@ -626,6 +626,7 @@ def environment_facts(world: World) -> dict[str, object]:
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 BOS_ID = 1
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a leading space
+CASE_OPERATOR = "\ue001"  # a piece of tokenizers of text whose capitals are operators
 
 def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
     """The uint16 ids of a shard, mapped, below `vocab_size` if given. Raises: DataError."""
@@ -770,9 +771,10 @@ def bytes_of_targets(previous: np.ndarray, target: np.ndarray, table: TokenBytes
     return table.base[target] + (table.leading_space[target] & ~table.boundary[previous])
 
 class ValStream:
-    """The validation tokens in order, and the bytes of every target: any token but the first."""
+    """The validation tokens in order, and the bytes of every target: any token but the first.
+    Where the text was transformed, a side-car says which raw bytes each token stands for."""
     def __init__(self, tokens: np.ndarray, table: TokenBytes, seq_len: int,
-                 keep_tail: bool = False) -> None:
+                 keep_tail: bool = False, sidecar: np.ndarray | None = None) -> None:
         whole = max(0, tokens.size - 1) // seq_len * seq_len  # the tail fills no sequence
         self.num_targets = tokens.size - 1 if keep_tail else whole
         if not whole:
@@ -781,18 +783,28 @@ class ValStream:
         self.num_documents = int((self.tokens == BOS_ID).sum())
         self.document_starts = np.union1d(0, np.flatnonzero(self.tokens[:-1] == BOS_ID))
         self.document_stops = np.append(self.document_starts[1:], self.num_targets)
-        self.target_bytes = bytes_of_targets(self.tokens[:-1], self.tokens[1:], table)
-        self.num_bytes = int(self.target_bytes.sum())
+        self.transformed = sidecar is not None
+        self.target_bytes = (bytes_of_targets(self.tokens[:-1], self.tokens[1:], table)
+                             if sidecar is None else sidecar[1:self.num_targets + 1])
+        self.num_bytes = int(self.target_bytes.sum(dtype=np.int64))
         if not self.num_bytes:
             raise DataError(f"validation stream of {self.num_targets} targets holds no text")
 
     @classmethod
     def load(cls, config: Config) -> ValStream:
         """The stream of the configured dataset. Raises: DataError."""
-        table = token_bytes(load_tokenizer(config.tokenizer_file, config.vocab_size))
-        shards = find_shards(config.dataset_dir, "val")
+        folder, sidecar = config.dataset_dir, None
+        tokenizer = load_tokenizer(config.tokenizer_file, config.vocab_size)
+        shards = find_shards(folder, "val")
         tokens = np.concatenate([read_shard(path, config.vocab_size) for path in shards])
-        return cls(tokens, table, config.eval_seq_len, config.val_tail)
+        if not tokenizer.is_unknown(tokenizer.piece_to_id(CASE_OPERATOR)):
+            shards = find_shards(folder, "val_bytes")  # the token table would count operators
+            sidecar = np.concatenate([read_shard(path) for path in shards])
+            if sidecar.size != tokens.size or sidecar[tokens == BOS_ID].any():
+                raise DataError(f"{folder}: {sidecar.size} byte counts in val_bytes shards, must "
+                                f"be {tokens.size}, and none for the starts of documents")
+        table = token_bytes(tokenizer)
+        return cls(tokens, table, config.eval_seq_len, config.val_tail, sidecar)
 
 # ==================================================================================================
 # 4  Model
@@ -2365,17 +2377,14 @@ class Scorer:
 
     def __init__(self, model: GPT, plan: DepthPlan, stream: ValStream, world: World,
                  audit: Audit | None = None) -> None:
-        self.model, self.plan, self.stream, self.world = model, plan, stream, world
-        self.audit = audit
+        self.model, self.plan, self.audit = model, plan, audit
+        self.stream, self.world = stream, world
         self.tokens = torch.from_numpy(stream.tokens).to(world.device)
         self.earlier_seconds = 0.0  # of an evaluation that was interrupted and went on
         self.views = 0  # how many further facts of each score a mixture will want
         self.fixed: ScoreLedger | None = None  # of the last evaluation without learning, complete
         self.stopped_at = 0  # targets scored when learning was given up; 0: never
         self.rows = model.config.eval_rows  # windows of a batch, fewer where memory was short
-
-    def open_ledger(self, by_document: bool = False) -> ScoreLedger:
-        return ScoreLedger(self.stream, self.world, by_document, self.views)
 
     def harm(self, ledger: ScoreLedger, targets: np.ndarray, world: World) -> float:
         """Mean nats by which scores of these ranks are worse than those without learning were."""
@@ -2392,9 +2401,18 @@ class Scorer:
         share = np.array_split(np.arange(len(windows.starts)), self.world.size)[self.world.rank]
         skipped, config = (windows.first_scored - windows.starts)[share], self.model.config
         for skip in np.unique(skipped):
-            group, rows = share[skipped == skip], self.rows
-            for part in map(windows.select, np.split(group, range(rows, len(group), rows))):
-                ledger.commit(part, self.predict(part, (rows, config.eval_seq_len), ledger))
+            left = share[skipped == skip]
+            while len(left):
+                part = windows.select(left[:self.rows])
+                try:
+                    nats_KBS = self.predict(part, (self.rows, config.eval_seq_len), ledger)
+                except torch.OutOfMemoryError:
+                    require(self.rows > 1, "eval_seq_len", config.eval_seq_len,
+                            "shorter: memory is full")
+                    self.rows //= 2
+                    continue
+                ledger.commit(part, nats_KBS)
+                left = left[self.rows:]
 
     def predict(self, windows: Windows, shape: tuple[int, int], ledger: ScoreLedger,
                 adapter: LowRank | None = None) -> Tensor:
@@ -2412,7 +2430,7 @@ class Scorer:
         return self.judge(self.states(rows, skip, adapter), rows[:, 1 + skip:], adapter)
 
     def judge(self, x_BSD: Tensor, target_BS: Tensor, adapter: LowRank | None) -> Tensor:
-        """Nats of targets and, for a mixture, those of tempered copies of the model: (K, B, S)."""
+        """Nats of targets and what mixtures want, tempered copies or the entropy: (K, B, S)."""
         cap, target_N = self.model.config.logit_softcap, target_BS.flatten().long()
         logits_NV = self.model.logits(x_BSD, adapter)
         for tensor in (logits_NV, target_N):  # one graph for all numbers of targets
@@ -2421,8 +2439,9 @@ class Scorer:
         if self.views:
             with torch.no_grad():
                 capped_NV = cap * torch.tanh(logits_NV.float() / cap)
-                found += [F.cross_entropy(capped_NV * factor, target_N, reduction="none")
-                          for factor in TEMPERED]
+                wanted = ([(capped_NV * factor, target_N) for factor in TEMPERED] if self.views > 1
+                          else [(capped_NV, capped_NV.softmax(1))])  # of which it is the entropy
+                found += [F.cross_entropy(*pair, reduction="none") for pair in wanted]
         return torch.stack(found).view(-1, *target_BS.shape)
 
     def states(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
@@ -2438,33 +2457,35 @@ class Audit:
     """Checks evaluations while they run: order in every batch, distributions in sampled ones."""
     def __init__(self, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.checked, self.worst = torch.zeros(2, len(CONDITIONS), dtype=torch.float64)
+        self.notes: list[tuple[str, int, float | Tensor]] = []  # read when all is over
         self.state: tuple[int, list[int]] = 0, []
         self.rows: dict[int, np.ndarray] = {}  # by target, what was sampled of every token, K, V
 
     def note(self, condition: str, checked: int, violation: float | Tensor) -> None:
-        index = CONDITIONS.index(condition)
-        self.checked[index] += checked
-        self.worst[index] = self.worst[index].maximum(torch.as_tensor(violation).cpu())
+        self.notes.append((condition, checked, violation))
 
+    @torch.no_grad()
     def observe(self, scorer: Scorer, ledger: ScoreLedger, windows: Windows, rows: Tensor,
                 nats_KBS: Tensor, adapter: LowRank | None) -> None:
-        """Looks at scores that are not committed yet: weights move only after a release."""
+        """Looks at scores that are not committed yet: weights move only after a release, or back
+        to fresh adapters where documents begin. Waits for the device in sampled batches only."""
+        if not ledger.num_commits:
+            self.rows = {}  # those of an earlier evaluation are nothing to mix
         weights = adapter.parameters if adapter else scorer.model.parameters()
         before, self.state = self.state, (ledger.num_releases, [p._version for p in weights])
-        starts = ledger.stream.document_starts
-        opened = adapter.pairs if adapter and windows.first_scored[0] in starts else []
-        stale = any(bool(b.any()) for _, b in opened)
-        moved = ledger.num_commits and before[1] != self.state[1] and before[0] == self.state[0]
-        self.note("c3_score_first", 1, float(moved and (stale or not opened)))
+        moved = ledger.num_commits > 0 and before[1] != self.state[1] and before[0] == self.state[0]
+        starts, stale = ledger.stream.document_starts, torch.tensor(False)
+        fresh = adapter is not None and windows.first_scored[0] in starts
+        if adapter and fresh:
+            stale = torch.stack(torch._foreach_norm([b for _, b in adapter.pairs])).any()
+        self.note("c3_score_first", 1, moved * (stale if fresh else 1.0))
         if ledger.by_document:  # no document starts inside a context, nor with another's adapter
             inside = np.searchsorted(starts, windows.stops)
             inside -= np.searchsorted(starts, windows.starts, "right")
-            self.note("documents_isolated", len(inside), float(stale or inside.max() > 0))
+            self.note("documents_isolated", len(inside), stale | bool(inside.max() > 0))
         if ledger.num_commits % AUDIT_EVERY == 0:
             self.sample(scorer, windows, rows, nats_KBS, adapter)
 
-    @torch.no_grad()
     def sample(self, scorer: Scorer, windows: Windows, rows: Tensor, nats_KBS: Tensor,
                adapter: LowRank | None) -> None:
         """Scores up to a drawn target again, with it, all that follows and other rows replaced."""
@@ -2487,26 +2508,27 @@ class Audit:
 
     def replay(self, stream: ValStream, kept_KT: np.ndarray, ledger: ScoreLedger,
                rows: dict[int, np.ndarray]) -> None:
-        """Mixes the first chunks again, and with a drawn target and all that follows replaced."""
+        """Mixes again up to the first probe, whose target and all that follows are replaced."""
         for row_FV in rows.values():  # the mixture with the neural distribution, and without
             self.note("c2_normalised", 1, abs(np.exp(-row_FV).sum(1) - 1).max())
-        stop, altered = min(2 * MIX_CHUNK, stream.num_targets), copy.copy(stream)
-        drawn = int(torch.randint(stop, (), generator=self.generator))
-        row_KV, altered.tokens = next(iter(self.rows.values())), stream.tokens.copy()
-        altered.tokens[drawn + 1:] = torch.randint(
-            row_KV.shape[1], (stream.num_targets - drawn,), generator=self.generator).numpy()
-        changed_KT, probe = kept_KT[:, :stop].copy(), {drawn: row_KV}
-        changed_KT[0, drawn:] += 1  # as of other targets
-        same = mix(stream, kept_KT, stop, probe)
-        other = mix(altered, changed_KT, stop, probe)
-        moved = (same[0].nats != other[0].nats) | (same[0].nats != ledger.nats)
-        self.note("c1_causal", drawn, moved[:drawn].any())
-        self.note("c3_score_first", 1, float((same[1][drawn] != other[1][drawn]).any()))
+        first, row_KV = min(self.rows.items())
+        stop = min((first // MIX_CHUNK + 1) * MIX_CHUNK, stream.num_targets)  # of its chunk
+        altered, changed_KT = copy.copy(stream), kept_KT[:, :stop].copy()
+        altered.tokens = (stream.tokens + (np.arange(len(stream.tokens)) > first)) % len(row_KV.T)
+        changed_KT[0, first:] += 1  # as of other targets
+        other, again = mix(altered, changed_KT, stop, {first: row_KV})
+        self.note("c1_causal", first, (other.nats != ledger.nats)[:first].any())
+        self.note("c3_score_first", 1, (again[first] != rows[first]).any())
 
     def report(self, world: World) -> dict[str, dict[str, object]]:
         """Of every condition that any rank checked: whether it held, how often, the worst case."""
-        counts, worst = world.combine(self.checked), world.combine(self.worst, dist.ReduceOp.MAX)
-        facts = zip(CONDITIONS, counts.tolist(), worst.tolist(), strict=True)
+        counts, worst = torch.zeros(2, len(CONDITIONS), dtype=torch.float64)
+        for condition, checked, violation in self.notes:
+            index = CONDITIONS.index(condition)
+            counts[index] += checked
+            worst[index] = worst[index].maximum(torch.as_tensor(violation).cpu())
+        facts = zip(CONDITIONS, world.combine(counts).tolist(),
+                    world.combine(worst, dist.ReduceOp.MAX).tolist(), strict=True)
         return {name: {"passed": most <= AUDIT_TOLERANCE, "checked": int(count), "worst": most}
                 for name, count, most in facts if count}
 
@@ -2518,10 +2540,9 @@ class Score(NamedTuple):
 
 def evaluate(scorer: Scorer, windows: Windows, by_document: bool = False) -> Score:
     """The score of a fixed model on all windows."""
-    ledger = scorer.open_ledger(by_document)
-    scorer.score(windows, ledger)
-    scorer.fixed = ledger
-    return finish_score(scorer, ledger)
+    scorer.fixed = ScoreLedger(scorer.stream, scorer.world, by_document, scorer.views)
+    scorer.score(windows, scorer.fixed)
+    return finish_score(scorer, scorer.fixed)
 
 def finish_score(scorer: Scorer, ledger: ScoreLedger) -> Score:
     """The score of a complete ledger."""
@@ -2579,15 +2600,16 @@ class ChunkLearner:
 
 def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     """The score of a model that learns, along a cosine, from every chunk but the last."""
-    ledger, learner = scorer.open_ledger(), ChunkLearner(scorer)
-    num_targets, size = scorer.stream.num_targets, learner.config.ttt_chunk_tokens
+    stream, world, learner = scorer.stream, scorer.world, ChunkLearner(scorer)
+    ledger, num_targets = ScoreLedger(stream, world, False, scorer.views), stream.num_targets
+    size = learner.config.ttt_chunk_tokens
     last_chunk = (num_targets - 1) // size
     for chunk in range(last_chunk + 1):
         first, last = chunk * size, min((chunk + 1) * size, num_targets)
         scorer.score(windows.select(windows.first_scored // size == chunk), ledger)  # 1. predict
         tokens = ledger.released(first, last)  # 2. final
         mine = first + np.flatnonzero(ledger.scored[first:last])
-        if scorer.harm(ledger, mine, scorer.world) > MAX_HARM and not scorer.stopped_at:
+        if scorer.harm(ledger, mine, world) > MAX_HARM and not scorer.stopped_at:
             torch._foreach_copy_([p.data for p in learner.parameters], learner.artifact)
             scorer.stopped_at = last
         if chunk < last_chunk and not scorer.stopped_at:
@@ -2681,7 +2703,7 @@ def evaluate_documents(scorer: Scorer, prefix: str = "") -> Score:
     """The score when adapters of its own learn from each document, chunk by chunk.
     What files with a `prefix` hold of an interrupted evaluation by as many ranks is kept."""
     stream, world, adapters = scorer.stream, scorer.world, LowRank(scorer.model, scorer.plan)
-    ledger, rows = scorer.open_ledger(by_document=True), adapters.config.ttt_batch_size
+    ledger, rows = ScoreLedger(stream, world, True, scorer.views), adapters.config.ttt_batch_size
     path = Path(f"{prefix}_{world.rank}_of_{world.size}.npz")
     if prefix and path.is_file():
         scorer.earlier_seconds = ledger.resume(path)
@@ -2818,31 +2840,70 @@ def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.
 def evaluate_mixture(scorer: Scorer) -> Score:
     """The score of a mixture on top of the last evaluation."""
     kept_KT, stream, audit = scorer.last.kept.cpu().numpy(), scorer.stream, scorer.audit
-    ledger, rows = mix(stream, kept_KT, stream.num_targets, audit.rows if audit else {})
-    if audit and audit.rows:
+    probes = audit.rows if audit else {}
+    if audit and probes:  # one more of the beginning, so that little is to be mixed again
+        early = torch.randint(min(2 * MIX_CHUNK, stream.num_targets), (), generator=audit.generator)
+        probes.setdefault(int(early), next(iter(probes.values())))
+    ledger, rows = mix(stream, kept_KT, stream.num_targets, probes)
+    if audit and probes:
         audit.replay(stream, kept_KT, ledger, rows)
     return finish_score(scorer, ledger)
+
+HEDGE_BATCH, HEDGE_START = 8192, 10_000  # targets of a step of weights; counted before the first
+HEDGE_ROWS = (0.1, 0.1, 0.01), (0, 0, 1)  # of each order: added to counts, least sum of counts
+
+def hedge1453(scorer: Scorer) -> tuple[float, float]:
+    """What PR 1453 calls nats per target, for comparison, and the mean mass over all tokens, at
+    sampled positions: its last expert credits each of them with exp(-entropy), which is no chance.
+    Weights follow the mean cost of scored targets, the published ones of their contexts too."""
+    config, scorer.views, total, masses = scorer.model.config, 1, 0.0, []
+    padded, size = np.pad(scorer.stream.tokens, (1, 0)), config.vocab_size
+    evaluate(scorer, sliding_windows(len(padded) - 2, config.eval_seq_len, config.eval_stride))
+    known_KT = scorer.last.kept.cpu().numpy().astype(np.float64)
+    a, b, y = np.lib.stride_tricks.sliding_window_view(np.int64(padded), 3).T
+    row_OT = np.stack([0 * b, b, (36313 * a ^ 27191 * b) % 65536])
+    counts = [np.zeros((rows, size + 1), np.int32) for rows in (1, size, 65536)]  # and their sum
+    weights = np.array([2.0, 0, 0, 0, 0])  # logarithms; of model, three n-gram orders, entropy
+
+    def costs(known_KN: np.ndarray, row_ON: np.ndarray, target_N: np.ndarray) -> np.ndarray:
+        grams = [np.log((np.maximum(n[row, size], least) + add * size) / (n[row, target_N] + add))
+                 for n, row, add, least in zip(counts, row_ON, *HEDGE_ROWS, strict=True)]
+        return np.stack([known_KN[0], *grams, known_KN[1]])
+
+    for first in range(0, len(y), HEDGE_BATCH):
+        part = slice(first, first + HEDGE_BATCH)
+        cost_EN = costs(known_KT[:, part], row_OT[:, part], y[part])
+        total += cost_EN[0].sum()
+        if first >= HEDGE_START:
+            share = (weights - np.logaddexp.reduce(weights))[:, None]
+            total -= (np.logaddexp.reduce(share - cost_EN) + cost_EN[0]).sum()
+            same = np.full(size, first)  # of the model's distribution only the sum matters
+            known_KV = np.stack([np.full(size, math.log(size)), known_KT[1, same]])
+            masses.append(np.exp(share - costs(known_KV, row_OT[:, same], np.arange(size))).sum())
+            weights -= 0.1 * cost_EN.mean(axis=1)
+        for n, row in zip(counts, row_OT[:, part], strict=True):
+            np.add.at(n, (row, [y[part], 0 * row + size]), 1)
+    return total / len(y), float(np.mean(masses or 1.0))
 
 # ==================================================================================================
 # 11  Main
 # The story: checks before any paid time, training, quantisation, one file, and from there on only
 # that file. Every error that a user can act on ends the program with one line.
 
-OFFICIAL_VAL_TARGETS = 40_540_160  # whole sequences of 2,048
+OFFICIAL_VAL_TARGETS = 40_540_160, 47_851_520  # whole sequences; with case operators
 OFFICIAL_VAL_BYTES = range(151_070_000, 151_090_000)  # tokenizers truncate at different places
 Setup = tuple[Config, World, RunLog, Attend, ValStream, Start]  # known before the clock starts
 
 def is_official(val: ValStream) -> bool:
     """Whether these are the competition's targets, with the tail that fills no sequence or not."""
-    return val.num_targets // 2048 * 2048 == OFFICIAL_VAL_TARGETS
+    return val.num_targets // 2048 * 2048 == OFFICIAL_VAL_TARGETS[val.transformed]
 
 def resolve_track(config: Config, world: World, val: ValStream, attention: str) -> str:
     """The track of the run. Raises: ConfigError if it claims 10min_16mb and cannot be on it."""
-    official, claim = is_official(val), " for TRACK=10min_16mb"
-    if config.track == "non_record" or (
-            config.track == "auto" and not (official and world.size == RECORD_RANKS)):
+    official, eight, claim = is_official(val), world.size == RECORD_RANKS, " for TRACK=10min_16mb"
+    if config.track == "non_record" or (config.track == "auto" and not (official and eight)):
         return "non_record"
-    require(world.size == RECORD_RANKS, "world_size", world.size, f"{RECORD_RANKS}{claim}")
+    require(eight, "world_size", world.size, f"{RECORD_RANKS}{claim}")
     require(official, "val_targets", val.num_targets, f"{OFFICIAL_VAL_TARGETS}{claim}")
     require(config.compile and not torch._dynamo.config.disable, "compile", 0, f"1{claim}")
     require(attention not in ("flash", "math"), "attention", attention, f"fa3 or cudnn{claim}")
@@ -2938,64 +2999,47 @@ def train_to_artifact(setup: Setup, path: Path) -> None:
     log_score(log, "averaged", "pre-quantization post-ema", score(plan))
     log.write_result("partial", "evaluating")
 
-def score_fixed(setup: Setup, scorer: Scorer, key: str, label: str, windows: Windows) -> Score:
-    """The logged score of the model as it is. Raises: TrainingError if quantisation lost much."""
-    config, _, log, *_ = setup
-    while True:
-        try:
-            score = evaluate(scorer, windows, key == "documents")
-            break
-        except torch.OutOfMemoryError:
-            require(scorer.rows > 1, "eval_seq_len", config.eval_seq_len, "shorter: memory is full")
-            scorer.rows //= 2
-            log.warn(f"out of memory: batches of {scorer.rows} windows from here on")
-    log_score(log, key, label, score)
-    if key == "quantised" and "averaged" in log.result["bpb"]:
-        gap = score.bits - log.result["bpb"]["averaged"]
-        log.put("quantisation", gap_bpb=gap)
-        if not gap <= config.max_quant_gap_bpb:
-            raise TrainingError(f"quantisation lost {gap:.4f} BPB, over MAX_QUANT_GAP_BPB; "
-                                f"{log.folder} keeps the weights")
-    return score
-
 def evaluate_artifact(setup: Setup, path: Path) -> None:
     """Scores what the file at `path` stands for; the last evaluation is the headline."""
     config, world, log, attend, val, _ = setup
-    begin, targets = time.perf_counter(), val.num_targets
+    begin, targets, length = time.perf_counter(), val.num_targets, config.eval_seq_len
     torch._dynamo.reset()  # what training compiled would be missing on the clock
-    by_document = config.ttt_mode == "documents"
     model, plan = load_artifact(path, config, world, attend)
     scorer = Scorer(model, plan, val, world, Audit(config.seed) if config.audit else None)
-    seq_len, stride = config.eval_seq_len, config.eval_stride
-    sliding = sliding_windows(targets, seq_len, stride)
-    plans = [("quantised", "quantized", sliding_windows(targets, seq_len, seq_len))]
-    if config.sliding_window_enabled:
-        plans += [("sliding", "quantized_sliding_window", sliding)]
-    if by_document:
-        plans += [("documents", "quantized_documents", document_windows(val, seq_len, seq_len))]
-    views = len(TEMPERED) * (config.mixer != "off")
-    for number, (headline, label, windows) in enumerate(plans, 1 - config.ttt_enabled):
-        scorer.views = views * (number == len(plans))  # of the headline only
-        score = score_fixed(setup, scorer, headline, label, windows)
-    scorer.views = views
-    full = project_documents(scorer) if by_document and config.ttt_enabled else 0.0
-    if config.ttt_enabled:
-        headline = f"ttt_{config.ttt_mode}"
-        text = config.config_hash + program_source()  # with the artifact, what the scores are of
-        mark = digest(path.read_bytes() + text.encode())[:16]
-        score = (evaluate_documents(scorer, f"{log.folder}/ledger_{mark}") if by_document
-                 else evaluate_adapting(scorer, sliding))
-        log_score(log, headline, "quantized_ttt", score)
-        stopped = int(world.combine(torch.tensor(scorer.stopped_at), dist.ReduceOp.MAX))
-        if stopped:
-            log.result["ttt_stopped_at"] = stopped
-            log.warn(f"test-time training made scores worse: stopped after {stopped} targets")
-    full = full or score.seconds * OFFICIAL_VAL_TARGETS / RECORD_RANKS * world.size / targets
+    scorer.views = len(TEMPERED) * (config.mixer == "legal")
+    text = config.config_hash + program_source()  # with the artifact, what the scores are of
+    prefix = f"{log.folder}/ledger_{digest(path.read_bytes() + text.encode())[:16]}"
+    sliding = sliding_windows(targets, length, config.eval_stride)
+    by_document, learns = config.ttt_mode == "documents", config.ttt_enabled
+    table: list[tuple] = [  # whether it is wanted, key, label of published logs, function, inputs
+        (True, "quantised", "quantized", evaluate, sliding_windows(targets, length, length)),
+        (config.sliding_window_enabled, "sliding", "quantized_sliding_window", evaluate, sliding),
+        (by_document, "documents", "quantized_documents", evaluate,
+         document_windows(val, length, length), True),
+        (learns and by_document, "ttt_documents", "quantized_ttt", evaluate_documents, prefix),
+        (learns and not by_document, "ttt_sgd", "quantized_ttt", evaluate_adapting, sliding)]
+    full = project_documents(scorer) if learns and by_document else 0.0
+    for wanted, key, label, function, *inputs in table:
+        if wanted:
+            score, headline = function(scorer, *inputs), key
+            log_score(log, key, label, score)
+        if key == "quantised" and (averaged := log.result["bpb"].get("averaged")):
+            log.put("quantisation", gap_bpb=(gap := score.bits - averaged))
+            if not gap <= config.max_quant_gap_bpb:
+                raise TrainingError(f"quantisation lost {gap:.4f} BPB, over MAX_QUANT_GAP_BPB; "
+                                    f"{log.folder} keeps the weights")
+    most = OFFICIAL_VAL_TARGETS[val.transformed] / targets
+    full = full or score.seconds * most / RECORD_RANKS * world.size
+    if scorer.rows < config.eval_rows:
+        log.warn(f"out of memory: batches of {scorer.rows} windows from here on")
+    if stopped := int(world.combine(torch.tensor(scorer.stopped_at), dist.ReduceOp.MAX)):
+        log.result["ttt_stopped_at"] = stopped
+        log.warn(f"test-time training made scores worse: stopped after {stopped} targets")
     if config.mixer == "legal":
         mixed, headline = evaluate_mixture(scorer), "mixer"
         log_score(log, headline, "quantized_mixture", mixed)
         score = mixed._replace(seconds=score.seconds + mixed.seconds)
-        full += mixed.seconds * OFFICIAL_VAL_TARGETS / targets
+        full += mixed.seconds * most
     # The strict clock runs from opening the file on, the lenient one in the headline alone.
     strict = time.perf_counter() - begin + scorer.earlier_seconds
     log.put("clocks", eval_seconds_strict=strict, eval_seconds_lenient=score.seconds,
@@ -3006,9 +3050,15 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         if failed := [f"{name} {facts}" for name, facts in record.items() if not facts["passed"]]:
             raise LegalityError("audit: " + "; ".join(failed))
     log.result |= {"headline": headline, "val_bpb": score.bits, "val_loss": score.nats}
+    if config.mixer == "hedge1453":  # beside all that counts, and of the file as it is
+        nats, mass = hedge1453(Scorer(*load_artifact(path, config, world, attend), val, world))
+        log.result["hedge1453"] = {"nats": nats, "mass": mass}
+        log.warn(f"hedge1453 is NOT A DISTRIBUTION: its mass is {mass:.3f}, so its {nats:.5f} "
+                 "nats are no score")
 
 def describe_config(config: Config, world: World) -> str:
     """Settings, topology, parameters, operations and expected bytes, as text."""
+    micro_steps, sequences = batch_shape(config, world.size)
     lines = [f"{name.upper()}={int(value) if isinstance(value, bool) else value}"
              for name, value in asdict(config).items()]
     lines.append(f"config hash {config.config_hash}, differs: {config.differs() or None}")
@@ -3026,12 +3076,11 @@ def describe_config(config: Config, world: World) -> str:
         groups = count_parameters(GPT(config, sdpa_attend))
     lines += [f"{name}: {tensors} tensors, {count:,} parameters"
               for name, (tensors, count) in groups.items()]
-    micro_steps, sequences = batch_shape(config, world.size)
+    total, most = sum(count for _, count in groups.values()), config.artifact_cap_bytes
     return "\n".join([
-        *lines, f"total: {sum(count for _, count in groups.values()):,} parameters",
-        f"batch: {world.size} ranks x {micro_steps} micro-steps x {sequences} sequences x "
-        f"{config.train_seq_len} tokens", "expected artifact: "
-        f"{estimate_artifact_bytes(config):,} of {config.artifact_cap_bytes:,} bytes"])
+        *lines, f"total: {total:,} parameters", f"batch: {world.size} ranks x {micro_steps} "
+        f"micro-steps x {sequences} sequences x {config.train_seq_len} tokens",
+        f"expected artifact: {estimate_artifact_bytes(config):,} of {most:,} bytes"])
 
 def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
     """One run from settings to result. Raises: GolfError."""
@@ -3058,11 +3107,10 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
             with contextlib.suppress(OSError):
                 log.write_result("partial", world.explain(error))
             raise
-        clocks = result["clocks"]
-        crossed = [f"{name.upper()}={getattr(config, name)} was crossed: {clocks[clock]:.1f}s"
-                   for name, clock in (("max_wallclock_seconds", "training_seconds"),
-                                       ("max_eval_seconds", "eval_seconds_strict"))
-                   if 0 < getattr(config, name) < clocks.get(clock, 0)]
+        crossed = [f"{name}={limit} was crossed: {seconds:.1f}s" for name, limit, clock in (
+            ("MAX_WALLCLOCK_SECONDS", config.max_wallclock_seconds, "training_seconds"),
+            ("MAX_EVAL_SECONDS", config.max_eval_seconds, "eval_seconds_strict"))
+            if 0 < limit < (seconds := result["clocks"].get(clock, 0))]
         log.write_result("complete", "; ".join(crossed) or "finished")
         if crossed and result["track"] == "10min_16mb":
             raise LegalityError(result["exit_reason"])

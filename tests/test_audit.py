@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 
@@ -89,6 +90,40 @@ def test_audit_moves_no_score(adapted: golf.Config, kind: str) -> None:
                                   kind == "documents")
         found.append(score.bits)
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", ["documents", "sgd", "ttt_documents"])
+def test_only_sampled_batches_wait_for_the_device(adapted: golf.Config, kind: str,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an audit and a ledger do between two batches reads no tensor."""
+    inside, read = [0], list[str]()
+
+    def reading(name: str, honest: Callable[..., object], *inputs: object) -> object:
+        read.extend([name] * inside[0])
+        return honest(*inputs)
+
+    def within(honest: Callable[..., object], *inputs: object) -> object:
+        inside[0] += 1
+        found = honest(*inputs)
+        inside[0] -= 1
+        return found
+
+    monkeypatch.setattr(golf, "AUDIT_EVERY", 10**6)
+    monkeypatch.setattr(golf, "HARM_EVERY", 10**6)
+    monkeypatch.setattr(golf.Audit, "sample", lambda *_: None)
+    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__",
+                 "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, functools.partialmethod(
+            lambda self, *inputs, name, honest: reading(name, honest, self, *inputs),
+            name=name, honest=getattr(torch.Tensor, name)))
+    for owner, name in ((golf.Audit, "observe"), (golf.ScoreLedger, "commit"),
+                        (golf.ScoreLedger, "released_nats"), (golf.LowRank, "reset"),
+                        (golf.Scorer, "nats")):
+        monkeypatch.setattr(owner, name, functools.partialmethod(
+            lambda self, *inputs, honest: within(honest, self, *inputs),
+            honest=getattr(owner, name)))
+    run(adapted, kind)
+    assert read == []
 
 
 # ---- Broken evaluators: the five of the brief ----

@@ -136,6 +136,84 @@ def test_program_scores_the_mixture_of_its_headline(make_env: MakeEnv, mode: str
     assert all(facts["passed"] for facts in audit.values())
 
 
+# ---- The published mixture, which is none ----
+
+
+def published(tokens: list[int], nats: list[float], entropy: list[float]) -> tuple[float, float]:
+    """Number and mean mass of the formula, target by target, with batches of 100 from 300 on."""
+    size, weights = 384, [2.0, 0.0, 0.0, 0.0, 0.0]
+    seen: dict[tuple[object, ...], float] = {}
+    total, masses = 0.0, []
+
+    def keys(t: int) -> list[tuple[object, ...]]:
+        a, b = tokens[t - 1] if t else 0, tokens[t]
+        return [("one",), ("two", b), ("three", ((36313 * a) ^ (27191 * b)) & 0xFFFF)]
+
+    def credits(t: int, y: int, neural: float) -> list[float]:
+        found = [neural]
+        for key, (add, least) in zip(keys(t), ((0.1, 0), (0.1, 0), (0.01, 1)), strict=True):
+            found.append((seen.get((*key, y), 0) + add)
+                         / (max(seen.get(key, 0), least) + add * size))
+        return [*found, math.exp(-entropy[t])]
+
+    for first in range(0, len(nats), 100):
+        batch, costs = range(first, min(first + 100, len(nats))), [0.0] * 5
+        share = [math.exp(w) / sum(map(math.exp, weights)) for w in weights]
+        for t in batch:
+            each = credits(t, tokens[t + 1], math.exp(-nats[t]))
+            costs = [cost - math.log(p) for cost, p in zip(costs, each, strict=True)]
+            mixed = -math.log(sum(w * p for w, p in zip(share, each, strict=True)))
+            total += mixed if first >= 300 else nats[t]
+        if first >= 300:
+            masses.append(sum(w * p for y in range(size) for w, p in
+                              zip(share, credits(first, y, 1 / size), strict=True)))
+            weights = [w - 0.1 * c / len(batch) for w, c in zip(weights, costs, strict=True)]
+        for t in batch:
+            for key in keys(t):
+                seen[key] = seen.get(key, 0) + 1
+                seen[(*key, tokens[t + 1])] = seen.get((*key, tokens[t + 1]), 0) + 1
+    return total / len(nats), sum(masses) / len(masses)
+
+
+@pytest.fixture
+def hedge_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(golf, "HEDGE_BATCH", 100)
+    monkeypatch.setattr(golf, "HEDGE_START", 300)
+
+
+@pytest.mark.usefixtures("hedge_batches")
+def test_published_mixture_is_its_formula_and_no_distribution(make_config: MakeConfig) -> None:
+    tokens = np.tile(text(150), 5)
+    scorer = make_scorer(make_config(), stream_of(tokens))
+    found, mass = golf.hedge1453(scorer)
+    nats, entropy = scorer.last.kept.tolist()
+    with torch.no_grad():
+        row = torch.from_numpy(scorer.stream.tokens)[None, :64]
+        logits = 30 * torch.tanh(scorer.model.logits(scorer.model.hidden(row, scorer.plan)) / 30)
+    wanted = torch.distributions.Categorical(logits=logits.view(64, -1)).entropy()
+    torch.testing.assert_close(torch.tensor(entropy[:64]), wanted, rtol=1e-4, atol=1e-4)
+    assert (found, mass) == pytest.approx(published(tokens.tolist(), nats, entropy), rel=1e-5)
+    assert abs(mass - 1) > 0.01
+
+
+@pytest.mark.usefixtures("hedge_batches")
+@pytest.mark.parametrize("learns", [0, 1])
+def test_published_mixture_is_no_score(make_env: MakeEnv, learns: int) -> None:
+    adapt = {"TTT_LORA_RANK": 4, "TTT_BATCH_SIZE": 4, "TTT_CHUNK_SIZE": 16}
+    env = make_env(MIXER="hedge1453", AUDIT=1, TTT_ENABLED=learns, TTT_MODE="documents", **adapt)
+    result = golf.main(env)
+    bits, hedge = result["bpb"], result["hedge1453"]
+    assert isinstance(bits, dict)
+    assert isinstance(hedge, dict)
+    assert result["headline"] == ("ttt_documents" if learns else "documents")
+    assert result["val_bpb"] == bits[result["headline"]]
+    assert not {"mixer", "hedge1453"} & bits.keys()
+    assert hedge["nats"] not in result["nats"].values()  # type: ignore[attr-defined]
+    assert abs(hedge["mass"] - 1) > 0.01
+    text = (golf.Path(env["LOG_DIR"]) / "toy.txt").read_text()
+    assert "warning: hedge1453 is NOT A DISTRIBUTION: its mass is " in text
+
+
 # ---- Test-time training that diverges ----
 
 

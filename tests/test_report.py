@@ -329,7 +329,8 @@ def test_readme_blocks_are_generated_and_stable(readme: Path, capsys) -> None:
         "| program (packed) | 940 | 0.01 % |",
         "| micro-step | 1,072,000 | tok/s | 1,700,000 | 0.63 |",
         "| start | 61.25 | s | none | none |",
-        "| coder | 14,000,000 | 0.01600 |",
+        "| 14,000,000 | none | 0.01600 |",
+        "| 16,000,000 | 0.01180 (1.00x) | 0.01010 (0.86x) |",
         "](docs/loss.svg)",
         "[record-7](logs/record-7.txt) | record | 7 |",
     ):

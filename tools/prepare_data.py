@@ -9,6 +9,7 @@ Every command but `verify` leaves, under --data-dir,
 
     datasets/<name>/fineweb_train_%06d.bin   training stream
     datasets/<name>/fineweb_val_%06d.bin     validation stream
+    datasets/<name>/fineweb_val_bytes_%06d.bin    raw bytes of its tokens, if text is transformed
     datasets/<name>/manifest.json            what the streams are: counts, bytes, hashes, source
     tokenizers/<tokenizer>.model
 
@@ -56,6 +57,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import sentencepiece
 
+from tools import caseops
 from train_gpt import (
     BOS_ID,
     SHARD_HEADER_INTS,
@@ -411,9 +413,11 @@ def head_of(texts: Iterable[str], size_bytes: int) -> Iterator[str]:
             return
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path, *,
+                    transformed: bool = False) -> None:
     """Writes a SentencePiece BPE model of `vocab_size` pieces with the competition's settings.
 
+    One for transformed text sees case operators as letters: they may merge into words.
     The same texts give the same file: one thread, no sampling, no paths inside.
     Raises: DataError if the texts yield fewer pieces, and whatever `texts` raises.
     """
@@ -422,7 +426,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     def guarded() -> Iterator[str]:
         # SentencePiece turns an exception of its input into a RuntimeError without the cause.
         try:
-            yield from head_of(texts, TOKENIZER_TEXT_BYTES)
+            head = head_of(texts, TOKENIZER_TEXT_BYTES)
+            yield from map(caseops.transform, head) if transformed else head
         except GolfError as error:
             failures.append(error)
             raise
@@ -434,6 +439,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
             byte_fallback=True, split_digits=True, normalization_rule_name="nmt_nfkc",
             add_dummy_prefix=False, pad_id=0, bos_id=BOS_ID, eos_id=2, unk_id=3,
             max_sentence_length=1 << 30,  # longer documents would be left out
+            # An operator and a letter are of two scripts, and so are a letter and a full stop.
+            split_by_unicode_script=not transformed,
+            required_chars=caseops.OPERATORS if transformed else "",
             num_threads=1, minloglevel=2,
         )
     except RuntimeError as error:
@@ -470,6 +478,7 @@ def check_tokenizer(tokenizer: sentencepiece.SentencePieceProcessor) -> None:
 # 5  Encoding and writing
 # ==================================================================================================
 
+TOKEN_BYTES_MAX = (1 << 16) - 1  # what a side-car can say of one token
 CHARS_PER_BATCH = 1 << 20  # work for one process; large enough to hide the cost of handing it over
 BATCHES_PER_WORKER = 2
 
@@ -479,6 +488,7 @@ class Encoded(NamedTuple):
 
     tokens: np.ndarray  # uint16, each document as BOS and its pieces
     raw_bytes: int  # UTF-8 length of the texts before normalisation
+    sidecar: np.ndarray | None = None  # uint16, raw bytes of every token, if they were wanted
 
 
 @functools.cache
@@ -487,13 +497,31 @@ def worker_tokenizer(path: str) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_file=path)
 
 
-def encode_batch(texts: Sequence[str], tokenizer_path: str) -> Encoded:
-    """The texts as a stream of tokens."""
-    pieces = worker_tokenizer(tokenizer_path).encode(list(texts), out_type=int)
+def is_transformed(tokenizer: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether a tokenizer is for text whose capitals are operators."""
+    return not tokenizer.is_unknown(tokenizer.piece_to_id(caseops.TITLE))
+
+
+def encode_batch(texts: Sequence[str], tokenizer_path: str, count_bytes: bool = False) -> Encoded:
+    """The texts as a stream of tokens, transformed if the tokenizer is for such text."""
+    tokenizer, written = worker_tokenizer(tokenizer_path), list(texts)
+    if is_transformed(tokenizer):
+        written = list(map(caseops.transform, texts))
+    elif count_bytes:
+        raise DataError(f"{tokenizer_path}: raw bytes of tokens are for transformed text")
+    pieces, counts = tokenizer.encode(written, out_type=int), [np.empty(0, np.int64)]
+    if count_bytes:
+        for text in written:
+            ends = caseops.token_ends(tokenizer, text)
+            counts += [np.zeros(min(1, len(ends)), np.int64), caseops.token_raw_bytes(text, ends)]
+    sidecar = np.concatenate(counts)
+    if sidecar.max(initial=0) > TOKEN_BYTES_MAX:
+        raise DataError(f"a token stands for {sidecar.max()} bytes, at most {TOKEN_BYTES_MAX}")
     kept = [(text, ids) for text, ids in zip(texts, pieces, strict=True) if ids]
     stream = itertools.chain.from_iterable([BOS_ID, *ids] for _, ids in kept)
     tokens = np.fromiter(stream, dtype=np.uint16)
-    return Encoded(tokens, sum(len(text.encode()) for text, _ in kept))
+    return Encoded(tokens, sum(len(text.encode()) for text, _ in kept),
+                   sidecar.astype(np.uint16) if count_bytes else None)
 
 
 def batches_of(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -510,19 +538,20 @@ def batches_of(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def encode_texts(texts: Iterable[str], tokenizer_path: Path, workers: int) -> Iterator[Encoded]:
+def encode_texts(texts: Iterable[str], tokenizer_path: Path, workers: int, *,
+                 count_bytes: bool = False) -> Iterator[Encoded]:
     """The texts as tokens, in order, encoded by `workers` processes.
 
     Only a few batches per process exist at a time, however long the input is.
     """
     path = str(tokenizer_path)
     if workers == 1:
-        yield from (encode_batch(batch, path) for batch in batches_of(texts))
+        yield from (encode_batch(batch, path, count_bytes) for batch in batches_of(texts))
         return
     with ProcessPoolExecutor(workers) as pool:
         pending: deque[Future[Encoded]] = deque()
         for batch in batches_of(texts):
-            pending.append(pool.submit(encode_batch, batch, path))
+            pending.append(pool.submit(encode_batch, batch, path, count_bytes))
             if len(pending) > BATCHES_PER_WORKER * workers:
                 yield pending.popleft().result()
         while pending:
@@ -552,25 +581,45 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     write_atomically(path, header.tobytes() + tokens.astype("<u2").tobytes())
 
 
+class ShardWriter:
+    """Writes a stream as shards of a fixed size, the last one shorter."""
+
+    def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
+        self.folder, self.split = folder, split
+        self.buffer = np.empty(shard_tokens, dtype=np.uint16)
+        self.filled = self.shards = 0
+
+    def write(self, rest: np.ndarray) -> None:
+        """Adds to the stream."""
+        while len(rest):
+            taken = rest[: len(self.buffer) - self.filled]
+            self.buffer[self.filled : self.filled + len(taken)] = taken
+            self.filled, rest = self.filled + len(taken), rest[len(taken) :]
+            if self.filled == len(self.buffer):
+                self.close()
+
+    def close(self) -> None:
+        """Writes what has not been written yet."""
+        if self.filled:
+            path = shard_path(self.folder, self.split, self.shards)
+            write_shard(path, self.buffer[: self.filled])
+            self.filled, self.shards = 0, self.shards + 1
+
+
 def write_split(folder: Path, split: str, encoded: Iterable[Encoded], shard_tokens: int) -> int:
-    """Writes a stream as shards of `shard_tokens`, the last one shorter, and returns its raw bytes.
+    """Writes a stream, and its side-car if there is one, as shards; returns its raw bytes.
 
     Raises: DataError if there are no documents.
     """
-    buffer = np.empty(shard_tokens, dtype=np.uint16)
-    filled = shards = raw_bytes = 0
+    writers = [ShardWriter(folder, name, shard_tokens) for name in (split, f"{split}_bytes")]
+    raw_bytes = 0
     for part in encoded:
         raw_bytes += part.raw_bytes
-        rest = part.tokens
-        while len(rest):
-            taken = rest[: shard_tokens - filled]
-            buffer[filled : filled + len(taken)] = taken
-            filled, rest = filled + len(taken), rest[len(taken) :]
-            if filled == shard_tokens:
-                write_shard(shard_path(folder, split, shards), buffer)
-                filled, shards = 0, shards + 1
-    if filled:
-        write_shard(shard_path(folder, split, shards), buffer[:filled])
+        for writer, values in zip(writers, (part.tokens, part.sidecar), strict=True):
+            if values is not None:
+                writer.write(values)
+    for writer in writers:
+        writer.close()
     if not raw_bytes:
         raise DataError(f"{folder.name}: no {split} documents, at least 1 is needed")
     return raw_bytes
@@ -656,6 +705,7 @@ class BuildPlan:
     vocab_size: int
     shard_tokens: int
     workers: int
+    transformed: bool  # whether a tokenizer to be trained is for text with case operators
     provenance: dict[str, object]  # manifest entries: source, revision, ...
 
     @property
@@ -671,14 +721,17 @@ class BuildPlan:
 
 def write_dataset(plan: BuildPlan, folder: Path, tokenizer_path: Path) -> None:
     """Fills `folder` with the plan's shards and manifest, encoded by the tokenizer given."""
-    check_tokenizer(load_tokenizer(tokenizer_path, plan.vocab_size))
-    raw_bytes = {}
+    tokenizer = load_tokenizer(tokenizer_path, plan.vocab_size)
+    check_tokenizer(tokenizer)
+    transformed, raw_bytes = is_transformed(tokenizer), {}
     # Validation first: it is short, so that what is wrong with it is known soon.
     for split, texts in ((VAL, plan.val_texts), (TRAIN, plan.train_texts)):
-        encoded = encode_texts(texts(), tokenizer_path, plan.workers)
+        encoded = encode_texts(texts(), tokenizer_path, plan.workers,
+                               count_bytes=transformed and split == VAL)
         raw_bytes[f"{split}_raw_bytes"] = write_split(folder, split, encoded, plan.shard_tokens)
     described = describe_dataset(folder, tokenizer_path, plan.vocab_size, known={})
-    manifest = {"name": plan.name, **plan.provenance, **raw_bytes, **described}
+    manifest = {"name": plan.name, "transform": "caseops" if transformed else None,
+                **plan.provenance, **raw_bytes, **described}
     write_manifest(folder, manifest)
 
 
@@ -691,7 +744,8 @@ def build_dataset(plan: BuildPlan) -> None:
         tokenizer_path = staging / plan.tokenizer_name
         if plan.tokenizer_source is None:
             print(f"training a tokenizer of {plan.vocab_size:,} pieces")
-            train_tokenizer(plan.train_texts(), plan.vocab_size, tokenizer_path)
+            train_tokenizer(plan.train_texts(), plan.vocab_size, tokenizer_path,
+                            transformed=plan.transformed)
         else:
             shutil.copyfile(plan.tokenizer_source, tokenizer_path)
         folder = staging / plan.name
@@ -1280,7 +1334,7 @@ def demo_plan(data_dir: Path, documents: Callable[[], Sequence[str]]) -> BuildPl
         name=DEMO_NAME, data_dir=data_dir, train_texts=lambda: split_demo(documents())[0],
         val_texts=lambda: split_demo(documents())[1], tokenizer_name=DEMO_TOKENIZER,
         tokenizer_source=None, vocab_size=DEMO_RECIPE["vocab_size"],
-        shard_tokens=DEMO_RECIPE["shard_tokens"], workers=1,
+        shard_tokens=DEMO_RECIPE["shard_tokens"], workers=1, transformed=False,
         provenance={
             "source": f"documentation of Python {sys.version.split()[0]}", "revision": None,
             "recipe": DEMO_RECIPE,
@@ -1327,6 +1381,9 @@ def run_jsonl(arguments: argparse.Namespace) -> int:
         tuple(arguments.files), tuple(arguments.val), arguments.val_fraction or 0.0
     )
     trained = arguments.train_tokenizer
+    if arguments.caseops and not trained:
+        raise DataError("--caseops: only with --train-tokenizer; --tokenizer says by itself "
+                        "whether it is for transformed text")
     plan = BuildPlan(
         name=arguments.name, data_dir=arguments.data_dir, train_texts=source.train_texts,
         val_texts=source.val_texts,
@@ -1334,6 +1391,7 @@ def run_jsonl(arguments: argparse.Namespace) -> int:
         tokenizer_source=None if trained else arguments.tokenizer,
         vocab_size=trained or open_tokenizer(arguments.tokenizer).vocab_size(),
         shard_tokens=arguments.shard_tokens, workers=arguments.workers,
+        transformed=arguments.caseops,
         provenance={
             "source": "jsonl", "revision": None, "inputs": describe_inputs(source),
         },
@@ -1419,6 +1477,11 @@ def add_jsonl(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--train-tokenizer", type=number_between(int, 300, VOCAB_SIZE_MAX), metavar="V",
         help="train one of V pieces on the training documents, at most the first "
         f"{TOKENIZER_TEXT_BYTES // 10**6} MB of them",
+    )
+    parser.add_argument(
+        "--caseops", action="store_true",
+        help="with --train-tokenizer: capitals become operators before small letters, without "
+        "loss; an existing tokenizer says itself whether it is for such text",
     )
     parser.add_argument(
         "--shard-tokens", type=number_between(int, 1, 2**31 - 1), default=100_000_000, metavar="N",

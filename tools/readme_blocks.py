@@ -260,11 +260,14 @@ def block_curve(sources: Sources, arguments: Sequence[str]) -> str:
     name = arguments[0] if arguments else "logs/quantiser_curve.json"
     rows = _rows(read_mapping(sources.root / name), name)
     methods: dict[str, dict[float, float]] = {}
+    caps: dict[float, dict[str, float]] = {}
     for row in rows:
         size, gap = as_number(row.get("total_bytes")), as_number(row.get("gap_bpb"))
         if size is None or gap is None:
             raise BlockError(f"{name}: row {row} lacks total_bytes or gap_bpb")
-        methods.setdefault(str(row.get("method")), {})[size] = gap
+        method = str(row.get("method"))
+        methods.setdefault(method, {})[size] = gap
+        caps.setdefault(as_number(row.get("cap_bytes")) or size, {})[method] = gap
     lines = [
         svg.Series(
             method,
@@ -277,13 +280,14 @@ def block_curve(sources: Sources, arguments: Sequence[str]) -> str:
     ]
     chart = svg.Chart("Quantisation gap against bytes", "artifact, million bytes", "BPB", lines)
     sources.files[sources.root / "docs" / "quantiser_curve.svg"] = svg.line_chart(chart)
-    body = [
-        [method, f"{size:,.0f}", f"{points[size]:.5f}"]
-        for method, points in methods.items()
-        for size in sorted(points)
-    ]
+    body = []
+    for cap in sorted(caps):
+        gaps, base = caps[cap], caps[cap].get("reference")
+        cells = [f"{gaps[m]:.5f}" + (f" ({gaps[m] / base:.2f}x)" if base else "") if m in gaps
+                 else "none" for m in methods]
+        body.append([f"{cap:,.0f}", *cells])
     picture = "![Quantisation gap against bytes](docs/quantiser_curve.svg)"
-    return picture + "\n\n" + table(["Method", "Bytes", "Gap in BPB"], body)
+    return picture + "\n\n" + table(["Bytes at most", *methods], body)
 
 
 def block_plot(sources: Sources, arguments: Sequence[str]) -> str:
