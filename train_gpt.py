@@ -770,6 +770,10 @@ def bytes_of_targets(previous: np.ndarray, target: np.ndarray, table: TokenBytes
     """Bytes each target stands for, int16, given the token before it."""
     return table.base[target] + (table.leading_space[target] & ~table.boundary[previous])
 
+def is_transformed(tokenizer: typing.Any) -> bool:
+    """Whether a tokenizer is for text whose capitals are operators."""
+    return not tokenizer.is_unknown(tokenizer.piece_to_id(CASE_OPERATOR))
+
 class ValStream:
     """The validation tokens in order, and the bytes of every target: any token but the first.
     Where the text was transformed, a side-car says which raw bytes each token stands for."""
@@ -797,7 +801,7 @@ class ValStream:
         tokenizer = load_tokenizer(config.tokenizer_file, config.vocab_size)
         shards = find_shards(folder, "val")
         tokens = np.concatenate([read_shard(path, config.vocab_size) for path in shards])
-        if not tokenizer.is_unknown(tokenizer.piece_to_id(CASE_OPERATOR)):
+        if is_transformed(tokenizer):
             shards = find_shards(folder, "val_bytes")  # the token table would count operators
             sidecar = np.concatenate([read_shard(path) for path in shards])
             if sidecar.size != tokens.size or sidecar[tokens == BOS_ID].any():
@@ -2183,8 +2187,8 @@ def save_artifact(path: Path, blob: bytes, found: QuantisedModel, model: GPT, lo
     log.event("artifact", **sizes)
     log.line(f"artifact_bytes = {code_bytes:,} code + {len(blob):,} model = {total:,} / {cap:,}")
 
-# Runs the program inside its archive. The line cache gets the text, because tracebacks,
-# torch.compile and Triton read the source of what they compile.
+# Runs the program inside its archive. The line cache gets the text, because tracebacks and
+# torch.compile read the source of what they show or compile.
 PACKED_STUB = """import brotli, linecache
 s = brotli.decompress(__loader__.get_data("source")).decode()
 linecache.cache["<train_gpt>"] = len(s), None, s.splitlines(True), "<train_gpt>"
@@ -2999,31 +3003,38 @@ def train_to_artifact(setup: Setup, path: Path) -> None:
     log_score(log, "averaged", "pre-quantization post-ema", score(plan))
     log.write_result("partial", "evaluating")
 
+def plan_evaluations(config: Config, val: ValStream, prefix: str) -> list[tuple]:
+    """Key, label of published logs, function and inputs of the evaluations of an artifact."""
+    targets, length, by_document = val.num_targets, config.eval_seq_len, config.ttt_mode != "sgd"
+    sliding = sliding_windows(targets, length, config.eval_stride)
+    table: list[tuple] = [
+        ("quantised", "quantized", evaluate, sliding_windows(targets, length, length))]
+    if config.sliding_window_enabled:
+        table.append(("sliding", "quantized_sliding_window", evaluate, sliding))
+    if by_document:
+        windows = document_windows(val, length, length)
+        table.append(("documents", "quantized_documents", evaluate, windows, True))
+    if config.ttt_enabled:
+        learner = (evaluate_documents, prefix) if by_document else (evaluate_adapting, sliding)
+        table.append((f"ttt_{config.ttt_mode}", "quantized_ttt", *learner))
+    return table
+
 def evaluate_artifact(setup: Setup, path: Path) -> None:
     """Scores what the file at `path` stands for; the last evaluation is the headline."""
     config, world, log, attend, val, _ = setup
-    begin, targets, length = time.perf_counter(), val.num_targets, config.eval_seq_len
+    begin, targets = time.perf_counter(), val.num_targets
     torch._dynamo.reset()  # what training compiled would be missing on the clock
     model, plan = load_artifact(path, config, world, attend)
     scorer = Scorer(model, plan, val, world, Audit(config.seed) if config.audit else None)
     scorer.views = len(TEMPERED) * (config.mixer == "legal")
     text = config.config_hash + program_source()  # with the artifact, what the scores are of
     prefix = f"{log.folder}/ledger_{digest(path.read_bytes() + text.encode())[:16]}"
-    sliding = sliding_windows(targets, length, config.eval_stride)
-    by_document, learns = config.ttt_mode == "documents", config.ttt_enabled
-    table: list[tuple] = [  # whether it is wanted, key, label of published logs, function, inputs
-        (True, "quantised", "quantized", evaluate, sliding_windows(targets, length, length)),
-        (config.sliding_window_enabled, "sliding", "quantized_sliding_window", evaluate, sliding),
-        (by_document, "documents", "quantized_documents", evaluate,
-         document_windows(val, length, length), True),
-        (learns and by_document, "ttt_documents", "quantized_ttt", evaluate_documents, prefix),
-        (learns and not by_document, "ttt_sgd", "quantized_ttt", evaluate_adapting, sliding)]
-    full = project_documents(scorer) if learns and by_document else 0.0
-    for wanted, key, label, function, *inputs in table:
-        if wanted:
-            score, headline = function(scorer, *inputs), key
-            log_score(log, key, label, score)
-        if key == "quantised" and (averaged := log.result["bpb"].get("averaged")):
+    projects = config.ttt_enabled and config.ttt_mode == "documents"
+    full = project_documents(scorer) if projects else 0.0
+    for headline, label, function, *inputs in plan_evaluations(config, val, prefix):
+        score = function(scorer, *inputs)
+        log_score(log, headline, label, score)
+        if headline == "quantised" and (averaged := log.result["bpb"].get("averaged")):
             log.put("quantisation", gap_bpb=(gap := score.bits - averaged))
             if not gap <= config.max_quant_gap_bpb:
                 raise TrainingError(f"quantisation lost {gap:.4f} BPB, over MAX_QUANT_GAP_BPB; "
@@ -3137,14 +3148,10 @@ def command_line(arguments: Sequence[str]) -> int:
 # Attention of libraries, each imported by its loader: a machine without one only loses the choice.
 # All else is PyTorch, compiled; docs/NOTEBOOK.md says what kernels of our own would win.
 
-def require_capability(device: torch.device, *majors: int) -> None:
-    """Raises GolfError unless the device is a GPU of one of these compute-capability majors."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in majors:
-        raise GolfError(f"needs a GPU of compute capability in {majors}")
-
 def load_fa3(device: torch.device) -> Attend:
     """flash-attn-3, whose package registers operators that torch.compile knows."""
-    require_capability(device, 9)
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        raise GolfError("needs a GPU of compute capability 9")
     from flash_attn_interface import flash_attn_func
 
     def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:

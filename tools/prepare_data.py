@@ -68,6 +68,7 @@ from train_gpt import (
     TokenBytes,
     bytes_of_targets,
     find_shards,
+    is_transformed,
     load_tokenizer,
     read_shard,
     token_bytes,
@@ -495,11 +496,6 @@ class Encoded(NamedTuple):
 def worker_tokenizer(path: str) -> sentencepiece.SentencePieceProcessor:
     """The tokenizer in `path`, opened once in each process."""
     return sentencepiece.SentencePieceProcessor(model_file=path)
-
-
-def is_transformed(tokenizer: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether a tokenizer is for text whose capitals are operators."""
-    return not tokenizer.is_unknown(tokenizer.piece_to_id(caseops.TITLE))
 
 
 def encode_batch(texts: Sequence[str], tokenizer_path: str, count_bytes: bool = False) -> Encoded:
