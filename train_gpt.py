@@ -47,7 +47,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ==================================================================================================
 # 1  Config
@@ -217,8 +216,6 @@ class Config:
         """The settings of PRESET under those of `env`. Raises: ConfigError, also if misspelt."""
         known = {name.upper(): kind for name, kind in typing.get_type_hints(cls).items()}
         for variable in sorted(env.keys() - known):
-            if variable in RETIRED:
-                raise ConfigError(f"{variable} has no effect; {RETIRED[variable]}")
             owned = set(OWNED_WORDS.split()).intersection(variable.split("_"))
             if near := difflib.get_close_matches(variable, known, n=1, cutoff=0.85 * (not owned)):
                 raise ConfigError(f"{variable} is unknown; did you mean {near[0]}?")
@@ -288,8 +285,7 @@ PR1445 = PLAIN | dict(
     vocab_size=4096, ttt_enabled=False, residual="two_lane_drop", max_skips=5, ve_layers="9,10",
     num_loops=1, enable_looping_at=2000 / 5104, qk_gain_init=5.0, embed_wd=0.095, prune=True,
     train_order="coprime", gptq_reserve_seconds=10.0, quantiser="gptq_matrices", clip_floor=1.0)
-PERCENTILES = dict(matrix_clip_sigmas="0.999,0.9995,0.9999,0.99999,1",
-                   embed_clip_sigmas="0.9999984")
+QUANTILES = dict(matrix_clip_sigmas="0.999,0.9995,0.9999,0.99999,1", embed_clip_sigmas="0.9999984")
 PR1453 = PLAIN | dict.fromkeys(("matrix_clip_sigmas", "embed_clip_sigmas"),
                                "0.9999,0.99995,0.99999,0.999995,0.999999") | dict(
     vocab_size=1024, ttt_enabled=False, num_layers=3, model_dim=880, mlp_mult=3.0, rope_dims=0,
@@ -305,9 +301,9 @@ PR1453 = PLAIN | dict.fromkeys(("matrix_clip_sigmas", "embed_clip_sigmas"),
 PRESETS: dict[str, dict] = {
     "record": {},
     "pr1493": PLAIN,
-    "pr1445": PR1445 | PERCENTILES,
+    "pr1445": PR1445 | QUANTILES,
     "pr1471": PR1445 | dict(vocab_size=8192, enable_looping_at=2000 / 4968),
-    "pr1395": PR1445 | PERCENTILES | dict(
+    "pr1395": PR1445 | QUANTILES | dict(
         residual="two_lane_attn", loop_start=4, enable_looping_at=3000 / 5409, matrix_lr=0.02,
         muon_wd=0.09, embed_wd=0.09, warmdown_frac=0.667, averaging="ema_warm", ema_decay=0.997),
     "pr1453": PR1453,
@@ -328,18 +324,11 @@ PRESETS: dict[str, dict] = {
         eval_seq_len=256, val_batch_tokens=65_536, ttt_chunk_tokens=4096, ttt_batch_size=16,
         ttt_chunk_size=32, ttt_lora_rank=16, ttt_lora_alpha=32.0, ttt_lora_lr=1e-3)}
 
-# Published variables without effect here, and what to do instead.
-RETIRED = {"MUON_BETA2": "use MUON_MOMENTUM", "ROPE_TRAIN_SEQ_LEN": "use TRAIN_SEQ_LEN",
-           "MATRIX_BITS": "use ATTN_QMAX and MLP_QMAX", "EMBED_BITS": "use EMBED_QMAX",
-           "EMBEDDING_DIM": "use MODEL_DIM", "CONTROL_TENSOR_NAME_PATTERNS": "remove it",
-           **dict.fromkeys(("EMBED_LR", "HEAD_LR"), "use TIED_EMBED_LR"),
-           **dict.fromkeys(("TIE_EMBEDDINGS", "SKIP_GATES_ENABLED"), "remove it"),
-           **{f"ETLB_{part}": "use TTT_ENABLED" for part in ("ENABLED", "LR", "STEPS", "CLIP")}}
-
 # A variable with one of these words between underscores can only be meant for this program.
-OWNED_WORDS = "TTT MUON GPTQ EMA SWA WARMDOWN LOOPS XSA ROPE WALLCLOCK EMBED CLIP LORA MLP QK LR"
+OWNED_WORDS = ("TTT MUON GPTQ EMA SWA WARMDOWN LOOPS XSA ROPE WALLCLOCK EMBED CLIP LORA MLP QK LR "
+               "MATRIX EMBEDDING EMBEDDINGS TENSOR GATES ETLB")
 
-def parse_setting(name: str, text: str, kind: typing.Any) -> object:
+def parse_setting(name: str, text: str, kind: typing.Any) -> typing.Any:
     """The value of `text` as a type or as one of the literals. Raises: ConfigError."""
     choices = ("0", "1") if kind is bool else typing.get_args(kind) or (text,)
     require(text in choices, name, repr(text), "one of " + ", ".join(choices))
@@ -379,7 +368,7 @@ def check_consistency(config: Config) -> None:
     for name in ("matrix_clip_sigmas", "embed_clip_sigmas"):
         clips = numbers(name, getattr(config, name)) or [0.0]
         require(0 < min(clips) <= max(clips) <= 1000, name, clips, "above 0 and at most 1000")
-    until, passes = map(list, zip(*config.depth_schedule, strict=True))
+    until, passes = map(list, zip(*config.depth_schedule or [(0, 0)], strict=True))
     require(sorted(until) == until and sorted(passes) == passes and passes[0] > config.cross_repeat
             and passes[-1] == config.num_loops + 1, "prog_depth", repr(config.prog_depth),
             f"progress:passes,... that rise, to NUM_LOOPS ({config.num_loops}) + 1 passes, and "
@@ -389,6 +378,8 @@ def check_consistency(config: Config) -> None:
     require(config.gptq_calibration_batches or config.quantiser == "nearest",
             "gptq_calibration_batches", 0, f"above 0 for QUANTISER={config.quantiser}")
     require(config.run_id or not config.resume, "run_id", "''", f"set for RESUME={config.resume}")
+    require(re.fullmatch(r"([\w-][\w.-]*)?", config.run_id, re.ASCII), "run_id",
+            repr(config.run_id), "letters, digits, . _ and - only")
     sites = config.ttt_lora_sites
     require({*sites.split(",")} <= {*SITES}, "ttt_lora_sites", sites, "some of " + ",".join(SITES))
 
@@ -408,12 +399,9 @@ class World:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> World:
         """The world that torchrun describes, or a world of one. Raises: ConfigError."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        given, gpus = [env[name] for name in names if name in env], torch.cuda.device_count()
-        try:
-            rank, size, local_rank = map(int, given or (0, 1, 0))
-        except ValueError:
-            raise ConfigError(f"{names}={given} must be three numbers") from None
+        names, gpus = ("WORLD_SIZE", "LOCAL_RANK", "RANK"), torch.cuda.device_count()
+        given = env if env.keys() & names else dict(zip(names, "100", strict=True))
+        size, local_rank, rank = (parse_setting(n, given.get(n, ""), int) for n in names)
         require(0 <= rank < size, "rank", rank, f"below WORLD_SIZE ({size})")
         require(local_rank < gpus or not gpus, "local_rank", local_rank, f"below the {gpus} GPUs")
         return cls(rank, size, f"cuda:{local_rank}" if gpus else "cpu")
@@ -423,8 +411,7 @@ class World:
         """Connects the ranks for a block, which ends for all if it fails for one, and says why."""
         if self.is_cuda:
             torch.cuda.set_device(self.device)
-        handlers = {number: signal.signal(number, self.interrupt)
-                    for number in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {n: signal.signal(n, self.interrupt) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
             if self.size > 1:
                 backend, device = ("nccl", self.device) if self.is_cuda else ("gloo", None)
@@ -520,8 +507,6 @@ class RunLog:
         self.result_path = Path(config.log_dir, run_id + ".json")
         self.result: dict = {}  # filled as its keys become known
         self.files: list[typing.TextIO] = []
-        require(re.fullmatch(r"[\w-][\w.-]*", run_id, re.ASCII), "run_id", repr(run_id),
-                "letters, digits, . _ and - only")
         if config.resume and self.result_path.is_file():
             self.result = json.loads(self.result_path.read_text())
             require(self.result["status"] == "partial", "run_id", run_id, "of an incomplete run")
@@ -536,8 +521,7 @@ class RunLog:
             self.lock = owner.open("a")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             owner.write_text(f"process {os.getpid()} on {os.uname().nodename}")
-            self.files = [self.result_path.with_name(run_id + suffix).open(mode)
-                          for suffix in (".txt", ".jsonl")]
+            self.files = [self.result_path.with_suffix(s).open(mode) for s in (".txt", ".jsonl")]
         except BlockingIOError:
             raise ConfigError(f"RUN_ID={run_id} belongs to {owner.read_text()}") from None
         except OSError as error:
@@ -630,19 +614,16 @@ CASE_OPERATOR = "\ue001"  # a piece of tokenizers of text whose capitals are ope
 
 def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
     """The uint16 ids of a shard, mapped, below `vocab_size` if given. Raises: DataError."""
-    start = 4 * SHARD_HEADER_INTS
     try:
-        header, actual = np.fromfile(path, dtype="<i4", count=3), path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    magic, version, count = np.resize(header, 3).tolist()  # of zeros where there is nothing
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or not start <= actual == start + 2 * count:
-        raise DataError(f"{path}: magic {magic} version {version}, {actual} bytes; must be "
-                        f"{SHARD_MAGIC}, {SHARD_VERSION}, {start} and 2 for each of {count} tokens")
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(count,))
+        data = np.memmap(path, "<u2", "r")
+        header, start = data[:6].view("<i4").tolist(), 2 * SHARD_HEADER_INTS
+    except (OSError, ValueError) as error:  # also of odd size, or empty
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    if header != (wanted := [SHARD_MAGIC, SHARD_VERSION, data.size - start]):
+        raise DataError(f"{path}: magic, version and tokens are {header}, must be {wanted}")
     if vocab_size is not None:
-        check_ids(tokens, vocab_size, str(path))
-    return tokens
+        check_ids(data[start:], vocab_size, str(path))
+    return data[start:]
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
     """Raises DataError if a token id is not below `vocab_size`."""
@@ -676,10 +657,8 @@ class TrainLoader:
             count, spare = divmod(max(0, shard.size - 1), self.seq_len)
             phase, places = rng.integers(spare + 1) * (order != "sequential"), np.arange(count)
             if order == "coprime" and count:
-                first, stride = rng.integers(1, count + 1, 2).tolist()
-                while math.gcd(stride, count) > 1:
-                    stride += 1
-                places = (first + stride * places) % count
+                stride = rng.choice(np.flatnonzero(np.gcd(places, count) == 1))
+                places = (rng.integers(count) + stride * places) % count
                 keys.append(np.sort(rng.random(count)))
             starts.append(np.stack([np.full(count, number), phase + self.seq_len * places], axis=1))
         self.epoch, self.starts = epoch, np.concatenate(starts)
@@ -753,8 +732,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> typing.Any:
 def token_bytes(tokenizer: typing.Any) -> TokenBytes:
     """Bytes of decoded text per token id, 0 for control tokens; `bytes_of_targets` adds the space.
     Raises: DataError if U+2581 is no piece (its fallback bytes would count as 3), or inside one.
-    Example: pieces (U+2581)"caf", "<0xC3>", "<0xA9>" -> 3 and a leading space, 1, 1
-    """
+    Example: pieces (U+2581)"caf", "<0xC3>", "<0xA9>" -> 3 and a leading space, 1, 1"""
     if tokenizer.is_unknown(tokenizer.piece_to_id(SPACE_MARK)):
         raise DataError("tokenizer: U+2581 is no piece of its own; bytes would be wrong")
     pieces = tokenizer.id_to_piece(ids := list(range(tokenizer.vocab_size())))
@@ -781,8 +759,6 @@ class ValStream:
                  keep_tail: bool = False, sidecar: np.ndarray | None = None) -> None:
         whole = max(0, tokens.size - 1) // seq_len * seq_len  # the tail fills no sequence
         self.num_targets = tokens.size - 1 if keep_tail else whole
-        if not whole:
-            raise DataError(f"validation: {tokens.size} tokens, not above EVAL_SEQ_LEN ({seq_len})")
         self.tokens = np.ascontiguousarray(tokens[:self.num_targets + 1], dtype=np.int32)
         self.num_documents = int((self.tokens == BOS_ID).sum())
         self.document_starts = np.union1d(0, np.flatnonzero(self.tokens[:-1] == BOS_ID))
@@ -791,8 +767,9 @@ class ValStream:
         self.target_bytes = (bytes_of_targets(self.tokens[:-1], self.tokens[1:], table)
                              if sidecar is None else sidecar[1:self.num_targets + 1])
         self.num_bytes = int(self.target_bytes.sum(dtype=np.int64))
-        if not self.num_bytes:
-            raise DataError(f"validation stream of {self.num_targets} targets holds no text")
+        if not (whole and self.num_bytes):
+            raise DataError(f"validation: {tokens.size} tokens must be above EVAL_SEQ_LEN "
+                            f"({seq_len}) and stand for text, not {self.num_bytes} bytes")
 
     @classmethod
     def load(cls, config: Config) -> ValStream:
@@ -802,13 +779,12 @@ class ValStream:
         shards = find_shards(folder, "val")
         tokens = np.concatenate([read_shard(path, config.vocab_size) for path in shards])
         if is_transformed(tokenizer):
-            shards = find_shards(folder, "val_bytes")  # the token table would count operators
-            sidecar = np.concatenate([read_shard(path) for path in shards])
+            # The token table would count operators.
+            sidecar = np.concatenate([*map(read_shard, find_shards(folder, "val_bytes"))])
             if sidecar.size != tokens.size or sidecar[tokens == BOS_ID].any():
                 raise DataError(f"{folder}: {sidecar.size} byte counts in val_bytes shards, must "
                                 f"be {tokens.size}, and none for the starts of documents")
-        table = token_bytes(tokenizer)
-        return cls(tokens, table, config.eval_seq_len, config.val_tail, sidecar)
+        return cls(tokens, token_bytes(tokenizer), config.eval_seq_len, config.val_tail, sidecar)
 
 # ==================================================================================================
 # 4  Model
@@ -916,16 +892,6 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     y_BTGRK = y_BTHK.float().unflatten(2, (v.shape[2], -1))
     return (y_BTGRK - (y_BTGRK * v).sum(-1, keepdim=True) * v).flatten(2, 3).to(y_BTHK.dtype)
 
-def split_heads(qkv_BTNK: Tensor, gain_H: Tensor, rotary: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values: the first two normalised and rotated, queries gained.
-    Each kind by itself, and gained before it is rotated: anything else makes the compiler write
-    slower code, or keep float32 queries for the backward pass."""
-    H, dtype = len(gain_H), qkv_BTNK.dtype
-    G = (qkv_BTNK.shape[2] - H) // 2
-    q_BTHK, k_BTGK, v_BTGK = qkv_BTNK.split((H, G, G), dim=2)
-    q_BTHK = rotate(rms_norm(q_BTHK.float()) * gain_H[:, None], rotary)
-    return q_BTHK.to(dtype), rotate(rms_norm(k_BTGK.float()), rotary).to(dtype), v_BTGK.contiguous()
-
 def linear(x: Tensor, w_OI: Tensor, site: Site, tap: Tap | None) -> Tensor:
     """`x` times the transpose of `w`, as seen or changed by an adapter."""
     y = F.linear(x, w_OI)
@@ -934,13 +900,18 @@ def linear(x: Tensor, w_OI: Tensor, site: Site, tap: Tap | None) -> Tensor:
 def attention(x_BTD: Tensor, w: BlockWeights, form: str, rotary: Tensor, attend: Attend,
               tap: Tap | None, value: Sequence[Tensor] = ()) -> Tensor:
     """Grouped-query attention with normalised, rotated, gained queries and keys."""
-    width = w.out.shape[1] // len(w.q_gain)
+    H, dtype = len(w.q_gain), x_BTD.dtype
+    width = w.out.shape[1] // H
     qkv_BTNK = linear(x_BTD, w.qkv, "qkv", tap).unflatten(-1, (-1, width))
+    q_BTHK, k_BTGK, v_BTGK = qkv_BTNK.tensor_split((H, (H + qkv_BTNK.shape[2]) // 2), dim=2)
     padding = -width % 8  # kernels want such heads; their scale goes by the padded width
-    gain_H = w.q_gain * math.sqrt(1 + padding / width)
-    q_BTHK, k_BTGK, v_BTGK = split_heads(qkv_BTNK, gain_H, rotary)
+    gain_H1 = (w.q_gain * math.sqrt(1 + padding / width))[:, None]
+    # Each kind by itself, and gained before it is rotated: anything else makes the compiler write
+    # slower code, or keep float32 queries for the backward pass.
+    q_BTHK = rotate(rms_norm(q_BTHK.float()) * gain_H1, rotary).to(dtype)
+    k_BTGK, v_BTGK = rotate(rms_norm(k_BTGK.float()), rotary).to(dtype), v_BTGK.contiguous()
     if value:
-        v_BTGK = v_BTGK + value[1].to(v_BTGK.dtype) * value[0].view_as(v_BTGK)
+        v_BTGK = v_BTGK + value[1].to(dtype) * value[0].view_as(v_BTGK)
     padded = (F.pad(t, (0, padding)) if padding else t for t in (q_BTHK, k_BTGK, v_BTGK))
     y_BTHK = attend(*padded)[..., :width]
     if form.endswith("xsa"):
@@ -984,7 +955,7 @@ class Matrix(NamedTuple):
     """The matrices of one role in all blocks: rows of a parameter stacked over blocks."""
     role: Literal["q", "k", "v", "out", "up", "down", "ve"]
     parameter: nn.Parameter
-    rows: slice
+    rows: slice = slice(None)
 
     def view(self, stack: Tensor) -> Tensor:
         """This role's share (L, rows, columns) of the parameter's values, gradient or integers."""
@@ -992,9 +963,6 @@ class Matrix(NamedTuple):
 
 class GPT(nn.Module):
     """The language model: float32 parameters stacked over blocks, and the only forward pass."""
-    norm_scale: Tensor
-    rotary: Tensor
-
     def __init__(self, config: Config, attend: Attend, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         L, D, V, ones, zeros = (
@@ -1022,9 +990,9 @@ class GPT(nn.Module):
                 "cross_repeat_scales": zeros(L * config.cross_repeat, config.num_loops, D)}.items():
             if value.numel():  # of nothing there is no parameter
                 self.register_parameter(name, nn.Parameter(value))
-        norm_scale = torch.arange(1.0, L + 1).rsqrt() if config.ln_scale else ones(L)
-        self.register_buffer("norm_scale", norm_scale, persistent=False)
-        self.register_buffer("rotary", rotary_tables(
+        self.norm_scale = nn.Buffer(
+            torch.arange(1.0, L + 1).rsqrt() if config.ln_scale else ones(L), persistent=False)
+        self.rotary = nn.Buffer(rotary_tables(
             max(config.train_seq_len, config.eval_seq_len), config.rope_dims or config.head_dim,
             config.rope_base), persistent=False)
         # One graph per form of a block serves every visit, plan and evaluation.
@@ -1047,9 +1015,9 @@ class GPT(nn.Module):
         """The matrices that Muon trains, by role."""
         k, v = self.config.model_dim, self.config.model_dim + self.config.kv_dim  # first rows
         found = [Matrix("q", self.qkv, slice(k)), Matrix("k", self.qkv, slice(k, v)),
-                 Matrix("v", self.qkv, slice(v, None)), Matrix("out", self.out, slice(None)),
-                 Matrix("up", self.up, slice(None)), Matrix("down", self.down, slice(None))]
-        return found + [Matrix("ve", p, slice(None)) for p in self.named("ve_proj").values()]
+                 Matrix("v", self.qkv, slice(v, None)), Matrix("out", self.out),
+                 Matrix("up", self.up), Matrix("down", self.down)]
+        return found + [Matrix("ve", p) for p in self.named("ve_proj").values()]
 
     def named(self, *names: str) -> dict[str, nn.Parameter]:
         """Those of some parameters that this model has."""
@@ -1061,8 +1029,7 @@ class GPT(nn.Module):
 
     def vectors(self) -> dict[str, nn.Parameter]:
         """The tensors that stay floating-point numbers; Muon trains one of them, ve_proj."""
-        stacks = self.stacks()
-        return {name: p for name, p in self.named_parameters() if name not in stacks}
+        return {name: p for name, p in self.named_parameters() if name not in TABLES + MATRICES}
 
     def block_weights(self) -> list[BlockWeights]:
         # A scale of outputs goes into the weights: rows of them are few, rows of a batch are many.
@@ -1116,31 +1083,25 @@ class GPT(nn.Module):
     def forward(self, ids_BT: Tensor, target_BT: Tensor, plan: DepthPlan,
                 adapter: Adapter | None = None) -> Tensor:
         """Nats of all targets, float32 (B, T)."""
-        return self.nats(self.hidden(ids_BT, plan, adapter), target_BT, adapter)
+        logits_NV = self.logits(self.hidden(ids_BT, plan, adapter), adapter)
+        return self.target_nats(logits_NV, target_BT.flatten().long()).view(target_BT.shape)
 
     def logits(self, x_BTD: Tensor, adapter: Adapter | None = None) -> Tensor:
         """Logits (N, V) before their soft cap, given hidden states."""
         tap = functools.partial(adapter, -1, -1) if adapter else None
         return linear(x_BTD, self.embed.to(self.dtype), "head", tap).flatten(0, 1)
 
-    def nats(self, x_BTD: Tensor, target_BT: Tensor, adapter: Adapter | None = None) -> Tensor:
-        """Nats of targets, float32 (B, T), given the hidden states that predict them."""
-        nats_N = self.target_nats(self.logits(x_BTD, adapter), target_BT.flatten().long())
-        return nats_N.view(target_BT.shape)
-
     def target_nats(self, logits_NV: Tensor, target_N: Tensor) -> Tensor:
         return self.softcapped_nll(logits_NV, target_N, self.config.logit_softcap)
 
 def count_parameters(model: GPT) -> dict[str, tuple[int, int]]:
     """(tensors, parameters) per optimizer group, counted as the published systems' tensors."""
-    tables, vectors, matrices = model.named(*TABLES), model.vectors(), model.matrices()
-    blocks = ("attn_scale", "mlp_scale", "resid_mix", "q_gain")
+    vectors, blocks = model.vectors(), ("attn_scale", "mlp_scale", "resid_mix", "q_gain")
     vectors.pop("ve_proj", None)
-    return {"embedding": (len(tables), sum(t.numel() for t in tables.values())),
-            "matrix": (sum(len(m.parameter) for m in matrices),
-                       sum(m.view(m.parameter).numel() for m in matrices)),
-            "vector": (sum(len(v) if name in blocks else 1 for name, v in vectors.items()),
-                       sum(v.numel() for v in vectors.values()))}
+    groups = {"embedding": [*model.named(*TABLES).values()],
+              "matrix": [w for m in model.matrices() for w in m.view(m.parameter)],
+              "vector": [t for name, v in vectors.items() for t in (v if name in blocks else [v])]}
+    return {name: (len(found), sum(t.numel() for t in found)) for name, found in groups.items()}
 
 def flops_per_token(config: Config, plan: DepthPlan) -> float:
     """Operations of one training token, forward and backward; attention counts its causal half."""
@@ -1179,7 +1140,7 @@ def attention_error(attend: Attend, device: torch.device) -> float:
         gradients = torch.autograd.grad(y, leaves, dy.to(where, kind))
         return [t.detach().cpu().float() for t in (y, *gradients)]
 
-    with sdpa_kernel(SDPBackend.MATH):
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
         wanted = run(sdpa_attend, torch.device("cpu"), torch.float32)
     found = run(attend, device, compute_dtype(device))
     errors = [(f - w).norm() / w.norm() for f, w in zip(found, wanted, strict=True)]
@@ -1187,12 +1148,11 @@ def attention_error(attend: Attend, device: torch.device) -> float:
 
 def choose_attention(name: str, device: torch.device) -> AttentionBackend:
     """The named back-end, or the first that loads and is exact enough. Raises: ConfigError."""
-    loaders: dict[str, Callable[[torch.device], Attend]] = {"fa3": load_fa3}
-    loaders |= {k: functools.partial(load_sdpa, kernel=k) for k in ("cudnn", "flash", "math")}
     rejected, tolerance = dict[str, str](), 0.02 if device.type == "cuda" else 1e-4
-    for candidate in loaders if name == "auto" else (name,):
+    for candidate in ("fa3", "cudnn", "flash", "math") if name == "auto" else (name,):
         try:
-            error = attention_error(attend := loaders[candidate](device), device)
+            attend = load_fa3(device) if candidate == "fa3" else load_sdpa(device, candidate)
+            error = attention_error(attend, device)
             if not error <= tolerance:  # NaN is not
                 raise GolfError(f"error {error:.1e} against float32, at most {tolerance:g}")
             return AttentionBackend(candidate, attend, rejected)
@@ -1328,19 +1288,6 @@ class Optimizer:
         """AdamW's live state; there is none before the first step."""
         return [t for state in self.adam.state.values() for t in state.values()]
 
-class WeightAverage:
-    """A moving average of every parameter, in which each update has its share."""
-    def __init__(self, model: GPT) -> None:
-        self.weights = [p.data for p in model.parameters()]
-        self.shadow = [p.clone() for p in self.weights]
-
-    def update(self, share: float) -> None:
-        if share:
-            torch._foreach_lerp_(self.shadow, self.weights, share)
-
-    def apply(self) -> None:
-        torch._foreach_copy_(self.weights, self.shadow)
-
 # ==================================================================================================
 # 6  Training
 # Enters: model, batches, clock. Leaves: averaged weights and calibration statistics, in the time
@@ -1441,13 +1388,14 @@ class Trainer:
         self.config, self.world, self.log = config, world, log
         self.state, self.saved = start or (TrainState({}), [])
         self.shape = batch_shape(config, world.size)
-        shards = map(read_shard, find_shards(config.dataset_dir, "train"))
-        self.loader = TrainLoader(list(shards), config)
+        shards = [*map(read_shard, find_shards(config.dataset_dir, "train"))]
+        self.loader = TrainLoader(shards, config)
         self.model = GPT(config, attend, compute_dtype(world.device))
         self.model.initialise(config.seed)
         self.model.to(world.device)
         self.optimizer = Optimizer(self.model, config, world)
-        self.average = WeightAverage(self.model)
+        self.weights = [p.data for p in self.model.parameters()]
+        self.shadow = [p.clone() for p in self.weights]  # their moving average
         self.flight: deque[tuple] = deque()  # steps whose numbers may not be on the host yet
         self.micro_seconds: dict[str, list[float]] = {}
         self.last_loss, self.skipped = math.nan, -1
@@ -1476,7 +1424,7 @@ class Trainer:
             seconds = time.perf_counter() - begin
             self.log.event("phase", name=f"warm_up {plan.name}", seconds=seconds)
             self.log.line(f"warm_up {plan.name}: {seconds:.1f}s")
-        self.average.apply()  # which holds the first weights
+        torch._foreach_copy_(self.weights, self.shadow)  # which are the first ones yet
         torch._foreach_zero_([*self.optimizer.moments(), *self.optimizer.momenta])
         for _ in range(2):  # the second is warm
             begin = time.perf_counter()
@@ -1498,11 +1446,10 @@ class Trainer:
             reserve = self.warm_up()
             log.put("train", startup_seconds=time.time() - log.started)
             log.line(f"gptq:reserving {reserve:.1f}s of {config.max_wallclock_seconds:g}s")
-        saved = iter(self.saved)  # of trained weights, nothing else
-        for tensor, value in zip(self.replicated(), saved, strict=False):
-            tensor.copy_(value.view_as(tensor))
-        for share, whole in zip(self.optimizer.momenta, saved, strict=False):
-            share.copy_(whole.chunk(self.world.size)[self.world.rank])
+        live, rank = [*self.replicated(), *self.optimizer.momenta], self.world.rank
+        for tensor, value in zip(live, self.saved, strict=False):  # which may be weights alone
+            whole = value.shape == tensor.shape
+            tensor.copy_(value if whole else value.chunk(self.world.size)[rank])
         self.world.synchronize()
         self.clock = TrainingClock(config, self.world, reserve)
         self.clock.begin -= state.seconds
@@ -1545,8 +1492,8 @@ class Trainer:
                 state.step += 1
         stream.close()
         self.drain(0)
-        self.average.update((config.averaging == "swa") / (state.snapshots + 1))
-        self.average.apply()
+        self.update_average((config.averaging == "swa") / (state.snapshots + 1))
+        torch._foreach_copy_(self.weights, self.shadow)
         self.summarise(clock.elapsed())
         state.trained = True
         self.save()
@@ -1556,7 +1503,7 @@ class Trainer:
 
     def replicated(self) -> list[Tensor]:
         """What a checkpoint holds and all ranks have alike, in its order."""
-        return [*self.average.weights, *self.average.shadow, *self.optimizer.moments()]
+        return [*self.weights, *self.shadow, *self.optimizer.moments()]
 
     def save(self) -> None:
         """Writes a checkpoint, off the clock. If it cannot, it warns: the run is worth more."""
@@ -1565,7 +1512,7 @@ class Trainer:
         state.seconds, name = self.clock.elapsed(), f"step-{state.step:08}.ckpt"
         with self.clock.paused():
             if state.trained:
-                name, tensors = "weights.ckpt", self.average.weights
+                name, tensors = "weights.ckpt", self.weights
             else:
                 tensors = [*self.replicated(), *map(self.world.gather, self.optimizer.momenta)]
             try:
@@ -1596,7 +1543,12 @@ class Trainer:
         self.flight.append((self.state.step + 1, plan, progress, scale, values,
                             self.optimizer.squares, begin, middle, self.mark()))
         in_swa = plan == depth_plans(config)[-1] and scale < config.swa_start_frac
-        self.average.update(self.state.average_share(config, at + 1, in_swa))  # numbered from one
+        self.update_average(self.state.average_share(config, at + 1, in_swa))  # numbered from one
+
+    def update_average(self, share: float) -> None:
+        """Gives the newest weights their share of the average."""
+        if share:
+            torch._foreach_lerp_(self.shadow, self.weights, share)
 
     def drain(self, most_in_flight: int) -> None:
         log, config = self.log, self.config
@@ -1650,8 +1602,7 @@ class Trainer:
     def summarise(self, seconds: float) -> None:
         log, per_step, steps = self.log, self.config.train_batch_tokens, self.state.step
         tokens, peak = steps * per_step, torch.cuda.max_memory_allocated() >> 20  # 0 on CPU
-        by_plan = {name: round(per_step / float(np.median(times)))
-                   for name, times in self.micro_seconds.items()}
+        by_plan = {name: round(per_step / np.median(t)) for name, t in self.micro_seconds.items()}
         log.put("train", steps=steps, seconds=seconds, tokens=tokens, tok_s=tokens / seconds,
                 ms_per_step=1e3 * seconds / max(steps, 1), tok_s_by_plan=by_plan,
                 loop_enabled_step=self.state.plan_step, final_loss=self.last_loss, peak_mib=peak)

@@ -182,7 +182,8 @@ def test_gate_that_reads_the_target_is_caught(adapted: golf.Config, kind: str,
     def gated(scorer: golf.Scorer, rows: torch.Tensor, skip: int,
               adapter: golf.LowRank | None) -> torch.Tensor:
         targets = rows[:, 1 + skip:]
-        other = scorer.model.nats(0.5 * scorer.states(rows, skip, adapter), targets, adapter)
+        logits = scorer.model.logits(0.5 * scorer.states(rows, skip, adapter), adapter)
+        other = scorer.model.target_nats(logits, targets.flatten().long()).view(targets.shape)
         return torch.where(targets % 2 == 0, other, honest(scorer, rows, skip, adapter))
 
     monkeypatch.setattr(golf.Scorer, "nats", gated)

@@ -51,9 +51,9 @@ def test_shard_round_trip(tmp_path_factory: pytest.TempPathFactory, tokens: list
 
 
 @pytest.mark.parametrize(("header", "payload", "said"), [
-    ((20240520, 1, 4), b"\0" * 6, "1030 bytes"), ((20240520, 1, 4), b"\0" * 10, "1034 bytes"),
-    ((20240521, 1, 4), b"\0" * 8, "20240521"), ((20240520, 7, 4), b"\0" * 8, "version 7"),
-    ((20240520, 1, -4), b"", "-4 tokens"), ((20240520, 1, 0), b"\0\0", "0 tokens")])
+    ((20240520, 1, 4), b"\0" * 6, r"1, 4\], .* 1, 3\]"), ((20240520, 1, 4), b"\0" * 9, "read"),
+    ((20240521, 1, 4), b"\0" * 8, "20240521"), ((20240520, 7, 4), b"\0" * 8, r"20240520, 7, 4\]"),
+    ((20240520, 1, -4), b"", r"1, -4\], .* 1, 0\]"), ((20240520, 1, 0), b"\0\0", r" 1, 1\]")])
 def test_damaged_shard_is_named(tmp_path: Path, header: tuple[int, ...], payload: bytes,
                                 said: str) -> None:
     path = write_raw(tmp_path / "fineweb_train_000000.bin", header, payload)
@@ -66,7 +66,7 @@ def test_missing_and_headless_shards_are_named(tmp_path: Path) -> None:
     with pytest.raises(golf.DataError, match=r"none\.bin"):
         golf.read_shard(tmp_path / "none.bin")
     (tmp_path / "short.bin").write_bytes(b"\0" * 1023)
-    with pytest.raises(golf.DataError, match=r"short\.bin: .*1023 bytes"):
+    with pytest.raises(golf.DataError, match=r"short\.bin: cannot be read"):
         golf.read_shard(tmp_path / "short.bin")
 
 
@@ -268,7 +268,7 @@ def test_validation_shorter_than_a_sequence_is_refused(count: int) -> None:
 
 def test_validation_without_text_is_refused() -> None:
     table = golf.TokenBytes(np.zeros(4, np.int16), np.zeros(4, bool), np.ones(4, bool))
-    with pytest.raises(golf.DataError, match="no text"):
+    with pytest.raises(golf.DataError, match="not 0 bytes"):
         golf.ValStream(np.full(65, 3, dtype=np.uint16), table, 64)
 
 

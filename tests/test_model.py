@@ -262,7 +262,8 @@ def test_scoring_a_part_equals_the_part_of_scoring_all(config: golf.Config, firs
     model, rows, plan = random_model(config), random_tokens(2, 33), golf.depth_plans(config)[-1]
     with torch.no_grad():
         whole = model(rows[:, :-1], rows[:, 1:], plan)
-        part = model.nats(model.hidden(rows[:, :-1], plan)[:, first:], rows[:, 1 + first:])
+        logits = model.logits(model.hidden(rows[:, :-1], plan)[:, first:])
+        part = model.target_nats(logits, rows[:, 1 + first:].flatten().long()).view(2, -1)
     assert part.shape == (2, 32 - first)
     torch.testing.assert_close(part, whole[:, first:], rtol=1e-5, atol=1e-6)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from toy import MakeConfig, random_model
+from toy import MakeConfig, SilentLog, random_model
 
 import train_gpt as golf
 
@@ -208,16 +208,15 @@ def test_gradients_are_cleared_and_a_zero_rate_changes_nothing(config: golf.Conf
         assert torch.equal(p, before[name])
 
 
-def test_average_follows_its_formula(config: golf.Config) -> None:
-    model = random_model(config)
-    average = golf.WeightAverage(model)
+def test_average_follows_its_formula(config: golf.Config, log: SilentLog) -> None:
+    trainer = golf.Trainer(config, golf.World(), log, golf.sdpa_attend)
+    model = trainer.model
     shadow = {name: p.detach().double().clone() for name, p in model.named_parameters()}
     for step in range(4):
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.add_(random_gradients(model, step, 0.1)[name])
                 shadow[name] = 0.75 * shadow[name] + 0.25 * p.double()
-        average.update(0.25)
-    average.apply()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.detach().double(), shadow[name], rtol=1e-5, atol=1e-6)
+        trainer.update_average(0.25)
+    for name, found in zip(shadow, trainer.shadow, strict=True):
+        torch.testing.assert_close(found.double(), shadow[name], rtol=1e-5, atol=1e-6)

@@ -447,7 +447,7 @@ def break_tokenizer(folder: Path) -> None:
     ("break_it", "message"),
     [
         (break_magic, "fineweb_train_000001.bin: magic"),
-        (break_length, r"fineweb_val_000000.bin: .*\d+ bytes"),
+        (break_length, r"fineweb_val_000000.bin: cannot be read"),
         (break_token_id, "token id 1024"),
         (break_first_token, "begins with id 300, not with BOS"),
         (break_documents, "fineweb_train_000001.bin: no document begins here"),
@@ -761,7 +761,7 @@ def test_download_refuses_what_is_not_as_announced(
     hub.wrong_hashes.clear()
     hub.files[f"{PREFIX}/{name}"] = b"\x00" * 2048
     assert run(*command) == 1
-    assert f"{name}: magic 0" in capsys.readouterr().err
+    assert f"{name}: magic, version and tokens are [0, 0, 0]" in capsys.readouterr().err
     assert not list((tmp_path / "data").rglob("manifest.json"))
 
 
