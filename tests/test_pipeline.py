@@ -234,7 +234,7 @@ def short_train(data: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "said"), [
-    (truncate_shard, r"fineweb_train_000001\.bin: .*\d+ bytes.* \d+ tokens"),
+    (truncate_shard, r"fineweb_train_000001\.bin: magic, version and tokens"),
     (wrong_magic, r"fineweb_val_000000\.bin: magic"), (no_train_shards, r"data: no .*train"),
     (no_val_shards, r"data: no .*val"), (short_val, r"64 tokens.*EVAL_SEQ_LEN \(64\)"),
     (bad_val_token, r"fineweb_val_000000\.bin: token id 384 .*VOCAB_SIZE \(384\)"),
