@@ -17,6 +17,7 @@ order the data flows: 1 Config, 2 Runtime, 3 Data, 4 Model, 5 Optimizer, 6 Train
 from __future__ import annotations
 
 import ast
+import bz2
 import contextlib
 import copy
 import difflib
@@ -2032,10 +2033,9 @@ def encode_levels(levels_LRC: np.ndarray) -> bytes:
 
 def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
     """The inverse of `encode_levels`. Raises: ArtifactError unless the stream ends as it began."""
-    levels_LRC, lanes, position = np.zeros(shape, np.int8), num_lanes(shape), 0
+    levels_LRC, lanes, words = np.zeros(shape, np.int8), num_lanes(shape), io.BytesIO(data)
 
     def take(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
-        nonlocal position
         contexts, out = context.ravel(), symbols.ravel()
         for begin in range(0, len(out), lanes):
             some = slice(begin, begin + lanes)
@@ -2045,17 +2045,15 @@ def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
             cell = tables[0][contexts[some], symbol]
             x[:] = (x >> 15) * (cell >> 16) + slot - (cell & 0xFFFF)
             empty = np.flatnonzero(x < 1 << 16)
-            x[empty] = x[empty] << 16 | words[position:position + len(empty)]
-            position += len(empty)
+            x[empty] = x[empty] << 16 | np.frombuffer(words.read(2 * len(empty)), "<u2")
         return out.reshape(context.shape)
 
     try:
-        begin = 6 + int.from_bytes(data[2:6], "little")
-        row_LR, limits = decompress(data[6:begin], shape[:2]), np.frombuffer(data, np.int8, 2)
-        states = np.frombuffer(data, "<u4", lanes, begin).astype(np.uint32)
-        words = np.frombuffer(data, "<u2", -1, begin + 4 * lanes).astype(np.uint32)
-        walk_levels(levels_LRC, row_LR, limits.tolist(), take)
-        if position != len(words) or (states != 1 << 16).any():
+        limits = np.frombuffer(words.read(2), np.int8).tolist()
+        row_LR = decompress(words.read(int.from_bytes(words.read(4), "little")), shape[:2])
+        states = np.frombuffer(words.read(4 * lanes), "<u4").astype(np.uint32)
+        walk_levels(levels_LRC, row_LR, limits, take)
+        if words.read() or (states != 1 << 16).any():
             raise ValueError
     except (ValueError, IndexError):
         raise ArtifactError("a stream of levels does not end where it began") from None
@@ -2189,8 +2187,8 @@ def save_artifact(path: Path, blob: bytes, found: QuantisedModel, model: GPT, lo
 
 # Runs the program inside its archive. The line cache gets the text, because tracebacks and
 # torch.compile read the source of what they show or compile.
-PACKED_STUB = """import brotli, linecache
-s = brotli.decompress(__loader__.get_data("source")).decode()
+PACKED_STUB = """import bz2, linecache
+s = bz2.decompress(__loader__.get_data("source")).decode()
 linecache.cache["<train_gpt>"] = len(s), None, s.splitlines(True), "<train_gpt>"
 exec(compile(s, "<train_gpt>", "exec"))
 """
@@ -2221,10 +2219,19 @@ def strip_source(source: str) -> str:
     shorten_names(tree)
     return re.sub("^ +", lambda indent: indent[0][::4], ast.unparse(tree), flags=re.M) + "\n"
 
+def named_nodes(scope: ast.AST) -> Iterator[tuple[typing.Any, str]]:
+    """The nodes that hold a name, in the order of the text, and the names."""
+    ahead = [scope]
+    while ahead:
+        node = ahead.pop()
+        ahead += reversed([*ast.iter_child_nodes(node)])
+        if type(node) in NAMED:
+            yield node, getattr(node, NAMED[type(node)])
+
 def names_in(scope: ast.AST, *, read: bool) -> Counter[str]:
     """How often which names are read inside, or else bound."""
-    return Counter(getattr(n, NAMED[type(n)]) for n in ast.walk(scope)
-                   if type(n) in NAMED and isinstance(getattr(n, "ctx", None), ast.Load) == read)
+    return Counter(name for n, name in named_nodes(scope)
+                   if isinstance(getattr(n, "ctx", None), ast.Load) == read)
 
 def definitions(node: ast.stmt) -> set[str]:
     """The names that a statement of the module gives to a function, a class or constants."""
@@ -2237,31 +2244,28 @@ def shorten_names(tree: ast.Module) -> None:
     keywords = {n.arg for n in ast.walk(tree) if isinstance(n, ast.keyword)}
     bodies = [tree.body, *(n.body for n in tree.body if isinstance(n, ast.ClassDef))]
     for function in (n for body in bodies for n in body if isinstance(n, ast.FunctionDef)):
-        given, nodes = function.args.args + function.args.kwonlyargs, list(ast.walk(function))
+        given = function.args.args + function.args.kwonlyargs
         own = [a for a in given if a.arg not in keywords]
-        kept = {getattr(n, NAMED[type(n)]) for n in nodes
-                if type(n) in NAMED and not isinstance(n, ast.Name) and n not in own}
-        kept |= {name for n in nodes if isinstance(n, ast.Nonlocal) for name in n.names}
-        rename(function, {*names_in(function, read=False)} - kept, "abcdefghijklmnopqrstuvwxyz")
+        kept = {name for n, name in named_nodes(function)
+                if not isinstance(n, ast.Name) and n not in own}
+        rename(function, names_in(function, read=False).keys() - kept, "abcdefghijklmnopqrstuvwxyz")
     bound = names_in(tree, read=False)
     rename(tree, {name for n in tree.body for name in definitions(n)
                   if bound[name] == 1 and not name.endswith(("Config", "Error"))},
            "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 def rename(scope: ast.AST, names: set[str], letters: str) -> None:
-    """Gives `names` the shortest that are free in a scope, the most frequent first."""
-    nodes = [(n, NAMED[type(n)]) for n in ast.walk(scope) if type(n) in NAMED]
-    counts = Counter(n.id for n, _ in nodes if isinstance(n, ast.Name) and n.id in names)
-    taken = {getattr(n, place) for n, place in nodes} - counts.keys()
+    """Gives `names` the shortest that are free in a scope, in the order of the text."""
+    nodes = list(named_nodes(scope))
+    taken = {name for _, name in nodes} - names
     free = (a + b for a in ("", *letters.upper()) for b in letters if a + b not in taken)
-    short = dict(zip((name for name, _ in counts.most_common()), free, strict=False))
-    for node, place in nodes:
-        name = getattr(node, place)
-        setattr(node, place, short.get(name, name))
+    short = {name: next(free) for name in dict.fromkeys(name for _, name in nodes) if name in names}
+    for node, name in nodes:
+        setattr(node, NAMED[type(node)], short.get(name, name))
 
 def pack_program(source: str) -> bytes:
     """A zip that Python runs like the script. Equal sources give equal bytes."""
-    data = compress(strip_source(source).encode())
+    data = bz2.compress(strip_source(source).encode())
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in (("source", data), ("__main__.py", PACKED_STUB.encode())):
@@ -2271,9 +2275,8 @@ def pack_program(source: str) -> bytes:
 
 def unpack_program(path: Path) -> str:
     """The source inside a packed program."""
-    import brotli
     with zipfile.ZipFile(path) as archive:
-        return brotli.decompress(archive.read("source")).decode()
+        return bz2.decompress(archive.read("source")).decode()
 
 # ==================================================================================================
 # 9  Evaluation
