@@ -17,6 +17,7 @@ order the data flows: 1 Config, 2 Runtime, 3 Data, 4 Model, 5 Optimizer, 6 Train
 from __future__ import annotations
 
 import ast
+import bz2
 import contextlib
 import copy
 import difflib
@@ -1905,12 +1906,10 @@ def expected_shapes(config: Config) -> tuple[Shapes, Shapes]:
         floats |= {f"{name}.scale": shape[:-1], f"{name}.column": shape[:-2] + shape[-1:]}
     return integers, floats
 
-def stream_shapes(integers: Shapes, codec: str) -> list[tuple[int, ...]]:
-    """Shapes of the levels in each stream: whole stacks for the adaptive coder, else pieces."""
-    if codec == "ans":
-        return [(shape[:-2].numel(), *shape[-2:]) for shape in integers.values()]
-    total = sum(shape.numel() for shape in integers.values())
-    return [(min(PIECE, total - first),) for first in range(0, total, PIECE)]
+def stream_parts(levels: Tensor, codec: str) -> Sequence[Tensor]:
+    """What of a stack goes into each stream: all of it for the adaptive coder, else pieces."""
+    whole = levels.view(-1, *levels.shape[-2:])
+    return [whole] if codec == "ans" else whole.flatten().split(PIECE)
 
 def class_magnitude(classes: np.ndarray, shift: int) -> np.ndarray:
     """The float32 magnitudes at which classes begin, 2**(23 - shift) of them per octave."""
@@ -1983,10 +1982,9 @@ def encode_levels(levels_LRC: np.ndarray) -> bytes:
 
 def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
     """The inverse of `encode_levels`. Raises: ArtifactError unless the stream ends as it began."""
-    levels_LRC, lanes, position = np.zeros(shape, np.int8), num_lanes(shape), 0
+    levels_LRC, lanes, words = np.zeros(shape, np.int8), num_lanes(shape), io.BytesIO(data)
 
     def take(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
-        nonlocal position
         contexts, out = context.ravel(), symbols.ravel()
         for begin in range(0, len(out), lanes):
             some = slice(begin, begin + lanes)
@@ -1996,17 +1994,15 @@ def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
             cell = tables[0][contexts[some], symbol]
             x[:] = (x >> 15) * (cell >> 16) + slot - (cell & 0xFFFF)
             empty = np.flatnonzero(x < 1 << 16)
-            x[empty] = x[empty] << 16 | words[position:position + len(empty)]
-            position += len(empty)
+            x[empty] = x[empty] << 16 | np.frombuffer(words.read(2 * len(empty)), "<u2")
         return out.reshape(context.shape)
 
     try:
-        begin = 6 + int.from_bytes(data[2:6], "little")
-        row_LR, limits = decompress(data[6:begin], shape[:2]), np.frombuffer(data, np.int8, 2)
-        states = np.frombuffer(data, "<u4", lanes, begin).astype(np.uint32)
-        words = np.frombuffer(data, "<u2", -1, begin + 4 * lanes).astype(np.uint32)
-        walk_levels(levels_LRC, row_LR, limits.tolist(), take)
-        if position != len(words) or (states != 1 << 16).any():
+        limits = np.frombuffer(words.read(2), np.int8).tolist()
+        row_LR = decompress(words.read(int.from_bytes(words.read(4), "little")), shape[:2])
+        states = np.frombuffer(words.read(4 * lanes), "<u4").astype(np.uint32)
+        walk_levels(levels_LRC, row_LR, limits, take)
+        if words.read() or (states != 1 << 16).any():
             raise ValueError
     except (ValueError, IndexError):
         raise ArtifactError("a stream of levels does not end where it began") from None
@@ -2018,16 +2014,14 @@ CODERS: dict[str, tuple[Callable, ...]] = {
 
 def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) -> bytes:
     """The artifact file: streams of levels, and one of brotli for float16 values."""
-    integers, floats = expected_shapes(config)
-    values = np.concatenate([quantised.floats[name].numpy().ravel() for name in floats])
-    levels = np.concatenate([quantised.integers[name].numpy().ravel() for name in integers])
-    codec = codec_of(config)
-    shapes = stream_shapes(integers, codec)
-    parts = np.split(levels, np.cumsum([math.prod(shape) for shape in shapes[:-1]]))
+    (integers, floats), codec = expected_shapes(config), codec_of(config)
+    parts = [part.numpy() for name in integers
+             for part in stream_parts(quantised.integers[name], codec)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # both coders let go of the interpreter
-        streams = [*pool.map(CODERS[codec][0], map(np.reshape, parts, shapes))]
+        streams = [*pool.map(CODERS[codec][0], parts)]
     # Low bytes apart from high bytes: exponents compress, mantissas do not.
-    streams.append(compress(values.astype("<f2").view(np.int8).reshape(-1, 2).T))
+    values = torch.cat([quantised.floats[name].flatten() for name in floats])
+    streams.append(compress(values.view(torch.int8).view(-1, 2).T.numpy()))
     header = dict(preset=config.preset, plan=plan.name, codec=codec,
                   settings={name: getattr(config, name) for name in MODEL_SETTINGS})
     frames = [json.dumps(header, separators=(",", ":")).encode(), *streams]
@@ -2036,38 +2030,38 @@ def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) 
 
 def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedModel]:
     """Plan and contents of a whole file of this model. Raises: ArtifactError for anything else."""
-    position, body, streams = len(ARTIFACT_MAGIC), data[:-16], []
-    if not data.startswith(ARTIFACT_MAGIC) or hashlib.sha256(body).digest()[:16] != data[-16:]:
+    body, frames = io.BytesIO(data[len(ARTIFACT_MAGIC):-16]), []
+    if not (data.startswith(ARTIFACT_MAGIC)
+            and hashlib.sha256(data[:-16]).digest()[:16] == data[-16:]):
         raise ArtifactError(f"{len(data)} bytes that begin with {data[:8]!r}: not an artifact of "
                             "this version, or damaged (checksum)")
     try:
-        while position < len(body):
-            begin = position + 4
-            position = begin + int.from_bytes(body[position:begin], "little")
-            streams.append(body[begin:position])
-        header = json.loads(streams.pop(0))  # compared first: a small file can claim a large model
+        while size := body.read(4):
+            frames.append(body.read(int.from_bytes(size, "little")))
+        header = json.loads(frames.pop(0))  # compared first: a small file can claim a large model
         for name in MODEL_SETTINGS:
             claimed, wanted = header["settings"][name], getattr(config, name)
             if claimed != wanted:
                 raise ArtifactError(f"{name.upper()}={claimed}, but the settings say {wanted}; "
                                     "PRESET=" + header["preset"])
         plan = {plan.name: plan for plan in depth_plans(config)}[header["plan"]]
-        return plan, decode_streams(streams, config, header["codec"])
+        return plan, decode_streams(frames, config, header["codec"])
     except (ValueError, TypeError, LookupError, RecursionError, ImportError) as error:
         raise ArtifactError(f"malformed: {error!r}") from None
 
 def decode_streams(streams: list[bytes], config: Config, codec: str) -> QuantisedModel:
     """The model in a file's streams. Raises: ArtifactError, ValueError, LookupError."""
-    integers, floats = expected_shapes(config)
-    sizes, decode = [shape.numel() for shape in floats.values()], CODERS[codec][1]
-    values = decompress(streams.pop(), (2, sum(sizes))).T.copy().view("<f2")
-    shapes = stream_shapes(integers, codec)
-    levels = np.concatenate([decode(*both).ravel() for both in zip(streams, shapes, strict=True)])
-    parts = [*torch.from_numpy(levels).split([shape.numel() for shape in integers.values()]),
-             *torch.from_numpy(values.ravel()).split(sizes)]
-    tensors = {name: part.view(shape) for part, (name, shape)
-               in zip(parts, (integers | floats).items(), strict=True)}
-    return QuantisedModel({name: tensors.pop(name) for name in integers}, tensors)
+    shapes, (_, decode) = expected_shapes(config), CODERS[codec]
+    integers, floats = ({name: torch.zeros(shape, dtype=kind) for name, shape in group.items()}
+                        for group, kind in zip(shapes, (torch.int8, torch.float16), strict=True))
+    sizes = [value.numel() for value in floats.values()]
+    halves = torch.tensor(decompress(streams.pop(), (2, sum(sizes))).T.copy()).view(torch.float16)
+    for value, part in zip(floats.values(), halves.flatten().split(sizes), strict=True):
+        value.copy_(part.view_as(value))
+    parts = [part for levels in integers.values() for part in stream_parts(levels, codec)]
+    for part, stream in zip(parts, streams, strict=True):
+        part.copy_(torch.tensor(decode(stream, part.shape)))
+    return QuantisedModel(integers, floats)
 
 def open_artifact(path: Path, config: Config) -> tuple[DepthPlan, QuantisedModel]:
     """Plan and contents of the file at `path`. Raises: ArtifactError unless of this model."""
@@ -2084,44 +2078,48 @@ def load_artifact(path: Path, config: Config, world: World,
     restore_weights(model, quantised)
     return model, plan
 
+def next_factor(sizes: Mapping[float, int], target: float, slope: float) -> float:
+    """The logarithm of steps at which the file should have `target` bytes, given its sizes at some:
+    on the line through the two nearest, or halfway between neighbours where that leaves them."""
+    near, *others = sorted(sizes, key=lambda at: abs(sizes[at] - target))[:2]
+    for other in others:
+        slope = min((sizes[other] - sizes[near]) / (other - near), 0.1 * slope)
+    at = near + max(-3.0, min(3.0, (target - sizes[near]) / slope))
+    low = max((at for at in sizes if sizes[at] > target), default=-math.inf)
+    high = min((at for at in sizes if sizes[at] <= target), default=math.inf)
+    return at if low < at < high or math.isinf(high - low) else (low + high) / 2
+
 def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: World,
                log: RunLog) -> tuple[QuantisedModel, bytes]:
     """Integers and file that fit ARTIFACT_CAP_BYTES with the program. Raises: ArtifactError.
     FIT searches one factor on all steps: clips are only ever widened, balanced steps shrink too."""
-    config, known, code_bytes = model.config, dict[str, tuple](), len(packed_program())
-    cap, floor = config.artifact_cap_bytes, -3.0 if config.quantiser == "rate" else 0.0
-    margin, low, high, at = min(5000, cap // 200), floor - 1, math.inf, 0.0
+    config, known, sizes = model.config, dict[str, tuple](), dict[float, int]()
+    cap, least = config.artifact_cap_bytes, -3.0 if config.quantiser == "rate" else 0.0
     most = 1.0 if config.prune else 99.0  # all rows, or no bound
-    slope, last = -sum(p.numel() for p in model.stacks().values()) / 8, (math.inf, 0)
-    for _ in range(20):
+    slope, best, at = -sum(p.numel() for p in model.stacks().values()) / 8, None, 0.0
+    while at not in sizes and len(sizes) < 20:
         begin = time.perf_counter()
-        quantised = quantise(model, hessians, world, 1 if config.prune else 2**at, known)
+        widen = 1.0 if config.prune else 2**at
+        quantised = quantise(model, hessians, world, widen, known)
         pruned = prune_ones(quantised, at) if config.prune else 0
         solved = time.perf_counter()
         blob = encode_artifact(quantised, config, plan) if world.is_main else b""
         log.put("quantisation", seconds_solve=round(solved - begin, 2),
                 seconds_encode=round(time.perf_counter() - solved, 2))
-        over = int(world.decide(code_bytes + len(blob))[0]) - cap
-        what = f"{pruned:,} pruned ones" if config.prune else f"steps x{2**at:.4f}"
-        log.line(f"fit: {what} leave {-over:,} bytes unused")
-        if over <= 0:
-            best, high, used = (quantised, blob), at, (what, pruned)
-        else:
-            low = at
-        if not config.fit or -margin < over <= 0 or high <= floor or low >= most:
-            break
-        if math.isfinite(last[0]):
-            slope = min((over - last[1]) / (at - last[0]), 0.1 * slope)
-        last, at = (at, over), at - max(-3, min(3, (over + margin / 2) / slope))
-        at = max(floor, min(at, most))
-        at = at if low < at < high else (low + high) / 2
-    if high == math.inf:
-        raise ArtifactError(f"artifact is {over:,} bytes over ARTIFACT_CAP_BYTES ({cap:,}), "
+        sizes[at] = int(world.decide(len(packed_program()) + len(blob))[0])
+        unused, margin = cap - sizes[at], min(5000, cap // 200)
+        what = f"{pruned:,} pruned ones" if config.prune else f"steps x{widen:.4f}"
+        log.line(f"fit: {what} leave {unused:,} bytes unused")
+        if unused >= 0:  # and more of the cap is used than ever before
+            best, chosen = (quantised, blob), what
+            log.put("quantisation", clip_widening=round(widen, 5), pruned=pruned)
+        if config.fit and not 0 <= unused < margin:
+            at = max(least, min(next_factor(sizes, cap - margin / 2, slope), most))
+    if not best:
+        raise ArtifactError(f"artifact is {-unused:,} bytes over ARTIFACT_CAP_BYTES ({cap:,}), "
                             f"even with {what} (FIT={config.fit:d})")
-    if floor == 0.0 < high:
-        log.warn(f"the preset's clip widths do not fit the cap: {used[0]}")
-    log.put("quantisation", clip_widening=1.0 if config.prune else round(2**high, 5),
-            pruned=used[1])
+    if least == 0.0 < min(at for at in sizes if sizes[at] <= cap):
+        log.warn(f"the preset's clip widths do not fit the cap: {chosen}")
     return best
 
 def save_artifact(path: Path, blob: bytes, found: QuantisedModel, model: GPT, log: RunLog) -> None:
@@ -2140,8 +2138,8 @@ def save_artifact(path: Path, blob: bytes, found: QuantisedModel, model: GPT, lo
 
 # Runs the program inside its archive. The line cache gets the text, because tracebacks and
 # torch.compile read the source of what they show or compile.
-PACKED_STUB = """import brotli, linecache
-s = brotli.decompress(__loader__.get_data("source")).decode()
+PACKED_STUB = """import bz2, linecache
+s = bz2.decompress(__loader__.get_data("source")).decode()
 linecache.cache["<train_gpt>"] = len(s), None, s.splitlines(True), "<train_gpt>"
 exec(compile(s, "<train_gpt>", "exec"))
 """
@@ -2172,10 +2170,19 @@ def strip_source(source: str) -> str:
     shorten_names(tree)
     return re.sub("^ +", lambda indent: indent[0][::4], ast.unparse(tree), flags=re.M) + "\n"
 
+def named_nodes(scope: ast.AST) -> Iterator[tuple[typing.Any, str]]:
+    """The nodes that hold a name, in the order of the text, and the names."""
+    ahead = [scope]
+    while ahead:
+        node = ahead.pop()
+        ahead += reversed([*ast.iter_child_nodes(node)])
+        if type(node) in NAMED:
+            yield node, getattr(node, NAMED[type(node)])
+
 def names_in(scope: ast.AST, *, read: bool) -> Counter[str]:
     """How often which names are read inside, or else bound."""
-    return Counter(getattr(n, NAMED[type(n)]) for n in ast.walk(scope)
-                   if type(n) in NAMED and isinstance(getattr(n, "ctx", None), ast.Load) == read)
+    return Counter(name for n, name in named_nodes(scope)
+                   if isinstance(getattr(n, "ctx", None), ast.Load) == read)
 
 def definitions(node: ast.stmt) -> set[str]:
     """The names that a statement of the module gives to a function, a class or constants."""
@@ -2188,31 +2195,28 @@ def shorten_names(tree: ast.Module) -> None:
     keywords = {n.arg for n in ast.walk(tree) if isinstance(n, ast.keyword)}
     bodies = [tree.body, *(n.body for n in tree.body if isinstance(n, ast.ClassDef))]
     for function in (n for body in bodies for n in body if isinstance(n, ast.FunctionDef)):
-        given, nodes = function.args.args + function.args.kwonlyargs, list(ast.walk(function))
+        given = function.args.args + function.args.kwonlyargs
         own = [a for a in given if a.arg not in keywords]
-        kept = {getattr(n, NAMED[type(n)]) for n in nodes
-                if type(n) in NAMED and not isinstance(n, ast.Name) and n not in own}
-        kept |= {name for n in nodes if isinstance(n, ast.Nonlocal) for name in n.names}
-        rename(function, {*names_in(function, read=False)} - kept, "abcdefghijklmnopqrstuvwxyz")
+        kept = {name for n, name in named_nodes(function)
+                if not isinstance(n, ast.Name) and n not in own}
+        rename(function, names_in(function, read=False).keys() - kept, "abcdefghijklmnopqrstuvwxyz")
     bound = names_in(tree, read=False)
     rename(tree, {name for n in tree.body for name in definitions(n)
                   if bound[name] == 1 and not name.endswith(("Config", "Error"))},
            "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 def rename(scope: ast.AST, names: set[str], letters: str) -> None:
-    """Gives `names` the shortest that are free in a scope, the most frequent first."""
-    nodes = [(n, NAMED[type(n)]) for n in ast.walk(scope) if type(n) in NAMED]
-    counts = Counter(n.id for n, _ in nodes if isinstance(n, ast.Name) and n.id in names)
-    taken = {getattr(n, place) for n, place in nodes} - counts.keys()
+    """Gives `names` the shortest that are free in a scope, in the order of the text."""
+    nodes = list(named_nodes(scope))
+    taken = {name for _, name in nodes} - names
     free = (a + b for a in ("", *letters.upper()) for b in letters if a + b not in taken)
-    short = dict(zip((name for name, _ in counts.most_common()), free, strict=False))
-    for node, place in nodes:
-        name = getattr(node, place)
-        setattr(node, place, short.get(name, name))
+    short = {name: next(free) for name in dict.fromkeys(name for _, name in nodes) if name in names}
+    for node, name in nodes:
+        setattr(node, NAMED[type(node)], short.get(name, name))
 
 def pack_program(source: str) -> bytes:
     """A zip that Python runs like the script. Equal sources give equal bytes."""
-    data = compress(strip_source(source).encode())
+    data = bz2.compress(strip_source(source).encode())
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in (("source", data), ("__main__.py", PACKED_STUB.encode())):
@@ -2222,9 +2226,8 @@ def pack_program(source: str) -> bytes:
 
 def unpack_program(path: Path) -> str:
     """The source inside a packed program."""
-    import brotli
     with zipfile.ZipFile(path) as archive:
-        return brotli.decompress(archive.read("source")).decode()
+        return bz2.decompress(archive.read("source")).decode()
 
 # ==================================================================================================
 # 9  Evaluation
@@ -2685,27 +2688,14 @@ def evaluate_documents(scorer: Scorer, prefix: str = "") -> Score:
             saved = time.perf_counter()
     return finish_score(scorer, ledger)
 
-def official_lengths(count: int = 50_000) -> np.ndarray:
-    """Document lengths like the official ones: mean 957, 59 % of targets in those up to 2,048."""
-    quantiles = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
-    lengths = np.exp(6.33 + 1.022 * quantiles.numpy())
-    return np.append(lengths[:-16], np.geomspace(30_000, 97_000, 16)).astype(np.int64)
-
-def project_documents(scorer: Scorer) -> float:
-    """Compiles on random tokens; seconds of the official text on eight ranks, at measured steps."""
-    stops, seconds, adapters = np.cumsum(official_lengths()), {}, LowRank(scorer.model, scorer.plan)
-    config = adapters.config
-    groups = document_passes(np.append(0, stops[:-1]), stops, config)
-    widths = sorted({width for passes in groups for _, width in passes})[::5]  # four of sixteen
-    for width in widths * (1 + config.compile):
+def warm_up_documents(scorer: Scorer) -> None:
+    """Compiles, on random tokens and some widths, what adapters by document will need."""
+    adapters = LowRank(scorer.model, scorer.plan)
+    config, unit = adapters.config, -(-adapters.config.eval_seq_len // 16)
+    for width in range(unit, config.eval_seq_len + 1, 5 * unit):
         rows = torch.randint(config.vocab_size, (config.ttt_batch_size, width + 1))
-        begin, skip = time.perf_counter(), max(0, width - config.ttt_chunk_size)
+        skip = max(0, width - config.ttt_chunk_size)
         adapters.learn(scorer.nats(rows.to(scorer.world.device), skip, adapters).sum())
-        scorer.world.synchronize()
-        seconds[width] = time.perf_counter() - begin
-    costs = [np.interp([width for _, width in passes], widths, list(seconds.values())).sum()
-             for passes in groups]
-    return float(np.bincount(share_out(costs, RECORD_RANKS), costs).max())
 
 MIX_CHUNK = 512  # targets that a mixture scores before it learns from them
 MIX_ORDERS = 2, 4, 6  # tokens of context of an n-gram row
@@ -2973,15 +2963,15 @@ def plan_evaluations(config: Config, val: ValStream, prefix: str) -> list[tuple]
 def evaluate_artifact(setup: Setup, path: Path) -> None:
     """Scores what the file at `path` stands for; the last evaluation is the headline."""
     config, world, log, attend, val, _ = setup
-    begin, targets = time.perf_counter(), val.num_targets
+    begin = time.perf_counter()
     torch._dynamo.reset()  # what training compiled would be missing on the clock
     model, plan = load_artifact(path, config, world, attend)
     scorer = Scorer(model, plan, val, world, Audit(config.seed) if config.audit else None)
     scorer.views = len(TEMPERED) * (config.mixer == "legal")
     text = config.config_hash + program_source()  # with the artifact, what the scores are of
     prefix = f"{log.folder}/ledger_{digest(path.read_bytes() + text.encode())[:16]}"
-    projects = config.ttt_enabled and config.ttt_mode == "documents"
-    full = project_documents(scorer) if projects else 0.0
+    if config.ttt_enabled and config.ttt_mode == "documents":
+        warm_up_documents(scorer)
     for headline, label, function, *inputs in plan_evaluations(config, val, prefix):
         score = function(scorer, *inputs)
         log_score(log, headline, label, score)
@@ -2990,8 +2980,8 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
             if not gap <= config.max_quant_gap_bpb:
                 raise TrainingError(f"quantisation lost {gap:.4f} BPB, over MAX_QUANT_GAP_BPB; "
                                     f"{log.folder} keeps the weights")
-    most = OFFICIAL_VAL_TARGETS[val.transformed] / targets
-    full = full or score.seconds * most / RECORD_RANKS * world.size
+    most = OFFICIAL_VAL_TARGETS[val.transformed] / val.num_targets
+    full = score.seconds * most / RECORD_RANKS * world.size
     if scorer.rows < config.eval_rows:
         log.warn(f"out of memory: batches of {scorer.rows} windows from here on")
     if stopped := int(world.combine(torch.tensor(scorer.stopped_at), dist.ReduceOp.MAX)):

@@ -246,9 +246,10 @@ def test_untouched_parts_make_a_valid_file() -> None:
 
 @pytest.mark.parametrize("change", ["none", "fewer", "more", "shifted", "merged"])
 def test_forged_streams_are_refused_in_one_line(change: str) -> None:
-    header, (first, second) = take_apart(encode())
-    streams = {"none": [], "fewer": [first], "more": [first, b"", second],
-               "merged": [first + second], "shifted": [first + second[:1], second[1:]]}[change]
+    header, (first, second, *rest) = take_apart(encode())
+    streams = {"none": [], "fewer": [first, *rest], "more": [first, b"", second, *rest],
+               "merged": [first + second, *rest],
+               "shifted": [first + second[:1], second[1:], *rest]}[change]
     with pytest.raises(golf.ArtifactError) as error:
         decode(put_together(header, streams))
     assert "\n" not in str(error.value)

@@ -173,8 +173,8 @@ def test_other_pythons_strip_to_the_same_text(version: str, program: Path) -> No
     """Runs the packer's own statements alone: another Python has no torch here."""
     packer = [node for node in ast.parse(PROGRAM.read_text()).body
               if isinstance(node, ast.FunctionDef | ast.Assign)
-              and defined(node) & {"NAMED", "strip_source", "names_in", "definitions", "rename",
-                                   "shorten_names"}]
+              and defined(node) & {"NAMED", "strip_source", "named_nodes", "names_in",
+                                   "definitions", "rename", "shorten_names"}]
     text = "\n".join(["from __future__ import annotations", "import ast, re, sys",
                       "from collections import Counter", *map(ast.unparse, packer),
                       "sys.stdout.write(strip_source(sys.stdin.read()))"])

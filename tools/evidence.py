@@ -9,6 +9,7 @@ note (cannot be decided from what is there).
 from __future__ import annotations
 
 import ast
+import bz2
 import hashlib
 import io
 import math
@@ -542,15 +543,11 @@ def same_program(source: str, shipped: bytes) -> bool | None:
 def packed_source(program: bytes) -> str | None:
     """The text inside a program packed by train_gpt.py; None for any other file."""
     try:
-        import brotli
-
         with zipfile.ZipFile(io.BytesIO(program)) as archive:
-            unpacker = brotli.Decompressor()
-            text = unpacker.process(archive.read("source"), output_buffer_limit=MAX_PROGRAM_BYTES)
-            return str(text, "utf-8") if unpacker.is_finished() else None
-    except (ImportError, KeyError, zipfile.BadZipFile, NotImplementedError, ValueError):
-        return None
-    except brotli.error:
+            unpacker = bz2.BZ2Decompressor()
+            text = unpacker.decompress(archive.read("source"), MAX_PROGRAM_BYTES)
+            return str(text, "utf-8") if unpacker.eof else None
+    except (KeyError, OSError, zipfile.BadZipFile, NotImplementedError, ValueError):
         return None
 
 

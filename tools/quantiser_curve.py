@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import sys
 import threading
@@ -215,21 +214,6 @@ def tune(quantised: golf.QuantisedModel, teacher: golf.GPT, model: golf.GPT,
     return golf.QuantisedModel(quantised.integers, floats)
 
 
-def next_factor(points: Sequence[Point], target: float, slope: float) -> float:
-    """Where the size should be `target`: the line through the two points nearest to it, or halfway
-    between the points round it where that line leaves them."""
-    first, *others = sorted(points, key=lambda p: abs(p.total_bytes - target))[:2]
-    for second in others:
-        if second.at != first.at and second.total_bytes != first.total_bytes:
-            found = (second.total_bytes - first.total_bytes) / (second.at - first.at)
-            slope = min(found, 0.2 * slope)
-    at = first.at + max(-2.0, min(2.0, (target - first.total_bytes) / slope))
-    low = max((p.at for p in points if p.total_bytes > target), default=-math.inf)
-    high = min((p.at for p in points if p.total_bytes <= target), default=math.inf)
-    inside = low < at < high or not math.isfinite(low + high)
-    return at if inside else (low + high) / 2
-
-
 class Curve:
     """The rows of all methods, and the file that they go to."""
 
@@ -308,7 +292,7 @@ class Curve:
         while len(points) < 12 and (not points or abs(points[-1].total_bytes / target - 1) > 0.01):
             size = CODE_BYTES + order0_bytes(self.solve(model, at)[0])
             points.append(Point(at, size, 0.0, 0.0))
-            at = next_factor(points, target, slope)
+            at = golf.next_factor({p.at: p.total_bytes for p in points}, target, slope)
         return at
 
     def fit(self, model: golf.GPT, points: list[Point],
@@ -317,7 +301,8 @@ class Curve:
         target, best = cap * (1 - TOLERANCE / 2), None
         slope = -sum(p.numel() for p in model.stacks().values()) / 8
         for _ in range(MOST_PASSES):
-            at = (next_factor(points, target, slope) if points else
+            sizes = {p.at: p.total_bytes for p in points}
+            at = (golf.next_factor(sizes, target, slope) if points else
                   self.first_factor(model, target, slope))
             quantised, seconds = self.solve(model, at)
             begin = time.perf_counter()
