@@ -136,7 +136,7 @@ def test_samples_are_whole_batches_of_the_official_lengths() -> None:
 
 def test_documents_can_be_timed_alone(make_env: Callable[[], dict[str, str]], tmp_path: Path,
                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "official_lengths", lambda: np.arange(64, 3000, 7))
+    monkeypatch.setattr(golf, "official_lengths", lambda: np.arange(64, 3000, 7))
     for name, value in make_env().items():
         monkeypatch.setenv(name, value)
     assert bench.main(["--quick", "--only", "documents"]) == 0

@@ -16,7 +16,6 @@ from torch._dynamo.testing import CompileCounter
 from toy import MakeConfig, MakeEnv
 
 import train_gpt as golf
-from tools import bench
 
 
 @given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=12), seq_len=st.integers(1, 32),
@@ -91,7 +90,7 @@ def test_any_context_length(make_config: MakeConfig) -> None:
 def test_passes_score_every_target_once_in_few_shapes(config: golf.Config, rows: int) -> None:
     config = replace(config, eval_seq_len=256, ttt_batch_size=rows, ttt_chunk_size=40,
                      ttt_mode="documents")
-    lengths = bench.official_lengths(400)
+    lengths = golf.official_lengths(400)
     stops = np.cumsum(lengths)
     counts, widths = np.zeros(int(stops[-1]), int), set()
     for passes in golf.document_passes(stops - lengths, stops, config):
@@ -125,12 +124,24 @@ def test_work_is_shared_whole_and_evenly(costs: list[int], ranks: int) -> None:
 
 
 def test_official_profile() -> None:
-    lengths = bench.official_lengths()
+    lengths = golf.official_lengths()
     assert len(lengths) == 50_000
     assert lengths.mean() == pytest.approx(957, rel=0.01)
     assert lengths[lengths <= 2048].sum() / lengths.sum() == pytest.approx(0.59, abs=0.01)
     assert lengths.max() == 97_000
     assert lengths.min() > 0
+
+
+def test_projection_counts_the_official_text_at_measured_steps(
+        config: golf.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(golf.time, "perf_counter", lambda: float(next(clock)))
+    scorer = make_scorer(config, stream_of(text(200)))
+    stops = np.cumsum(golf.official_lengths())
+    groups = golf.document_passes(np.append(0, stops[:-1]), stops, config)
+    steps = sum(len(passes) for passes in groups)
+    projected = golf.project_documents(scorer)
+    assert steps / 8 <= projected <= 1.05 * steps / 8
 
 
 def test_one_graph_per_block_form_serves_all_passes(make_config: MakeConfig,
@@ -146,7 +157,7 @@ def test_one_graph_per_block_form_serves_all_passes(make_config: MakeConfig,
     golf.evaluate(scorer, golf.sliding_windows(399, 64, 16))
     golf.evaluate(scorer, golf.document_windows(scorer.stream, 64, 64), by_document=True)
     assert compiler.frame_count == FORMS + 3  # embedding, norm and loss
-    golf.warm_up_documents(scorer)
+    golf.project_documents(scorer)
     assert compiler.frame_count == 2 * FORMS + 4
     golf.evaluate_documents(scorer)
     assert compiler.frame_count == 2 * FORMS + 4
@@ -158,7 +169,7 @@ def test_one_graph_per_block_form_serves_all_passes(make_config: MakeConfig,
 def test_warm_up_sees_no_validation_token(config: golf.Config) -> None:
     scorer = make_scorer(config, stream_of(text(200)))
     scorer.tokens = None  # type: ignore[assignment]
-    golf.warm_up_documents(scorer)
+    golf.project_documents(scorer)
 
 
 def test_random_model_differs_from_chance(config: golf.Config) -> None:

@@ -525,7 +525,7 @@ class Bench:
         graphs, begin = compiled_graphs(), time.perf_counter()
         model, plan = self.any_model()
         some = synthetic_stream(config, samples["middle"][:config.ttt_batch_size])
-        golf.warm_up_documents(golf.Scorer(model, plan, some, world))
+        own = golf.project_documents(golf.Scorer(model, plan, some, world))
         startup = time.perf_counter() - begin
         started = compiled_graphs()
         golf.evaluate_documents(golf.Scorer(model, plan, some, world))  # libraries meet all widths
@@ -539,10 +539,10 @@ class Bench:
             self.add_rate(f"documents {name} ({count:.0f} passes)", lengths.sum() / seconds[-1],
                           "tok/s")
         per_pass, per_position = fit_seconds(np.array(passes), np.array(widths), np.array(seconds))
-        official = pass_costs(config, official_lengths())
+        official = pass_costs(config, golf.official_lengths())
         owners = golf.share_out(official[:, 1].tolist(), golf.RECORD_RANKS)
         slowest = float(np.bincount(owners, official @ [per_pass, per_position]).max())
-        rate = official_lengths().sum() / golf.RECORD_RANKS / slowest
+        rate = golf.official_lengths().sum() / golf.RECORD_RANKS / slowest
         scorer = golf.Scorer(model, plan, synthetic_stream(config, samples["middle"]), world,
                              golf.Audit())
         audited = golf.evaluate_documents(scorer).seconds / seconds[list(samples).index("middle")]
@@ -553,6 +553,7 @@ class Bench:
         self.result |= {
             "ttt_documents_tok_s": round(rate), "ttt_documents_startup_seconds": round(startup, 2),
             "projected_full_eval_seconds_8gpu": round(startup + slowest, 1),
+            "projected_by_the_run_seconds_8gpu": round(startup + own, 1),
             "ttt_documents_graphs": started - graphs,
             "ttt_documents_recompiles": compiled_graphs() - started,
             "audit_overhead_percent": round(100 * (audited - 1), 2)}
@@ -606,19 +607,12 @@ class Bench:
 # ==================================================================================================
 
 
-def official_lengths(count: int = 50_000) -> np.ndarray:
-    """Document lengths like the official ones: mean 957, 59 % of targets in those up to 2,048."""
-    quantiles = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
-    lengths = np.exp(6.33 + 1.022 * quantiles.numpy())
-    return np.append(lengths[:-16], np.geomspace(30_000, 97_000, 16)).astype(np.int64)
-
-
 def document_samples(config: golf.Config) -> dict[str, np.ndarray]:
     """Lengths of some batches of documents: short and middle ones, and what fills the longest.
 
     The longest are cut where their passes are as wide, and their chunks as long, as they get.
     """
-    rows, lengths = config.ttt_batch_size, np.sort(official_lengths())
+    rows, lengths = config.ttt_batch_size, np.sort(golf.official_lengths())
     return {"short": lengths[len(lengths) // 4:][:16 * rows],
             "middle": lengths[len(lengths) * 4 // 5:][:8 * rows],
             "longest": np.full(rows, 20_000)}
