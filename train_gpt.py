@@ -966,7 +966,7 @@ def attention(x_BTD: Tensor, w: BlockWeights, form: str, rotary: Tensor, attend:
     y_BTHK = attend(*padded)[..., :width]
     if form.endswith("xsa"):
         y_BTHK = exclude_self(y_BTHK, v_BTGK)
-    if w.gate is not None:  # of what is left: the gate is no part of what a value is excluded by
+    if w.gate is not None:
         y_BTHK = y_BTHK * gate_share(x_BTD, w.gate)[..., None]
     return linear(y_BTHK.flatten(2), w.out, "out", tap)
 
