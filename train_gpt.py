@@ -108,6 +108,7 @@ class Config:
     train_batch_tokens: int = within(786_432, 8, 1 << 30)  # per optimizer step, all ranks
     micro_batch_tokens: int = within(98_304, 8, 1 << 20)  # most in one forward pass of one rank
     train_order: Literal["shuffled", "coprime", "sequential"] = "shuffled"  # of windows
+    document_mask: bool = False  # attention of windows with several documents stays inside each
     # Model
     num_layers: int = within(11, 2, 256)  # physical blocks
     model_dim: int = within(512, 8, 16_384)
@@ -122,6 +123,9 @@ class Config:
     residual: Literal["parallel", "two_lane_drop", "two_lane_attn", "two_lane_both"] = "parallel"
     parallel_residual_start: int = within(7, -1, 256)  # -1: every block is serial
     max_skips: int = within(256, 0, 256)  # U-Net skips, from the middle outwards
+    leaky_slope: float = within(0.3, 0, 1)  # of the activation below zero, before it is squared
+    smear_gate: bool = True  # a gated share of the token before joins each embedding
+    attn_gate: float = within(0.5, 0, 100)  # slope of the gate of each head's output; 0: none
     ve_layers: str = ""  # blocks to whose values a narrow embedding is added
     num_value_embeds: int = within(0, 0, 8)  # full tables, scaled anew for every visit
     logit_softcap: float = within(30.0, 1, 1e4)
@@ -137,10 +141,11 @@ class Config:
     matrix_lr: float = within(0.022, 0, 10)
     tied_embed_lr: float = within(0.03, 0, 10)
     scalar_lr: float = within(0.02, 0, 10)
-    muon_momentum: float = within(0.99, 0, 0.9999)
+    muon_momentum: float = within(0.97, 0, 0.9999)
     muon_momentum_warmup_start: float = within(0.92, 0, 0.9999)
     muon_momentum_warmup_steps: int = within(1500, 1, 10**7)
-    muon_backend_steps: int = within(5, 1, 20)  # Newton-Schulz iterations
+    muon_backend: Literal["newton_schulz", "polar_express"] = "polar_express"
+    muon_backend_steps: int = within(5, 1, 20)  # its iterations
     muon_row_normalize: bool = True
     muon_wd: float = within(0.095, 0, 10)
     embed_wd: float = within(0.085, 0, 10)
@@ -156,7 +161,7 @@ class Config:
     warmdown_frac: float = within(0.72, 0.001, 1)  # last share of progress with falling rate
     warmdown_iters: int = within(0, 0, 10**7)  # instead, in steps of the mean time so far
     schedule_steps: int = within(0, 0, 10**7)  # settings in steps are shares of so many; 0: steps
-    min_lr: float = within(0.0, 0, 1)  # floor of the learning-rate scale
+    min_lr: float = within(0.1, 0, 1)  # floor of the learning-rate scale
     warmup_steps: int = within(20, 1, 1000)  # untimed micro-steps per plan, on random tokens
     averaging: Literal["ema", "ema_warm", "swa"] = "ema"  # warm: decay at most (s + 1) / (s + 10)
     ema_decay: float = within(0.9965, 0, 0.9999)  # per optimizer step
@@ -280,8 +285,10 @@ NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_
 
 # Where a published system counts steps to the recurrence, here stand shares of its steps; what
 # else it counts in steps becomes shares by SCHEDULE_STEPS (README).
-PLAIN: dict = dict(quantiser="gptq", compressor="brotli", gptq_damp=0.01, val_tail=False,
-                   sliding_window_enabled=True, ttt_mode="sgd")
+FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, attn_gate=0.0, min_lr=0.0,
+                    muon_momentum=0.99, muon_backend="newton_schulz")
+PLAIN = FORMER | dict(quantiser="gptq", compressor="brotli", gptq_damp=0.01, val_tail=False,
+                      sliding_window_enabled=True, ttt_mode="sgd")
 PR1445 = PLAIN | dict(
     vocab_size=4096, ttt_enabled=False, residual="two_lane_drop", max_skips=5, ve_layers="9,10",
     num_loops=1, enable_looping_at=2000 / 5104, qk_gain_init=5.0, embed_wd=0.095, prune=True,
@@ -314,7 +321,7 @@ PRESETS: dict[str, dict] = {
         warmdown_iters=15_000, swa_start_frac=0.4, swa_every=100, max_wallclock_seconds=14_400.0,
         attn_qmax=127, mlp_qmax=127, embed_qmax=127),
     # The same program at laptop size: two CPU cores, about two minutes.
-    "demo": dict(
+    "demo": FORMER | dict(
         data_path="data/datasets/demo_sp1024", tokenizer_path="data/tokenizers/demo_1024_bpe.model",
         compile=False, vocab_size=1024, train_seq_len=256, train_batch_tokens=6144,
         micro_batch_tokens=6144, num_layers=5, model_dim=128, num_heads=4, num_kv_heads=2,
@@ -695,22 +702,34 @@ def batch_shape(config: Config, world_size: int) -> BatchShape:
     sequences = next(n for n in range(most, 0, -1) if per_rank % n == 0)
     return BatchShape(per_rank // sequences, sequences)
 
+def document_bounds(rows: Tensor, config: Config) -> Sequence[Tensor]:
+    """With DOCUMENT_MASK, where documents begin in the inputs of `rows`, and where the last ends,
+    int32. Example: rows 9 1 8 7, 5 4 1 3 without their last targets -> 0 1 3 5 6"""
+    if not config.document_mask:
+        return []
+    begins = rows[:, :-1] == BOS_ID
+    begins[:, 0] = True
+    return [F.pad(begins.flatten().nonzero()[:, 0].int(), (0, 1), value=begins.numel())]
+
 def batch_stream(loader: TrainLoader, shape: BatchShape, world: World, step: int = 0
-                 ) -> Generator[list[Tensor], None, None]:
-    """This rank's micro-batches (sequences, seq_len + 1) of each step; a thread reads two ahead."""
+                 ) -> Generator[list[Sequence[Tensor]], None, None]:
+    """This rank's micro-batches of each step: rows (sequences, seq_len + 1), and the bounds of
+    their documents if those matter. A thread reads two ahead: to count documents takes the host."""
     per_rank = shape.micro_steps * shape.sequences
 
-    def read(step: int) -> list[Tensor]:
+    def read(step: int) -> list[Sequence[Tensor]]:
         first = (step * world.size + world.rank) * per_rank
         batches = torch.from_numpy(loader.read(first, per_rank)).split(shape.sequences)
-        return [b.pin_memory() for b in batches] if world.is_cuda else list(batches)
+        return [[t.pin_memory() if world.is_cuda else t
+                 for t in (rows, *document_bounds(rows, loader.config))] for rows in batches]
 
     with ThreadPoolExecutor(1) as pool:
         pending = deque(pool.submit(read, step + ahead) for ahead in range(2))
         while True:
             pending.append(pool.submit(read, step + 2))
             step += 1
-            yield [rows.to(world.device, non_blocking=True) for rows in pending.popleft().result()]
+            yield [[tensor.to(world.device, non_blocking=True) for tensor in batch]
+                   for batch in pending.popleft().result()]
 
 class TokenBytes(NamedTuple):
     """What each token id adds to the byte count, as arrays over the vocabulary."""
@@ -794,14 +813,14 @@ class ValStream:
 #   F hidden width of the MLP   V vocabulary   L physical blocks   N rows (B*T)
 
 NORM_EPS = torch.finfo(torch.float32).eps
-LEAKY_SLOPE = 0.5
+GATE_WIDTH = 12  # dimensions that a gate reads
 VALUE_EMBED_DIM = 128
 TABLES = "embed", "ve_table", "value_tables"
 MATRICES = "qkv", "out", "up", "down"
 
 Site = Literal["qkv", "out", "up", "down", "head"]
 SITES: tuple[Site, ...] = typing.get_args(Site)
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q_BTHK, k_BTGK, v_BTGK -> y_BTHK, causal
+Attend = Callable[..., Tensor]  # q_BTHK, k_BTGK, v_BTGK, bounds of documents -> y_BTHK, causal
 Tap = Callable[[Site, Tensor, Tensor], Tensor]  # input and output of a layer -> output to use
 Adapter = Callable[[int, int, Site, Tensor, Tensor], Tensor]  # that of visit, block (head: -1, -1)
 
@@ -861,6 +880,8 @@ class BlockWeights(NamedTuple):
     resid_mix: Tensor  # 2, D
     q_gain: Tensor  # H
     norm_scale: Tensor  # 0-D
+    slope: float  # of the activation below zero
+    gate: Tensor | None = None  # H, GATE_WIDTH; of the output of attention
 
 class Stream(NamedTuple):
     """What enters a block: the residual stream, the embedding, and what joins them there."""
@@ -917,7 +938,13 @@ def attention(x_BTD: Tensor, w: BlockWeights, form: str, rotary: Tensor, attend:
     y_BTHK = attend(*padded)[..., :width]
     if form.endswith("xsa"):
         y_BTHK = exclude_self(y_BTHK, v_BTGK)
+    if w.gate is not None:
+        y_BTHK = y_BTHK * gate_share(x_BTD, w.gate)[..., None]
     return linear(y_BTHK.flatten(2), w.out, "out", tap)
+
+def gate_share(x_BTD: Tensor, gate_GI: Tensor) -> Tensor:
+    """Between 0 and 1, (B, T, G), by the first dimensions of `x`."""
+    return F.linear(x_BTD[..., :gate_GI.shape[1]], gate_GI.to(x_BTD.dtype)).sigmoid()
 
 def mix_skip(x_BTD: Tensor, skip: Sequence[Tensor]) -> Tensor:
     """The stream with its share of a U-Net skip, if there is one."""
@@ -940,13 +967,19 @@ def run_block(stream: Stream, w: BlockWeights, form: str, rotary: Tensor, attend
         other = mix_skip(lane, stream.skip) if form.startswith("two_lane_both") else lane
     if not form.startswith("parallel"):
         z = rms_norm(other) * norm_scale
-    hidden_BTF = F.leaky_relu(linear(z, w.up, "up", tap), LEAKY_SLOPE).square()
+    hidden_BTF = F.leaky_relu(linear(z, w.up, "up", tap), w.slope).square()
     other = other + linear(hidden_BTF, w.down, "down", tap)
     return (after, other) if stream.lane else (other,)
 
-def embed_tokens(ids_BT: Tensor, embed_VD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normalised embeddings in the compute type."""
-    return rms_norm(F.embedding(ids_BT, embed_VD).to(dtype))
+def embed_tokens(ids_BT: Tensor, embed_VD: Tensor, dtype: torch.dtype,
+                 smear: Sequence[Tensor] = ()) -> Tensor:
+    """Normalised embeddings in the compute type, each first smeared into its document's next."""
+    x_BTD = F.embedding(ids_BT, embed_VD).to(dtype)
+    if smear:
+        scale, gate_1I = smear
+        share_BT1 = scale.to(dtype) * gate_share(x_BTD, gate_1I) * (ids_BT != BOS_ID)[..., None]
+        x_BTD = x_BTD + share_BT1 * F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
+    return rms_norm(x_BTD)
 
 def softcapped_nll(logits_NV: Tensor, target_N: Tensor, cap: float) -> Tensor:
     """Negative log-likelihood in nats, float32 (N,), of logits squashed to (-cap, cap)."""
@@ -970,7 +1003,7 @@ class GPT(nn.Module):
             config.num_layers, config.model_dim, config.vocab_size, torch.ones, torch.zeros)
         visits, ve = max(len(plan.visits) for plan in depth_plans(config)), len(config.ve_blocks)
         skips, extra, one = min(config.max_skips, visits // 2), config.num_value_embeds, min(ve, 1)
-        self.config, self.attend, self.dtype = config, attend, dtype
+        self.config, self.attend, self.dtype, reads = config, attend, dtype, min(GATE_WIDTH, D)
         self.embed = nn.Parameter(zeros(V, D))
         self.qkv = nn.Parameter(zeros(L, D + 2 * config.kv_dim, D))
         self.out = nn.Parameter(zeros(L, D, D))
@@ -983,6 +1016,9 @@ class GPT(nn.Module):
         for name, value in {
                 "skip_weights": ones(skips, D), "skip_gates": zeros(skips, D),
                 "lane_mix": torch.full((int(config.residual != "parallel"),), 0.5),
+                "smear_scale": zeros(int(config.smear_gate)),
+                "smear_gate": zeros(int(config.smear_gate), reads),
+                "attn_gate": zeros(L * (config.attn_gate > 0), config.num_heads, reads),
                 "ve_table": zeros(one, V, VALUE_EMBED_DIM),
                 "ve_proj": zeros(one, config.kv_dim, VALUE_EMBED_DIM),
                 "ve_scale": torch.tensor([[0.1]] * one + [[1.0]] * ve),  # of all, of each
@@ -1039,22 +1075,30 @@ class GPT(nn.Module):
         # Unbound once: backward through an index per visit would build a full-size gradient each.
         matrices = [p.to(self.dtype).unbind() for p in (self.qkv, out, self.up, down)]
         vectors = [p.unbind() for p in (self.resid_mix, self.q_gain, self.norm_scale)]
-        return [BlockWeights(*parts) for parts in zip(*matrices, *vectors, strict=True)]
+        columns: list = [*matrices, *vectors, [self.config.leaky_slope] * len(out)]
+        columns += [self.config.attn_gate * p for p in self.named("attn_gate").values()]
+        return [BlockWeights(*parts) for parts in zip(*columns, strict=True)]
 
     def rows(self, name: str) -> Sequence[Tensor]:
         """A parameter by its first dimension; nothing if the model has none."""
         return [row for p in self.named(name).values() for row in p.unbind()]
 
     def hidden(self, ids_BT: Tensor, plan: DepthPlan, adapter: Adapter | None = None,
-               block_runner: Callable[..., tuple[Tensor, ...]] | None = None) -> Tensor:
+               block_runner: Callable[..., tuple[Tensor, ...]] | None = None,
+               bounds: Tensor | None = None) -> Tensor:
         """Normalised output of the last block, (B, T, D) in the compute type."""
         config, weights = self.config, self.block_weights()
         skips = self.rows("skip_weights"), [gate.sigmoid() for gate in self.rows("skip_gates")]
         scales, repeats = map(self.rows, ("visit_scales", "cross_repeat_scales"))
+        attend = self.attend
+        if bounds is not None:
+            torch._dynamo.maybe_mark_dynamic(bounds, 0)  # one graph for all numbers of documents
+            attend = functools.partial(attend, bounds=bounds)
         embedder, runner, norm = (
             (embed_tokens, block_runner or run_block, rms_norm) if adapter else
             (self.embed_tokens, self.run_block, self.norm))
-        x = x0 = embedder(ids_BT, self.embed, self.dtype)
+        x = x0 = embedder(ids_BT, self.embed, self.dtype,
+                          [*self.named("smear_scale", "smear_gate").values()])
         values: dict[int, tuple[Tensor, ...]] = {}
         shared, *own = self.rows("ve_scale") or [x0]
         for table, w_OI in zip(self.rows("ve_table"), self.rows("ve_proj"), strict=True):
@@ -1075,16 +1119,16 @@ class GPT(nn.Module):
             tap = functools.partial(adapter, number, block) if adapter else None
             stream = Stream(x.view_as(x), x0, skip, tuple(terms), values.get(block, ()),
                             tuple(lane))  # one tensor twice would be another graph
-            x, *lane = runner(stream, weights[block], visit.form, self.rotary, self.attend, tap)
+            x, *lane = runner(stream, weights[block], visit.form, self.rotary, attend, tap)
             outputs.append(x)
         for other in lane:
             x = other + self.get_parameter("lane_mix").to(x.dtype) * (x - other)
         return norm(x)
 
     def forward(self, ids_BT: Tensor, target_BT: Tensor, plan: DepthPlan,
-                adapter: Adapter | None = None) -> Tensor:
+                adapter: Adapter | None = None, bounds: Tensor | None = None) -> Tensor:
         """Nats of all targets, float32 (B, T)."""
-        logits_NV = self.logits(self.hidden(ids_BT, plan, adapter), adapter)
+        logits_NV = self.logits(self.hidden(ids_BT, plan, adapter, None, bounds), adapter)
         return self.target_nats(logits_NV, target_BT.flatten().long()).view(target_BT.shape)
 
     def logits(self, x_BTD: Tensor, adapter: Adapter | None = None) -> Tensor:
@@ -1097,7 +1141,8 @@ class GPT(nn.Module):
 
 def count_parameters(model: GPT) -> dict[str, tuple[int, int]]:
     """(tensors, parameters) per optimizer group, counted as the published systems' tensors."""
-    vectors, blocks = model.vectors(), ("attn_scale", "mlp_scale", "resid_mix", "q_gain")
+    vectors = model.vectors()
+    blocks = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "attn_gate")
     vectors.pop("ve_proj", None)
     groups = {"embedding": [*model.named(*TABLES).values()],
               "matrix": [w for m in model.matrices() for w in m.view(m.parameter)],
@@ -1116,10 +1161,22 @@ class AttentionBackend(NamedTuple):
     attend: Attend
     rejected: dict[str, str]
 
-def sdpa_attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
-    """Causal attention by PyTorch; `load_sdpa` decides which of its kernels runs."""
+def sdpa_attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, bounds: Tensor | None = None
+                ) -> Tensor:
+    """Causal attention by PyTorch; `load_sdpa` decides which of its kernels runs.
+    Within documents it is flash attention, the only one here that skips what bounds exclude."""
+    (batch, length), mask = q_BTHK.shape[:2], None
+    if bounds is not None and q_BTHK.is_cuda:
+        return torch.ops.aten._flash_attention_forward(
+            *(t.flatten(0, 1) for t in (q_BTHK, k_BTGK, v_BTGK)), bounds, bounds, length, length,
+            0.0, True, False)[0].view_as(q_BTHK)
+    if bounds is not None:
+        places = torch.arange(batch * length)
+        document_BT = torch.searchsorted(bounds, places, right=True).view(batch, 1, length)
+        mask = (document_BT[..., None] == document_BT[:, :, None]).tril()
     q, k, v = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                          enable_gqa=True).transpose(1, 2)
 
 def load_sdpa(device: torch.device, kernel: str) -> Attend:
     """PyTorch attention pinned to one kernel. Raises: GolfError without a CUDA device."""
@@ -1130,14 +1187,15 @@ def load_sdpa(device: torch.device, kernel: str) -> Attend:
         raise GolfError("needs a CUDA device")
     return sdpa_attend
 
-def attention_error(attend: Attend, device: torch.device) -> float:
+def attention_error(attend: Attend, device: torch.device, bounds: Sequence[int] = ()) -> float:
     """Largest relative error of output and gradients against float32, on random input."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, dy = (torch.randn(2, 256, n, 64, generator=generator) for n in (8, 4, 4, 8))
 
     def run(function: Attend, where: torch.device, kind: torch.dtype) -> list[Tensor]:
         leaves = [t.to(where, kind).requires_grad_() for t in (q, k, v)]
-        y = function(*leaves)
+        places = torch.tensor(bounds, dtype=torch.int32, device=where)
+        y = function(*leaves, *[places] * bool(bounds))
         gradients = torch.autograd.grad(y, leaves, dy.to(where, kind))
         return [t.detach().cpu().float() for t in (y, *gradients)]
 
@@ -1147,15 +1205,18 @@ def attention_error(attend: Attend, device: torch.device) -> float:
     errors = [(f - w).norm() / w.norm() for f, w in zip(found, wanted, strict=True)]
     return float(torch.stack(errors).max())  # unlike Python's max, lets no NaN pass
 
-def choose_attention(name: str, device: torch.device) -> AttentionBackend:
-    """The named back-end, or the first that loads and is exact enough. Raises: ConfigError."""
+def choose_attention(name: str, device: torch.device, masked: bool = False) -> AttentionBackend:
+    """The named back-end, or the first that loads and is exact enough, if `masked` also within
+    documents. Raises: ConfigError."""
+    cases = [(), (0, 1, 100, 256, 256, 419, 512)][:1 + masked]
     rejected, tolerance = dict[str, str](), 0.02 if device.type == "cuda" else 1e-4
     for candidate in ("fa3", "cudnn", "flash", "math") if name == "auto" else (name,):
         try:
             attend = load_fa3(device) if candidate == "fa3" else load_sdpa(device, candidate)
-            error = attention_error(attend, device)
-            if not error <= tolerance:  # NaN is not
-                raise GolfError(f"error {error:.1e} against float32, at most {tolerance:g}")
+            for bounds in cases:
+                error = attention_error(attend, device, bounds)
+                if not error <= tolerance:  # NaN is not
+                    raise GolfError(f"error {error:.1e} against float32, at most {tolerance:g}")
             return AttentionBackend(candidate, attend, rejected)
         except Exception as problem:  # whatever a foreign library raises only loses the choice
             rejected[candidate] = f"{type(problem).__name__}: {problem}".split("\n")[0][:160]
@@ -1191,12 +1252,20 @@ def muon_momentum(step: float, config: Config) -> float:
     share, first = step / config.muon_momentum_warmup_steps, config.muon_momentum_warmup_start
     return first + min(share, 1.0) * (config.muon_momentum - first)
 
-def orthogonalise(update_MRC: Tensor, iterations: int) -> Tensor:
-    """Matrices made nearly orthogonal. Source: Newton-Schulz of Muon (Jordan et al. 2024)."""
-    a, b, c = 3.4445, -4.7750, 2.0315
+# Coefficients of x, x^3 and x^5 in each iteration, the last ones for all that follow. Sources:
+# Muon (Jordan et al. 2024), Polar Express (Amsel et al. 2025).
+QUINTICS = {
+    "newton_schulz": [(3.4445, -4.7750, 2.0315)],
+    "polar_express": [(8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000),
+                      (3.8917, -2.7725, 0.5061), (3.2858, -2.3681, 0.4645),
+                      (2.3465, -1.7098, 0.4232)]}
+
+def orthogonalise(update_MRC: Tensor, iterations: int, backend: str = "newton_schulz") -> Tensor:
+    """Matrices made nearly orthogonal by odd polynomials of their singular values."""
     x = update_MRC.bfloat16()
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    for _ in range(iterations):
+    for number in range(iterations):
+        a, b, c = QUINTICS[backend][:number + 1][-1]
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
@@ -1229,7 +1298,8 @@ class MatrixGroup:
         if config.muon_row_normalize:  # the rows of a tall matrix lie as columns here
             columns, rows = (torch.linalg.vector_norm(update, dim=d, keepdim=True) for d in (1, 2))
             update = update / torch.where(self.tall_M11, columns, rows).clamp_min(1e-7)
-        updates = self.world.gather(orthogonalise(update, config.muon_backend_steps))
+        updates = self.world.gather(orthogonalise(
+            update, config.muon_backend_steps, config.muon_backend))
         parts = updates[:sum(self.counts)].split(self.counts)
         for matrix, tall, part in zip(self.matrices, self.tall, parts, strict=True):
             w = matrix.view(matrix.parameter.data)
@@ -1401,11 +1471,11 @@ class Trainer:
         self.micro_seconds: dict[str, list[float]] = {}
         self.last_loss, self.skipped = math.nan, -1
 
-    def forward_backward(self, plan: DepthPlan, batches: list[Tensor]) -> Tensor:
+    def forward_backward(self, plan: DepthPlan, batches: Sequence[Sequence[Tensor]]) -> Tensor:
         """Accumulates gradients over micro-batches; this rank's mean loss, 0-D on the device."""
         total = torch.zeros((), device=self.world.device)
-        for rows in batches:
-            loss = self.model(rows[:, :-1], rows[:, 1:], plan).mean() / len(batches)
+        for rows, *bounds in batches:
+            loss = self.model(rows[:, :-1], rows[:, 1:], plan, None, *bounds).mean() / len(batches)
             loss.backward()
             total += loss.detach()
         return total
@@ -1419,7 +1489,7 @@ class Trainer:
         for plan in depth_plans(config):
             begin = time.perf_counter()
             for _ in range(config.warmup_steps):
-                self.forward_backward(plan, [rows])
+                self.forward_backward(plan, [[rows, *document_bounds(rows, config)]])
             self.optimizer.step(0, 0.0)
             self.world.synchronize()
             seconds = time.perf_counter() - begin
@@ -1532,7 +1602,8 @@ class Trainer:
             return time.perf_counter()
         return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
 
-    def take_step(self, plan: DepthPlan, progress: float, batches: list[Tensor]) -> None:
+    def take_step(self, plan: DepthPlan, progress: float, batches: list[Sequence[Tensor]]
+                  ) -> None:
         """Gives the device one step, and the average its share of the new weights."""
         config, at = self.config, schedule_step(self.config, self.state.step, progress)
         scale = lr_scale(config, at, progress)
@@ -1638,7 +1709,8 @@ def collect(hessians: Hessians, rows: Tensor, plan: DepthPlan) -> None:
     """One calibration batch (sequences, seq_len + 1); an eighth of it also gives gradients."""
     model, names, outputs = hessians.model, [], []
     with torch.no_grad():
-        x_BTD = model.hidden(rows[:, :-1], plan, hessians)
+        x_BTD = model.hidden(rows[:, :-1], plan, hessians, None,
+                             *document_bounds(rows, model.config))
         hessians(-1, -1, "head", x_BTD, x_BTD)
     if model.config.quantiser != "rate":
         return
@@ -1649,7 +1721,8 @@ def collect(hessians: Hessians, rows: Tensor, plan: DepthPlan) -> None:
         return y
 
     few, scales = rows[:-(-len(rows) // 8)], {"out": model.attn_scale, "down": model.mlp_scale}
-    nats = model(few[:, :-1], few[:, 1:], plan, keep).sum()
+    bounds = document_bounds(few, model.config)
+    nats = model(few[:, :-1], few[:, 1:], plan, keep, *bounds).sum()
     for name, gradient in zip(names, torch.autograd.grad(nats, outputs), strict=True):
         mean_1R = gradient.flatten(0, -2).float().square().mean(0, keepdim=True)
         site, block, *_ = name.split(".")
@@ -1862,7 +1935,8 @@ LevelTables = tuple[np.ndarray, np.ndarray]
 MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
                   "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "parallel_residual_start",
                   "logit_softcap", "num_loops", "loop_start", "loop_end", "residual", "max_skips",
-                  "ve_layers", "num_value_embeds", "prog_depth", "cross_repeat")
+                  "ve_layers", "num_value_embeds", "prog_depth", "cross_repeat", "document_mask",
+                  "leaky_slope", "smear_gate", "attn_gate")
 
 def codec_of(config: Config) -> str:
     """The coder of levels in use. Raises: ConfigError if time would go into a model without it."""
@@ -2403,8 +2477,9 @@ class Scorer:
         return torch.stack(found).view(-1, *target_BS.shape)
 
     def states(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
-        runner = adapter.run_block if adapter else None
-        return self.model.hidden(rows[:, :-1], self.plan, adapter, runner)[:, skip:]
+        runner = adapter.run_block if adapter else None  # and each row is of one document
+        bounds = () if adapter else document_bounds(rows, self.model.config)
+        return self.model.hidden(rows[:, :-1], self.plan, adapter, runner, *bounds)[:, skip:]
 
 TEMPERED = 1.1, 0.9  # factors of logits
 AUDIT_EVERY = 100  # batches, from the first on: what keeps the overhead at a few percent
@@ -2548,7 +2623,8 @@ class ChunkLearner:
         world, share = self.world, -(-len(batch) // self.world.size)
         mine = batch[world.rank * share:(world.rank + 1) * share]
         rows = F.pad(mine, (0, 0, 0, share - len(mine))).to(world.device)
-        nats = self.scorer.model(rows[:, :-1], rows[:, 1:], self.scorer.plan)
+        bounds = document_bounds(rows, self.config)
+        nats = self.scorer.model(rows[:, :-1], rows[:, 1:], self.scorer.plan, None, *bounds)
         (nats[:len(mine)].sum() / batch[:, 1:].numel()).backward()
         world.sum_all_([gradient_of(p) for p in self.parameters])
         if self.config.ttt_grad_clip:
@@ -2887,7 +2963,8 @@ def prepare(config: Config, world: World) -> Setup:
         open_artifact(Path(config.eval_only), config)
         total += Path(config.eval_only).stat().st_size
     require(total <= cap, "artifact_cap_bytes", cap, f"at least {total}, what there is already")
-    backend, differs = choose_attention(config.attention, world.device), config.differs()
+    backend, differs = choose_attention(
+        config.attention, world.device, config.document_mask), config.differs()
     track, agreed = resolve_track(config, world, val, backend.name), world.decide(time.time())
     log = RunLog(config, world, *agreed)
     facts: dict = {**environment_facts(world), "data": {**log.result.get("data", {}), **data}}
@@ -3106,11 +3183,14 @@ def load_fa3(device: torch.device) -> Attend:
     """flash-attn-3, whose package registers operators that torch.compile knows."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         raise GolfError("needs a GPU of compute capability 9")
-    from flash_attn_interface import flash_attn_func
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
-    def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
-        y = flash_attn_func(q_BTHK, k_BTGK, v_BTGK, causal=True)
-        return y[0] if isinstance(y, tuple) else y
+    def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, bounds: Tensor | None = None
+               ) -> Tensor:
+        inputs, length = (q_BTHK, k_BTGK, v_BTGK), q_BTHK.shape[1]
+        y = flash_attn_func(*inputs, causal=True) if bounds is None else flash_attn_varlen_func(
+            *(t.flatten(0, 1) for t in inputs), bounds, bounds, length, length, causal=True)
+        return (y[0] if isinstance(y, tuple) else y).view_as(q_BTHK)
 
     return attend
 

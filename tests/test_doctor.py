@@ -403,7 +403,7 @@ def test_projection_comes_from_the_newest_run_of_the_model(tmp_path: Path) -> No
     assert found.seconds == 20 + 600 + 15 + 200
     assert doctor.expected_steps(config, found.rates) == pytest.approx(
         (600 - config.gptq_reserve_seconds) * 8e6 / 786_432)
-    other = train_gpt.Config.from_env({"PRESET": "record"})
+    other = train_gpt.Config.from_env({"PRESET": "pr1493", "TTT_MODE": "documents"})
     projected = doctor.project(other, tmp_path)
     assert projected is not None and projected.evaluation is None    # it ends otherwise
 

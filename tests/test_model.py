@@ -64,12 +64,15 @@ def reference_block(model: golf.GPT, x: Tensor, x0: Tensor, layer: int) -> Tenso
             q, k, v = (z @ m[i * K:(i + 1) * K].T for m, i in ((w_q, h), (w_k, g), (w_v, g)))
             q = rotated(rms(q), dims, c.rope_base) * w["q_gain"][layer, h]
             exclusive = layer >= c.num_layers - c.xsa_last_n
-            heads.append(one_head(q, rotated(rms(k), dims, c.rope_base), v, exclusive))
+            y = one_head(q, rotated(rms(k), dims, c.rope_base), v, exclusive)
+            if c.attn_gate:
+                y = y * torch.sigmoid(c.attn_gate * z[:, :12] @ w["attn_gate"][layer, h])[:, None]
+            heads.append(y)
         return torch.cat(heads, dim=1) @ w["out"][layer].T
 
     def feed(z: Tensor) -> Tensor:
         t = z @ w["up"][layer].T
-        return torch.where(t > 0, t * t, t * t / 4) @ w["down"][layer].T
+        return torch.where(t > 0, t * t, (c.leaky_slope * t) ** 2) @ w["down"][layer].T
 
     u = w["resid_mix"][layer, 0] * x + w["resid_mix"][layer, 1] * x0
     a = w["attn_scale"][layer] * attend(rms(u) * depth_scale)
@@ -83,7 +86,14 @@ def reference_nats(model: golf.GPT, row: Tensor, order: list[int]) -> Tensor:
     """Nats of row[1:] given row[:-1], float64, with `order` walked as encoder and decoder."""
     embed = model.embed.detach().double()
     gates, weights = torch.sigmoid(model.skip_gates.detach().double()), model.skip_weights.double()
-    x = x0 = rms(embed[row[:-1].long()])
+    e = embed[row[:-1].long()]
+    if model.config.smear_gate:
+        before, gate = e.clone(), model.smear_gate[0].detach().double()
+        for t in range(1, len(e)):
+            if row[t] != 1:
+                share = model.smear_scale.item() * torch.sigmoid(gate @ before[t, :12])
+                e[t] = before[t] + share * before[t - 1]
+    x = x0 = rms(e)
     half, stack = len(order) // 2, []
     for layer in order[:half]:
         x = reference_block(model, x, x0, layer)
@@ -101,14 +111,17 @@ def reference_nats(model: golf.GPT, row: Tensor, order: list[int]) -> Tensor:
 @pytest.mark.parametrize("settings", [
     {}, {"PARALLEL_RESIDUAL_START": -1}, {"PARALLEL_RESIDUAL_START": 0}, {"XSA_LAST_N": 0},
     {"XSA_LAST_N": 5}, {"ROPE_DIMS": 0}, {"LN_SCALE": 0}, {"NUM_KV_HEADS": 1, "LOGIT_SOFTCAP": 5},
+    {"LEAKY_SLOPE": 0.3}, {"SMEAR_GATE": 1}, {"ATTN_GATE": 0.5},
+    {"LEAKY_SLOPE": 0, "SMEAR_GATE": 1, "ATTN_GATE": 2, "XSA_LAST_N": 2},
     {"NUM_LAYERS": 4, "NUM_LOOPS": 3, "LOOP_START": 0, "LOOP_END": 1, "MLP_MULT": 4}])
 def test_forward_equals_the_published_formulas(make_config: MakeConfig, plan: str,
-                                               settings: dict[str, int]) -> None:
+                                               settings: dict[str, float]) -> None:
     config = make_config(**settings)
     blocks, first, last = list(range(config.num_layers)), config.loop_start, config.loop_end + 1
     loops = 1 + (config.num_loops if plan == "looped" else 0)
     order = blocks[:first] + blocks[first:last] * loops + blocks[last:]
     model, rows = random_model(config), random_tokens(2, 21)
+    rows[0, 0] = rows[1, 7] = golf.BOS_ID
     found = model(rows[:, :-1], rows[:, 1:], plan_named(config, plan))
     wanted = torch.stack([reference_nats(model, row, order) for row in rows])
     assert wanted.std() > 0.5

@@ -97,7 +97,7 @@ def look(trainer: golf.Trainer) -> tuple[golf.TrainState, list[torch.Tensor], fl
     tensors = [t.clone() for t in (*trainer.replicated(), *trainer.optimizer.momenta)]
     rows = trainer.loader.read(trainer.state.step * trainer.shape.sequences, 4)
     loss = trainer.forward_backward(golf.depth_plans(trainer.config)[trainer.state.plan],
-                                    [torch.from_numpy(rows).to(trainer.world.device)])
+                                    [[torch.from_numpy(rows).to(trainer.world.device)]])
     trainer.model.zero_grad()
     return trainer.state, tensors, float(loss)
 
@@ -209,7 +209,7 @@ def test_skipped_step_changes_nothing_and_waits_for_nothing(
     plan = golf.depth_plans(trainer.config)[-1]
 
     def step(poison: bool) -> list[torch.Tensor]:
-        trainer.forward_backward(plan, [rows])
+        trainer.forward_backward(plan, [[rows]])
         if poison:
             golf.gradient_of(trainer.model.embed)[3, 3] = math.nan
         if device != "cpu":

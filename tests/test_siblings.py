@@ -262,7 +262,7 @@ def test_padded_heads_keep_the_scale_of_their_own_width() -> None:
     generator = torch.Generator().manual_seed(0)
     x, w_qkv = (torch.randn(*shape, generator=generator) for shape in ((1, 9, 220), (660, 220)))
     weights = golf.BlockWeights(w_qkv / 15, torch.eye(220), torch.empty(0), torch.empty(0),
-                                torch.empty(0), torch.tensor([1.5, 2.0]), torch.ones(()))
+                                torch.empty(0), torch.tensor([1.5, 2.0]), torch.ones(()), 0.5)
     rotary = golf.rotary_tables(9, 110, 1e4)
     found = golf.attention(x, weights, "serial", rotary, attend, None)
     assert seen == [(1, 9, 2, 112)]

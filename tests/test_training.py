@@ -387,7 +387,7 @@ def test_micro_steps_add_up_to_the_whole_batch(make_config: MakeConfig, log: Sil
         trainer.model = random_model(trainer.config)
         rows = torch.from_numpy(trainer.loader.read(0, 12))
         loss = trainer.forward_backward(plan_named(trainer.config, "looped"),
-                                        list(rows.split(trainer.shape.sequences)))
+                                        [[part] for part in rows.split(trainer.shape.sequences)])
         assert len(rows.split(trainer.shape.sequences)) == 768 // micro
         gradients.append((loss, trainer.model.qkv.grad))
     for loss, gradient in gradients[1:]:

@@ -387,7 +387,8 @@ def check_attention(pod: Pod, config: Config) -> Iterator[Check]:
 
     fix = attention_fix(pod)
     try:
-        chosen = train_gpt.choose_attention(config.attention, pod.device)
+        chosen = train_gpt.choose_attention(config.attention, pod.device,
+                                            config.document_mask)
     except train_gpt.GolfError as error:
         yield fail("attention", str(error), fix or "unset ATTENTION")
         return
@@ -797,7 +798,8 @@ def runs_on_gpus(config: Config, logs: Path) -> list[Run]:
     """Complete runs of this model on GPUs, newest first."""
     import train_gpt
 
-    found, default = [], train_gpt.Config()  # what a log older than a setting has for it
+    # What a log older than a setting has for it.
+    found, default = [], train_gpt.Config.from_env({"PRESET": "pr1493"})
     for path in logs.glob("*.json"):
         with contextlib.suppress(RunError):
             run = read_result(path) if not path.name.startswith(NOT_A_RUN) else Run("")

@@ -223,7 +223,8 @@ class Curve:
         config = checkpoint.config
         self.val = golf.ValStream.load(config)
         self.known: dict[str, tuple] = {}
-        backend = golf.choose_attention(config.attention, world.device)
+        backend = golf.choose_attention(config.attention, world.device,
+                                        config.document_mask)
         self.scorer = golf.Scorer(checkpoint.model(config, world.device, backend.attend),
                                   checkpoint.plan, self.val, world)
         gpu = torch.cuda.get_device_name(world.device) if world.is_cuda else "none"

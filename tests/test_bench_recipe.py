@@ -1,0 +1,117 @@
+"""tools/bench_recipe.py with the small trainer of test_sweep: pairs, gains, noise and cost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_sweep import TRAINER
+from test_sweep import trainer as trainer  # a fixture
+
+from tools import bench_recipe, sweep
+
+SCORED = TRAINER.replace('"val_loss": 2.5,', (
+    '"val_loss": 2.5, "bpb": {"averaged": 1 + config["matrix_lr"] / 2},')).replace(
+    '"train": {"steps": steps}', '"train": {"steps": steps, "ms_per_step": 100 + config["seed"]}')
+
+
+def bench(trainer: Path, *arguments: str) -> int:
+    out = str(trainer.parent / "recipe")
+    trainer.write_text(SCORED)
+    return bench_recipe.main([
+        "--out", out, "--only", "", "--trainer", str(trainer), "--gpus", "", "--nproc", "1",
+        "--poll-seconds", "0.02", *arguments])
+
+
+@pytest.fixture(autouse=True)
+def few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small trainer records two settings, and the sweep compares all that it passes."""
+    monkeypatch.setattr(bench_recipe, "COMMON", {})
+    monkeypatch.setattr(sweep, "unlike", lambda config, settings: [])
+
+
+@pytest.mark.parametrize("mode", [[], ["--leave-out"]])
+def test_gain_is_the_paired_difference_in_favour_of_the_technique(
+        trainer: Path, capsys: pytest.CaptureFixture[str], mode: list[str]) -> None:
+    arguments = ["--seeds", "1,2,3", "--variant", "rate: MATRIX_LR=0.02/0.022", *mode]
+    assert bench(trainer, *arguments) == 0
+    row, = json.loads((trainer.parent / "recipe" / "recipe.json").read_text())
+    assert (row["technique"], row["pairs"], row["lines"]) == ("rate", 3, None)
+    assert row["gain"] == pytest.approx(0.002, abs=1e-9)
+    assert row["pre-quantisation"] == pytest.approx(0.001, abs=1e-9)
+    assert row["gain noise"] == pytest.approx(0, abs=1e-9)
+    assert row["ms per step"] == 102
+    assert row["slower"] == 0
+    text = (trainer.parent / "recipe" / "recipe.md").read_text()
+    assert "| rate | 3 | +2.00 ± 0.00 | +1.00 ± 0.00 | 102.0 (+0.0%) | - | - |" in text
+    assert text in capsys.readouterr().out
+    assert bench(trainer, *arguments) == 0
+    assert "6 runs, 6 already settled" in capsys.readouterr().out
+
+
+def test_of_one_pair_the_noise_is_unknown_and_of_none_everything(
+        trainer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_FAILS", "2")
+    variant = ["--variant", "rate: MATRIX_LR=0.02/0.022"]
+    assert bench(trainer, "--seeds", "1,2", *variant) == 1
+    assert "| rate | 1 | +2.00 ± - |" in (trainer.parent / "recipe" / "recipe.md").read_text()
+    assert bench(trainer, "--seeds", "2", *variant) == 1
+    assert "| rate | 0 | - ± - | - ± - | - (-) |" in (
+        trainer.parent / "recipe" / "recipe.md").read_text()
+
+
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_sides_of_a_pair_differ_in_the_technique_alone(leave_out: bool) -> None:
+    techniques = bench_recipe.choose(None, ["mine: BETA2=0.99/0.95 MIN_LR=0.2/0"])
+    pairs = bench_recipe.plan_pairs(techniques, "7,8", {"PRESET": "record"}, leave_out)
+    assert [run.settings["SEED"] for run in pairs[""]] == ["7", "8"]
+    sweep.check_settings([run for group in pairs.values() for run in group])
+    for technique in techniques:
+        for base, run in zip(pairs[""], pairs[technique.name], strict=True):
+            changed = {k: v for k, v in run.settings.items() if base.settings[k] != v}
+            side = technique.absent if leave_out else technique.present
+            assert changed == side
+    labels = {run.label for group in pairs.values() for run in group}
+    assert len(labels) == 2 * (1 + len(techniques))
+
+
+def test_built_in_techniques_can_be_chosen_and_name_values_of_the_record() -> None:
+    import train_gpt as golf
+
+    assert [t.name for t in bench_recipe.choose("smear gate, rate floor", [])] == [
+        "smear gate", "rate floor"]
+    for technique in bench_recipe.choose(None, []):
+        for side in (technique.present, technique.absent):
+            golf.Config.from_env(side)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--variant", "no settings"], ["--variant", "x: MATRIX_LR=1"], ["--only", "unheard of"],
+    ["--set", "MATRIX_LR"], ["--cost", "x=no-such-commit"], ["--seeds", "a"]])
+def test_bad_arguments_exit_2_with_one_line(trainer: Path, capsys: pytest.CaptureFixture[str],
+                                            arguments: list[str]) -> None:
+    assert bench(trainer, *arguments) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_cost_is_what_a_commit_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_recipe, "REPOSITORY", tmp_path)
+    texts = [f"print({'q' * number!r}, {number ** 9})\n" for number in range(12)]
+    for number, text in enumerate((texts[0], "".join(texts))):
+        (tmp_path / "train_gpt.py").write_text(text)
+        for command in (["init", "-q"], ["add", "."],
+                        ["-c", "user.name=x", "-c", "user.email=x", "commit", "-qm", str(number)]):
+            subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    lines, packed = bench_recipe.cost_of("HEAD")
+    assert lines == 11
+    assert 20 < packed < 300
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench_recipe.main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("--seconds", "--leave-out", "--cost", "sweep.py"))

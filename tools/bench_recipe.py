@@ -1,0 +1,200 @@
+#!/usr/bin/env python3
+"""What each technique of the recipe is worth: pairs of runs of train_gpt.py with equal seeds.
+
+    python tools/bench_recipe.py --seeds 42,314                   each technique added to none
+    python tools/bench_recipe.py --seeds 42 --leave-out           each taken away from all
+    python tools/bench_recipe.py --variant "rate: MATRIX_LR=.028/.022" --only "" --seconds 60
+
+A technique is a text `name: SETTING=with/without`, with several settings if need be. Runs, their
+ledger and further options (--nproc, --gpus, --trainer, --packed, ...) are those of tools/sweep.py:
+what is complete is not run again, and all GPUs are used. The table goes to `<out>/recipe.md`, its
+numbers to `<out>/recipe.json`. A gain is positive where the technique lowers BPB; its noise is the
+standard error over pairs, of one pair unknown.
+
+Exit status: that of the sweep; 2 bad arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import train_gpt as golf
+from tools import runs, sweep, welch
+
+TECHNIQUES = (
+    "document mask: DOCUMENT_MASK=1/0", "leaky slope: LEAKY_SLOPE=0.3/0.5",
+    "smear gate: SMEAR_GATE=1/0", "attention gate: ATTN_GATE=0.5/0",
+    "two lanes: RESIDUAL=two_lane_both/parallel", "momentum: MUON_MOMENTUM=0.97/0.99",
+    "polar express: MUON_BACKEND=polar_express/newton_schulz", "rate floor: MIN_LR=0.1/0")
+
+# One GPU's share of a full run's batch; what a full run counts in steps keeps its share of the run.
+COMMON = {"TRAIN_BATCH_TOKENS": "98304", "SCHEDULE_STEPS": "4500", "VAL_LOSS_EVERY": "0"}
+SCORES = {"gain": "val_bpb", "pre-quantisation": "bpb.averaged"}  # by column
+
+
+class Technique(NamedTuple):
+    """Settings with it and without it."""
+
+    name: str
+    present: dict[str, str]
+    absent: dict[str, str]
+
+
+def parse_technique(text: str) -> Technique:
+    """The technique that a text describes. Raises: SweepError."""
+    name, _, rest = text.partition(":")
+    matches = [re.fullmatch(r"([A-Z][A-Z0-9_]*)=([^/]*)/([^/]*)", word) for word in rest.split()]
+    found = [match.groups() for match in matches if match]
+    if not name.strip() or not found or len(found) < len(matches):
+        raise sweep.SweepError(f"--variant {text!r}: expected 'name: SETTING=with/without ...'")
+    return Technique(name.strip(), {setting: value for setting, value, _ in found},
+                     {setting: value for setting, _, value in found})
+
+
+def choose(only: str | None, variants: Sequence[str]) -> list[Technique]:
+    """The built-in techniques that are asked for, then the given ones. Raises: SweepError."""
+    known = {technique.name: technique for technique in map(parse_technique, TECHNIQUES)}
+    names = list(known) if only is None else [name.strip() for name in only.split(",") if name]
+    if unknown := [name for name in names if name not in known]:
+        raise sweep.SweepError(f"--only {unknown[0]}: one of {', '.join(known)}")
+    return [known[name] for name in names] + [parse_technique(text) for text in variants]
+
+
+def plan_pairs(techniques: Sequence[Technique], seeds: str, common: dict[str, str],
+               leave_out: bool) -> dict[str, list[sweep.Run]]:
+    """Runs in the order of seeds, by technique, those of the base first and under no name.
+
+    The base has all techniques or none; the other runs have one less, or that one alone.
+    """
+    base = dict(common)
+    for technique in techniques:
+        base |= technique.present if leave_out else technique.absent
+
+    def runs_of(name: str, settings: dict[str, str]) -> list[sweep.Run]:
+        label = re.sub(r"[^A-Za-z0-9._]+", "_", name)
+        return [run._replace(label=f"{label}-{run.label}")
+                for run in sweep.plan_runs(sweep.parse_axes(seeds, []), settings)]
+
+    return {"": runs_of("all" if leave_out else "none", base)} | {
+        t.name: runs_of(f"without {t.name}" if leave_out else t.name,
+                        base | (t.absent if leave_out else t.present)) for t in techniques}
+
+
+def cost_of(commit: str) -> tuple[int, int]:
+    """Lines and packed bytes that a commit added to train_gpt.py. Raises: SweepError."""
+    answers = [subprocess.run(["git", "show", f"{commit}{back}:train_gpt.py"], cwd=REPOSITORY,
+                              capture_output=True, text=True, check=False) for back in ("~1", "")]
+    if error := answers[0].stderr + answers[1].stderr:
+        raise sweep.SweepError(f"--cost {commit}: {error.strip()}")
+    (lines, packed), (more_lines, more_packed) = (
+        (len(a.stdout.splitlines()), len(golf.pack_program(a.stdout))) for a in answers)
+    return more_lines - lines, more_packed - packed
+
+
+def compare(pairs: dict[str, list[sweep.Run]], ledger: sweep.Ledger,
+            costs: dict[str, tuple[int, int]], leave_out: bool) -> list[dict[str, object]]:
+    """A row for each technique: gains, their noise and the price, over pairs that are complete."""
+    def read(run: sweep.Run) -> runs.Run | None:
+        end = ledger.last_end(run.key)
+        whole = end is not None and end.get("status") == "complete"
+        return runs.read_result(ledger.path.parent / str(end["result"])) if end and whole else None
+
+    rows = []
+    for name in [*pairs][1:]:
+        both = [(read(a), read(b)) for a, b in zip(pairs[""], pairs[name], strict=True)]
+        with_without = [(a, b) if leave_out else (b, a) for a, b in both if a and b]
+        row: dict[str, object] = {"technique": name, "pairs": len(with_without)}
+        for column, key in {**SCORES, "ms per step": "train.ms_per_step"}.items():
+            values = [(x, y) for a, b in with_without
+                      if (x := a.number(key)) is not None and (y := b.number(key)) is not None]
+            if not values:
+                continue
+            having, lacking = zip(*values, strict=True)
+            if column in SCORES:
+                test = welch.paired(having, lacking)
+                row[column] = welch.mean(lacking) - welch.mean(having)
+                row[f"{column} noise"] = test.standard_error if test else None
+            else:
+                row |= {column: welch.mean(having),
+                        "slower": welch.mean(having) / welch.mean(lacking) - 1}
+        row["lines"], row["packed bytes"] = costs.get(name, (None, None))
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[dict[str, object]]) -> str:
+    """The rows as Markdown; gains in thousandths of a bit per byte."""
+    def show(value: object, form: str, factor: float = 1.0) -> str:
+        return format(factor * value, form) if isinstance(value, int | float) else "-"
+
+    lines = ["| technique | pairs | gain, mBPB | pre-quantisation, mBPB | ms per step | lines "
+             "| packed bytes |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        gains = [f"{show(row.get(column), '+.2f', 1e3)} ± "
+                 f"{show(row.get(f'{column} noise'), '.2f', 1e3)}" for column in SCORES]
+        speed = f"{show(row.get('ms per step'), '.1f')} ({show(row.get('slower'), '+.1%')})"
+        lines.append(" | ".join([f"| {row['technique']}", str(row["pairs"]), *gains, speed,
+                                 show(row["lines"], "d"), show(row["packed bytes"], "d")]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; what it does not know goes to the sweep's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=sweep.HelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--seeds", default="42", help="comma-separated; every one is a pair")
+    parser.add_argument("--seconds", type=float, default=150.0, help="of training, of every run")
+    parser.add_argument("--out", type=Path, default=Path("runs/recipe"), help="folder of the runs")
+    parser.add_argument("--only", help="names of built-in techniques; default: all")
+    parser.add_argument("--variant", action="append", default=[], help="a technique of your own")
+    parser.add_argument("--set", action="append", default=[], dest="common", metavar="NAME=VALUE",
+                        help="a setting of all runs")
+    parser.add_argument("--leave-out", action="store_true", help="take each away from all")
+    parser.add_argument("--cost", action="append", default=[], metavar="NAME=COMMIT",
+                        help="the commit that brought a technique: its lines and packed bytes")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status; see the module's text."""
+    options, further = build_parser().parse_known_args(arguments)
+    try:
+        names = sweep.setting_names() - set(sweep.RESERVED)
+        common = {name: value for name, value in os.environ.items() if name in names}
+        common |= {**COMMON, "MAX_WALLCLOCK_SECONDS": f"{options.seconds:g}"}
+        common |= {name: ",".join(values)
+                   for name, values in map(sweep.parse_axis, options.common)}
+        costs = {name: cost_of(commit) for name, _, commit in
+                 (text.rpartition("=") for text in options.cost)}
+        pairs = plan_pairs(choose(options.only, options.variant), options.seeds, common,
+                           options.leave_out)
+        # A seed's base first: every pair is whole before the next seed's.
+        plan = [run for group in zip(*pairs.values(), strict=True) for run in group]
+        settings = sweep.settings_from(
+            sweep.build_parser().parse_args(["--out", str(options.out), *further]))
+        if settings.trainer == sweep.OURS:
+            sweep.check_settings(plan)
+        status = sweep.run_sweep(plan, settings)
+        ledger = sweep.Ledger(settings.out / "ledger.jsonl")
+        rows = compare(pairs, ledger, costs, options.leave_out)
+    except sweep.SweepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    (settings.out / "recipe.md").write_text(table(rows))
+    (settings.out / "recipe.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows), end="")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
