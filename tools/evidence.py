@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import brotli
+
 from tools.runs import (
     CAP_BYTES,
     LOG_SUFFIXES,
@@ -541,14 +543,30 @@ def same_program(source: str, shipped: bytes) -> bool | None:
 
 
 def packed_source(program: bytes) -> str | None:
-    """The text inside a program packed by train_gpt.py; None for any other file."""
+    """The text inside a program packed by train_gpt.py, now or before it changed its archive
+    from brotli to bz2; None for any other file."""
     try:
         with zipfile.ZipFile(io.BytesIO(program)) as archive:
-            unpacker = bz2.BZ2Decompressor()
-            text = unpacker.decompress(archive.read("source"), MAX_PROGRAM_BYTES)
-            return str(text, "utf-8") if unpacker.eof else None
+            packed = archive.read("source")
+        if not packed.startswith(b"BZh"):
+            return str(_unbrotli(packed), "utf-8")
+        unpacker = bz2.BZ2Decompressor()
+        text = unpacker.decompress(packed, MAX_PROGRAM_BYTES)
+        return str(text, "utf-8") if unpacker.eof else None
     except (KeyError, OSError, zipfile.BadZipFile, NotImplementedError, ValueError):
         return None
+
+
+def _unbrotli(packed: bytes) -> bytes:
+    """What was compressed. Raises: ValueError if it is damaged or too large."""
+    unpacker = brotli.Decompressor()
+    try:
+        text = bytes(unpacker.process(packed, output_buffer_limit=MAX_PROGRAM_BYTES))
+    except brotli.error as error:
+        raise ValueError(str(error)) from error
+    if not unpacker.is_finished():
+        raise ValueError("unfinished")
+    return text
 
 
 def _zipped(program: bytes) -> str:
