@@ -77,8 +77,8 @@ def require(holds: object, name: str, value: object, bound: object) -> None:
     if not holds:
         raise ConfigError(f"{name.upper()}={value} must be {bound}")
 
-def within(default: float, low: float, high: float) -> typing.Any:
-    """A setting with its range, both ends included."""
+def within(default: float | str, low: float, high: float) -> typing.Any:
+    """A setting with its range, both ends included; of text, that of all numbers in it."""
     return field(default=default, metadata={"range": (low, high)})
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +173,8 @@ class Config:
     attn_qmax: int = within(31, 1, 127)  # largest integer; there are 2 * qmax + 1
     mlp_qmax: int = within(31, 1, 127)
     embed_qmax: int = within(127, 1, 127)
-    matrix_clip_sigmas: str = "12.85"  # of rows; up to 1: a quantile of magnitudes instead; of
-    embed_clip_sigmas: str = "20"  # several, the one of least error wins
+    matrix_clip_sigmas: str = within("12.85", 1e-6, 1000)  # of rows; up to 1: a quantile of
+    embed_clip_sigmas: str = within("20", 1e-6, 1000)  # magnitudes; of several the best wins
     clip_floor: float = within(0.0, 0, 1000)  # least clip width of a row
     gptq_calibration_batches: int = within(64, 0, 10**7)  # of micro_batch_tokens, all ranks
     max_quant_gap_bpb: float = within(0.05, 0, 100)  # a larger loss by quantisation is no result
@@ -214,7 +214,8 @@ class Config:
         for f in fields(self):
             value = getattr(self, f.name)
             for low, high in f.metadata.values():
-                require(low <= value <= high, f.name, value, f"between {low:g} and {high:g}")
+                holds = all(low <= number <= high for number in numbers(f.name, str(value)))
+                require(holds, f.name, value, f"between {low:g} and {high:g}")
         check_consistency(self)
 
     @classmethod
@@ -245,13 +246,13 @@ class Config:
 
     @property
     def ve_blocks(self) -> list[int]:
-        return [int(number) for number in numbers("ve_layers", self.ve_layers)]
+        return [parse_setting("ve_layers", part, int) for part in self.ve_layers.split(",") if part]
 
     @property
     def depth_schedule(self) -> list[tuple[float, int]]:
         """Progress until which, and how often, the loop segment is passed."""
-        flat = numbers("prog_depth", self.prog_depth) or [
-            self.enable_looping_at, 1, 1, self.num_loops + 1]
+        text = self.prog_depth or f"{self.enable_looping_at}:1,1:{self.num_loops + 1}"
+        flat = numbers("prog_depth", text)
         return [(until, int(passes)) for until, passes in zip(flat[::2], flat[1::2], strict=False)]
 
     @property
@@ -343,53 +344,46 @@ def parse_setting(name: str, text: str, kind: typing.Any) -> typing.Any:
     try:
         return text == "1" if kind is bool else kind(text) if kind in (int, float) else text
     except ValueError:
-        raise ConfigError(f"{name}={text!r} must be a number ({kind.__name__})") from None
+        raise ConfigError(f"{name.upper()}={text!r} must be a number ({kind.__name__})") from None
 
 def numbers(name: str, text: str) -> list[float]:
     """The numbers in a setting that lists some. Raises: ConfigError."""
-    try:
-        return [float(part) for part in re.split("[,:]", text) if text]
-    except ValueError:
-        raise ConfigError(f"{name.upper()}={text!r} must be numbers with commas") from None
+    return [parse_setting(name, part, float) for part in re.split("[,:]", text)]
 
 # Relations between settings in words, and what contradicts them.
 RELATIONS = {"%": ("a multiple of", np.mod), "<=": ("at most", np.greater),
              "<": ("below", np.greater_equal)}
 
-def check_consistency(config: Config) -> None:
+def check_consistency(c: Config) -> None:
     """Raises ConfigError for the first two settings that contradict each other."""
     rules = ["model_dim % 8", "mlp_dim % 8", "model_dim % num_heads", "head_dim % 2",
              "num_heads % num_kv_heads", "rope_dims % 2", "rope_dims <= head_dim",
              "train_batch_tokens % train_seq_len", "train_seq_len <= micro_batch_tokens",
              "eval_stride <= eval_seq_len", "ttt_chunk_size <= eval_seq_len"]
-    rules += ["loop_start <= loop_end", "loop_end < num_layers"] * bool(config.num_loops)
-    rules += ["gptq_reserve_seconds < max_wallclock_seconds"] * bool(config.max_wallclock_seconds)
-    rules += ["loop_end < parallel_residual_start"] * (config.residual != "parallel")
-    if config.ttt_enabled and config.ttt_mode == "sgd":
+    rules += ["loop_start <= loop_end", "loop_end < num_layers"] * bool(c.num_loops)
+    rules += ["gptq_reserve_seconds < max_wallclock_seconds"] * bool(c.max_wallclock_seconds)
+    rules += ["loop_end < parallel_residual_start"] * (c.residual != "parallel")
+    if c.ttt_enabled and c.ttt_mode == "sgd":
         rules += ["ttt_enabled <= sliding_window_enabled", "ttt_chunk_tokens % eval_seq_len"]
     for name, sign, other in map(str.split, rules):
-        (words, broken), value = RELATIONS[sign], getattr(config, name)
-        bound = int(other) if other.isdigit() else getattr(config, other)
+        (words, broken), value = RELATIONS[sign], getattr(c, name)
+        bound = int(other) if other.isdigit() else getattr(c, other)
         require(not broken(value, bound), name, value, f"{words} {other.upper()} ({bound})")
-    require(config.compressor == "ans" or config.quantiser != "rate", "compressor",
-            config.compressor, f"ans for QUANTISER={config.quantiser}")
-    for name in ("matrix_clip_sigmas", "embed_clip_sigmas"):
-        clips = numbers(name, getattr(config, name)) or [0.0]
-        require(0 < min(clips) <= max(clips) <= 1000, name, clips, "above 0 and at most 1000")
-    until, passes = map(list, zip(*config.depth_schedule or [(0, 0)], strict=True))
-    require(sorted(until) == until and sorted(passes) == passes and passes[0] > config.cross_repeat
-            and passes[-1] == config.num_loops + 1, "prog_depth", repr(config.prog_depth),
-            f"progress:passes,... that rise, to NUM_LOOPS ({config.num_loops}) + 1 passes, and "
-            f"from {1 + config.cross_repeat} on for CROSS_REPEAT={config.cross_repeat:d}")
-    require({*config.ve_blocks} <= {*range(config.num_layers)}, "ve_layers", config.ve_layers,
-            f"blocks below NUM_LAYERS ({config.num_layers})")
-    require(config.gptq_calibration_batches or config.quantiser == "nearest",
-            "gptq_calibration_batches", 0, f"above 0 for QUANTISER={config.quantiser}")
-    require(config.run_id or not config.resume, "run_id", "''", f"set for RESUME={config.resume}")
-    require(re.fullmatch(r"([\w-][\w.-]*)?", config.run_id, re.ASCII), "run_id",
-            repr(config.run_id), "letters, digits, . _ and - only")
-    sites = config.ttt_lora_sites
-    require({*sites.split(",")} <= {*SITES}, "ttt_lora_sites", sites, "some of " + ",".join(SITES))
+    least, most = c.cross_repeat + 1, c.num_loops + 1
+    rises = np.diff([(0, least), *c.depth_schedule, (math.inf, most)], axis=0)
+    for name, holds, words in (
+            ("compressor", c.compressor == "ans" or c.quantiser != "rate", "ans (QUANTISER=rate)"),
+            ("prog_depth", rises.min() >= 0 and most in dict(c.depth_schedule).values(),
+             f"progress:passes,... that rise, to NUM_LOOPS ({c.num_loops}) + 1 passes, and from "
+             f"{least} on for CROSS_REPEAT={c.cross_repeat:d}"),
+            ("ve_layers", {*c.ve_blocks} <= {*range(c.num_layers)},
+             f"blocks below NUM_LAYERS ({c.num_layers})"),
+            ("gptq_calibration_batches", c.gptq_calibration_batches or c.quantiser == "nearest",
+             f"above 0 for QUANTISER={c.quantiser}"),
+            ("run_id", c.run_id or not c.resume, f"set for RESUME={c.resume}"),
+            ("run_id", re.fullmatch(r"([\w-][\w.-]*)?", c.run_id, re.ASCII), "of a-z, 0-9, . _ -"),
+            ("ttt_lora_sites", {*c.ttt_lora_sites.split(",")} <= {*SITES}, f"some of {SITES}")):
+        require(holds, name, repr(getattr(c, name)), words)
 
 # ==================================================================================================
 # 2  Runtime
