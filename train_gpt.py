@@ -983,28 +983,22 @@ class Matrix(NamedTuple):
     """The matrices of one role in all blocks: rows of a parameter stacked over blocks."""
     role: Literal["q", "k", "v", "out", "up", "down", "ve"]
     parameter: nn.Parameter
-    rows: slice = slice(None)
-
-    def view(self, stack: Tensor) -> Tensor:
-        """This role's share (L, rows, columns) of the parameter's values, gradient or integers."""
-        return stack[:, self.rows]
+    rows: slice = slice(None)  # of each block
 
 class GPT(nn.Module):
     """The language model: float32 parameters stacked over blocks, and the only forward pass."""
     def __init__(self, config: Config, attend: Attend, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        L, D, V, ones, zeros = (
-            config.num_layers, config.model_dim, config.vocab_size, torch.ones, torch.zeros)
-        visits, ve = max(len(plan.visits) for plan in depth_plans(config)), len(config.ve_blocks)
-        skips, extra, one = min(config.max_skips, visits // 2), config.num_value_embeds, min(ve, 1)
+        ones, zeros, L, V = torch.ones, torch.zeros, config.num_layers, config.vocab_size
+        D, visits, ve = config.model_dim, len(depth_plans(config)[-1].visits), len(config.ve_blocks)
         self.config, self.attend, self.dtype, reads = config, attend, dtype, min(GATE_WIDTH, D)
+        skips, extra, one = min(config.max_skips, visits // 2), config.num_value_embeds, min(ve, 1)
         self.embed = nn.Parameter(zeros(V, D))
         self.qkv = nn.Parameter(zeros(L, D + 2 * config.kv_dim, D))
         self.out = nn.Parameter(zeros(L, D, D))
         self.up = nn.Parameter(zeros(L, config.mlp_dim, D))
         self.down = nn.Parameter(zeros(L, D, config.mlp_dim))
-        self.attn_scale = nn.Parameter(ones(L, D))
-        self.mlp_scale = nn.Parameter(ones(L, D))
+        self.attn_scale, self.mlp_scale = nn.Parameter(ones(L, D)), nn.Parameter(ones(L, D))
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(L, 1, D))
         self.q_gain = nn.Parameter(torch.full((L, config.num_heads), config.qk_gain_init))
         for name, value in {
@@ -1023,9 +1017,9 @@ class GPT(nn.Module):
                 self.register_parameter(name, nn.Parameter(value))
         self.norm_scale = nn.Buffer(
             torch.arange(1.0, L + 1).rsqrt() if config.ln_scale else ones(L), persistent=False)
+        length, rotated = max(config.train_seq_len, config.eval_seq_len), config.rope_dims
         self.rotary = nn.Buffer(rotary_tables(
-            max(config.train_seq_len, config.eval_seq_len), config.rope_dims or config.head_dim,
-            config.rope_base), persistent=False)
+            length, rotated or config.head_dim, config.rope_base), persistent=False)
         # One graph per form of a block serves every visit, plan and evaluation.
         self.run_block, self.embed_tokens, self.norm, self.softcapped_nll = (
             maybe_compile(f, config) for f in (run_block, embed_tokens, rms_norm, softcapped_nll))
@@ -1037,7 +1031,7 @@ class GPT(nn.Module):
         self.embed.normal_(0, self.config.tied_embed_init_std, generator=generator)
         for matrix in self.matrices():
             if matrix.role not in ("out", "down"):
-                for w_OI in matrix.view(matrix.parameter.data):
+                for w_OI in matrix.parameter.data[:, matrix.rows]:
                     nn.init.orthogonal_(w_OI, generator=generator)
         for name, table in self.named(*TABLES[1:]).items():
             table.normal_(0, 0.01 if name == "ve_table" else 1.0, generator=generator)
@@ -1058,14 +1052,14 @@ class GPT(nn.Module):
         """The tensors that are quantised, by name: tables, and matrices over blocks."""
         return self.named(*TABLES, *MATRICES)
 
-    def vectors(self) -> dict[str, nn.Parameter]:
+    def vectors(self, *but: str) -> dict[str, nn.Parameter]:
         """The tensors that stay floating-point numbers; Muon trains one of them, ve_proj."""
-        return {name: p for name, p in self.named_parameters() if name not in TABLES + MATRICES}
+        others = TABLES + MATRICES + but
+        return {name: p for name, p in self.named_parameters() if name not in others}
 
     def block_weights(self) -> list[BlockWeights]:
         # A scale of outputs goes into the weights: rows of them are few, rows of a batch are many.
-        out, down = (w * scale[:, :, None] for w, scale in (
-            (self.out, self.attn_scale), (self.down, self.mlp_scale)))
+        out, down = self.out * self.attn_scale[:, :, None], self.down * self.mlp_scale[:, :, None]
         # Unbound once: backward through an index per visit would build a full-size gradient each.
         matrices = [p.to(self.dtype).unbind() for p in (self.qkv, out, self.up, down)]
         vectors = [p.unbind() for p in (self.resid_mix, self.q_gain, self.norm_scale)]
@@ -1078,8 +1072,7 @@ class GPT(nn.Module):
         return [row for p in self.named(name).values() for row in p.unbind()]
 
     def hidden(self, ids_BT: Tensor, plan: DepthPlan, adapter: Adapter | None = None,
-               block_runner: Callable[..., tuple[Tensor, ...]] | None = None,
-               bounds: Tensor | None = None) -> Tensor:
+               block_runner: Callable | None = None, bounds: Tensor | None = None) -> Tensor:
         """Normalised output of the last block, (B, T, D) in the compute type."""
         config, weights = self.config, self.block_weights()
         skips = self.rows("skip_weights"), [gate.sigmoid() for gate in self.rows("skip_gates")]
@@ -1103,17 +1096,15 @@ class GPT(nn.Module):
         outputs: list[Tensor] = []
         lane: list[Tensor] = []
         segment = config.loop_end + 1 - config.loop_start  # visits between two of a block
-        for number, visit in enumerate(plan.visits):
-            row, block, again = visit.skip_row, visit.block, visit.pass_number
-            skip = (outputs[visit.skip_from], *(t[row] for t in skips)) if row >= 0 else ()
+        for number, (block, again, form, row, skip_from) in enumerate(plan.visits):
+            skip = (outputs[skip_from], *(t[row] for t in skips)) if row >= 0 else ()
             terms = [*zip(sources, *scales[number:number + 1], strict=True)]
             if repeats and again:
                 terms.append((outputs[number - segment], repeats[block][again - 1]))
-            lane = lane or [x.view_as(x)] * visit.form.startswith("two")
+            lane = lane or [x.view_as(x)] * form.startswith("two")  # x twice: another graph
             tap = functools.partial(adapter, number, block) if adapter else None
-            stream = Stream(x.view_as(x), x0, skip, tuple(terms), values.get(block, ()),
-                            tuple(lane))  # one tensor twice would be another graph
-            x, *lane = runner(stream, weights[block], visit.form, self.rotary, attend, tap)
+            stream = Stream(x.view_as(x), x0, skip, tuple(terms), values.get(block, ()), (*lane,))
+            x, *lane = runner(stream, weights[block], form, self.rotary, attend, tap)
             outputs.append(x)
         for other in lane:
             x = other + self.get_parameter("lane_mix").to(x.dtype) * (x - other)
@@ -1135,11 +1126,10 @@ class GPT(nn.Module):
 
 def count_parameters(model: GPT) -> dict[str, tuple[int, int]]:
     """(tensors, parameters) per optimizer group, counted as the published systems' tensors."""
-    vectors = model.vectors()
+    vectors = model.vectors("ve_proj")
     blocks = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "attn_gate")
-    vectors.pop("ve_proj", None)
     groups = {"embedding": [*model.named(*TABLES).values()],
-              "matrix": [w for m in model.matrices() for w in m.view(m.parameter)],
+              "matrix": [w for m in model.matrices() for w in m.parameter[:, m.rows]],
               "vector": [t for name, v in vectors.items() for t in (v if name in blocks else [v])]}
     return {name: (len(found), sum(t.numel() for t in found)) for name, found in groups.items()}
 
@@ -1159,15 +1149,14 @@ def sdpa_attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, bounds: Tensor |
                 ) -> Tensor:
     """Causal attention by PyTorch; `load_sdpa` decides which of its kernels runs.
     Within documents it is flash attention, the only one here that skips what bounds exclude."""
-    (batch, length), mask = q_BTHK.shape[:2], None
+    (B, T), mask = q_BTHK.shape[:2], None
     if bounds is not None and q_BTHK.is_cuda:
         return torch.ops.aten._flash_attention_forward(
-            *(t.flatten(0, 1) for t in (q_BTHK, k_BTGK, v_BTGK)), bounds, bounds, length, length,
+            *(t.flatten(0, 1) for t in (q_BTHK, k_BTGK, v_BTGK)), bounds, bounds, T, T,
             0.0, True, False)[0].view_as(q_BTHK)
     if bounds is not None:
-        places = torch.arange(batch * length)
-        document_BT = torch.searchsorted(bounds, places, right=True).view(batch, 1, length)
-        mask = (document_BT[..., None] == document_BT[:, :, None]).tril()
+        document_B1T = torch.bucketize(torch.arange(B * T), bounds, right=True).view(B, 1, T)
+        mask = (document_B1T[..., None] == document_B1T[:, :, None]).tril()
     q, k, v = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
                                           enable_gqa=True).transpose(1, 2)
@@ -1188,8 +1177,7 @@ def attention_error(attend: Attend, device: torch.device, bounds: Sequence[int] 
 
     def run(function: Attend, where: torch.device, kind: torch.dtype) -> list[Tensor]:
         leaves = [t.to(where, kind).requires_grad_() for t in (q, k, v)]
-        places = torch.tensor(bounds, dtype=torch.int32, device=where)
-        y = function(*leaves, *[places] * bool(bounds))
+        y = function(*leaves, *[torch.tensor(bounds, dtype=torch.int32).to(where)] * bool(bounds))
         gradients = torch.autograd.grad(y, leaves, dy.to(where, kind))
         return [t.detach().cpu().float() for t in (y, *gradients)]
 
@@ -1200,17 +1188,15 @@ def attention_error(attend: Attend, device: torch.device, bounds: Sequence[int] 
     return float(torch.stack(errors).max())  # unlike Python's max, lets no NaN pass
 
 def choose_attention(name: str, device: torch.device, masked: bool = False) -> AttentionBackend:
-    """The named back-end, or the first that loads and is exact enough, if `masked` also within
-    documents. Raises: ConfigError."""
+    """The named, or first exact, back-end, `masked` also within documents. Raises: ConfigError."""
     cases = [(), (0, 1, 100, 256, 256, 419, 512)][:1 + masked]
     rejected, tolerance = dict[str, str](), 0.02 if device.type == "cuda" else 1e-4
     for candidate in ("fa3", "cudnn", "flash", "math") if name == "auto" else (name,):
         try:
             attend = load_fa3(device) if candidate == "fa3" else load_sdpa(device, candidate)
-            for bounds in cases:
-                error = attention_error(attend, device, bounds)
-                if not error <= tolerance:  # NaN is not
-                    raise GolfError(f"error {error:.1e} against float32, at most {tolerance:g}")
+            error = torch.tensor([attention_error(attend, device, case) for case in cases]).max()
+            if not error <= tolerance:  # NaN is not
+                raise GolfError(f"error {error:.1e} against float32, at most {tolerance:g}")
             return AttentionBackend(candidate, attend, rejected)
         except Exception as problem:  # whatever a foreign library raises only loses the choice
             rejected[candidate] = f"{type(problem).__name__}: {problem}".split("\n")[0][:160]
@@ -1236,10 +1222,6 @@ def lr_scale(config: Config, step: float, progress: float) -> float:
     """1, then linear down to the floor over a share of the run, or steps as long as until now."""
     iters = config.warmdown_iters * progress / max(step, 1)
     return max(config.min_lr, min(1.0, (1 - progress) / max(iters or config.warmdown_frac, 1e-9)))
-
-def schedule_step(config: Config, step: int, progress: float) -> float:
-    """The step that settings in steps mean: the true one, or its like in SCHEDULE_STEPS."""
-    return config.schedule_steps * progress or step
 
 def muon_momentum(step: float, config: Config) -> float:
     """Linear ramp from the warm-up start to the final momentum."""
@@ -1268,21 +1250,20 @@ class MatrixGroup:
     """All matrices of one shape, laid wide, in one stack padded to a multiple of the world size."""
     def __init__(self, matrices: Sequence[Matrix], world: World) -> None:
         self.matrices, self.world = matrices, world
-        views = [m.view(m.parameter.data) for m in matrices]
+        views = [m.parameter.data[:, m.rows] for m in matrices]
         # Tall ones lie on their side: both MLP matrices share a stack, and ranks get equal work.
         self.tall = [v.shape[1] > v.shape[2] for v in views]
-        self.counts = [len(v) for v in views]
-        self.padding = -sum(self.counts) % world.size
-        counts = torch.tensor([*self.counts, self.padding])
-        tall = torch.tensor([*self.tall, False]).repeat_interleave(counts).to(views[0].device)
-        self.tall_M11 = tall.chunk(world.size)[world.rank].view(-1, 1, 1)
+        counts = [*map(len, views)]
+        self.counts = [*counts, -sum(counts) % world.size]  # the last are padding
+        tall_M = torch.tensor([*self.tall, False]).repeat_interleave(torch.tensor(self.counts))
+        self.tall_M11 = tall_M.chunk(world.size)[world.rank].view(-1, 1, 1).to(views[0].device)
         self.momentum = views[0].new_zeros(len(self.tall_M11), *sorted(views[0].shape[1:]))
 
     def reduce_gradients(self) -> Tensor:
         """This rank's share of the gradients, averaged over ranks, float32 (M, R, C)."""
-        gradients = [m.view(gradient_of(m.parameter)) for m in self.matrices]
+        gradients = [gradient_of(m.parameter)[:, m.rows] for m in self.matrices]
         parts = [g.mT if tall else g for g, tall in zip(gradients, self.tall, strict=True)]
-        parts.append(parts[0].new_zeros(self.padding, *parts[0].shape[1:]))
+        parts.append(parts[0].new_zeros(self.counts[-1], *parts[0].shape[1:]))
         return self.world.scatter_mean(torch.cat(parts))
 
     def step(self, gradient: Tensor, lr: Tensor, momentum: Tensor, config: Config) -> None:
@@ -1292,11 +1273,10 @@ class MatrixGroup:
         if config.muon_row_normalize:  # the rows of a tall matrix lie as columns here
             columns, rows = (torch.linalg.vector_norm(update, dim=d, keepdim=True) for d in (1, 2))
             update = update / torch.where(self.tall_M11, columns, rows).clamp_min(1e-7)
-        updates = self.world.gather(orthogonalise(
-            update, config.muon_backend_steps, config.muon_backend))
-        parts = updates[:sum(self.counts)].split(self.counts)
+        update = orthogonalise(update, config.muon_backend_steps, config.muon_backend)
+        parts = self.world.gather(update).split(self.counts)[:-1]
         for matrix, tall, part in zip(self.matrices, self.tall, parts, strict=True):
-            w = matrix.view(matrix.parameter.data)
+            w = matrix.parameter.data[:, matrix.rows]
             scale = lr * math.sqrt(max(1.0, w.shape[1] / w.shape[2]))
             w.mul_(1 - lr * config.muon_wd).sub_(scale * (part.mT if tall else part).float())
 
@@ -1310,18 +1290,16 @@ class Optimizer:
         self.model, self.config, self.world = model, config, world
         shapes: dict[tuple[int, ...], list[Matrix]] = {}
         for m in model.matrices():
-            shapes.setdefault(tuple(sorted(m.view(m.parameter).shape[1:])), []).append(m)
+            shapes.setdefault(tuple(sorted(m.parameter[:, m.rows].shape[1:])), []).append(m)
         self.groups = [MatrixGroup(matrices, world) for matrices in shapes.values()]
         self.momenta = [group.momentum for group in self.groups]
-        tables, vectors = model.named(*TABLES), model.vectors()
-        vectors.pop("ve_proj", None)
+        tables, vectors = model.named(*TABLES), model.vectors("ve_proj")
         self.replicated = [*tables.values(), *vectors.values()]
         roles = ("/".join(m.role for m in group.matrices) for group in self.groups)
         self.names = [*roles, *tables, *vectors]
         self.adam = torch.optim.AdamW(
-            [dict(params=[*group.values()], base=base, weight_decay=decay)
-             for group, base, decay in ((tables, config.tied_embed_lr, config.embed_wd),
-                                        (vectors, config.scalar_lr, config.adam_wd))],
+            [dict(params=tables.values(), base=config.tied_embed_lr, weight_decay=config.embed_wd),
+             dict(params=vectors.values(), base=config.scalar_lr, weight_decay=config.adam_wd)],
             lr=0.0, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
 
     @torch.no_grad()
@@ -1334,9 +1312,8 @@ class Optimizer:
         self.squares = torch.stack(torch._foreach_norm([*shares, *replicated])).square()
         self.world.sum_(self.squares[:len(shares)])
         norm = self.squares.sum().sqrt()
-        if config.grad_clip_norm:
-            factor = (config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([*shares, *replicated], factor)
+        factor = ((config.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([*shares, *replicated], factor)
         bad = ~norm.isfinite()  # known to the device; nothing here waits for it
         self.adam.found_inf = bad.float()  # type: ignore[attr-defined] # the fused kernel then leaves all as it is
         for adam_group in self.adam.param_groups:
@@ -1410,9 +1387,8 @@ def find_start(config: Config, facts: dict[str, object], log: RunLog) -> Start:
         except ArtifactError as error:
             log.warn(str(error))
             continue
-        differs = [f"{name.upper()}={value} was {state.facts.get(name)}"
-                   for name, value in facts.items() if value != state.facts.get(name)]
-        if differs:
+        if differs := [f"{name.upper()}={value} was {state.facts.get(name)}"
+                       for name, value in facts.items() if value != state.facts.get(name)]:
             raise ConfigError(f"{path} differs: " + ", ".join(differs))
         log.event("resume", step=state.step, path=str(path))
         log.line(f"resumed after step {state.step} from {path}")
@@ -1467,19 +1443,17 @@ class Trainer:
 
     def forward_backward(self, plan: DepthPlan, batches: Sequence[Sequence[Tensor]]) -> Tensor:
         """Accumulates gradients over micro-batches; this rank's mean loss, 0-D on the device."""
-        total = torch.zeros((), device=self.world.device)
+        losses = []
         for rows, *bounds in batches:
-            loss = self.model(rows[:, :-1], rows[:, 1:], plan, None, *bounds).mean() / len(batches)
-            loss.backward()
-            total += loss.detach()
-        return total
+            losses.append(self.model(rows[:, :-1], rows[:, 1:], plan, None, *bounds).mean())
+            (losses[-1] / len(batches)).backward()
+        return torch.stack(losses).detach().mean()
 
     def warm_up(self) -> float:
         """Compiles, without trace, what the clock will meet; the calibration reserve in seconds."""
         config = self.config
-        rows = torch.randint(
-            config.vocab_size, (self.shape.sequences, config.train_seq_len + 1), dtype=torch.int32,
-            generator=torch.Generator().manual_seed(0)).to(self.world.device)
+        rows = torch.randint(config.vocab_size, (self.shape.sequences, config.train_seq_len + 1),
+                             dtype=torch.int32, device=self.world.device)
         for plan in depth_plans(config):
             begin = time.perf_counter()
             for _ in range(config.warmup_steps):
@@ -1531,8 +1505,8 @@ class Trainer:
         config, log, clock, world = self.config, self.log, self.clock, self.world
         state, plans = self.state, depth_plans(config)
         stream = batch_stream(self.loader, self.shape, world, state.step)
-        saved, stopped, world.deferring = state.seconds, False, True
-        while not stopped:
+        saved, world.deferring = state.seconds, True
+        while True:
             self.drain(2)  # the steps that the host runs ahead
             step = state.step
             progress, stopped = clock.next_step(step, len(self.flight))
@@ -1545,16 +1519,17 @@ class Trainer:
                 self.drain(0)
                 with clock.paused():
                     validate(step, plans[state.plan], stopped)
-            if not stopped:
-                # A resumed clock may fall back a little; a plan does not.
-                plan = plans[max(state.plan, plans.index(plan_at(config, progress)))]
-                if plan != plans[state.plan]:
-                    state.plan, state.plan_step = plans.index(plan), step + 1
-                    log.event("plan", step=step + 1, plan=plan.name, progress=progress)
-                    log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
-                             f"{plan.describe()}")
-                self.take_step(plan, progress, next(stream))
-                state.step += 1
+            if stopped:
+                break
+            # A resumed clock may fall back a little; a plan does not.
+            plan = plans[max(state.plan, plans.index(plan_at(config, progress)))]
+            if plan != plans[state.plan]:
+                state.plan, state.plan_step = plans.index(plan), step + 1
+                log.event("plan", step=step + 1, plan=plan.name, progress=progress)
+                log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
+                         f"{plan.describe()}")
+            self.take_step(plan, progress, next(stream))
+            state.step += 1
         stream.close()
         self.drain(0)
         self.update_average((config.averaging == "swa") / (state.snapshots + 1))
@@ -1599,17 +1574,17 @@ class Trainer:
     def take_step(self, plan: DepthPlan, progress: float, batches: list[Sequence[Tensor]]
                   ) -> None:
         """Gives the device one step, and the average its share of the new weights."""
-        config, at = self.config, schedule_step(self.config, self.state.step, progress)
-        scale = lr_scale(config, at, progress)
-        begin = self.mark()
+        config, state = self.config, self.state
+        at = config.schedule_steps * progress or state.step  # the step that settings in steps mean
+        scale, begin = lr_scale(config, at, progress), self.mark()
         with torch._dynamo.config.patch(error_on_recompile=True):  # the error names the guard
             loss = self.forward_backward(plan, batches)
         middle = self.mark()
         values = torch.stack([loss, self.optimizer.step(at, scale)]).to("cpu", non_blocking=True)
-        self.flight.append((self.state.step + 1, plan, progress, scale, values,
+        self.flight.append((state.step + 1, plan, progress, scale, values,
                             self.optimizer.squares, begin, middle, self.mark()))
         in_swa = plan == depth_plans(config)[-1] and scale < config.swa_start_frac
-        self.update_average(self.state.average_share(config, at + 1, in_swa))  # numbered from one
+        self.update_average(state.average_share(config, at + 1, in_swa))  # numbered from one
 
     def update_average(self, share: float) -> None:
         """Gives the newest weights their share of the average."""

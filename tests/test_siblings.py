@@ -300,7 +300,7 @@ def test_published_initial_values(build: MakeConfig) -> None:
     model.initialise(1)
     assert model.value_tables.std().item() == pytest.approx(1.0, rel=0.05)
     for matrix in model.matrices():
-        assert matrix.view(matrix.parameter).any() == (matrix.role not in ("out", "down"))
+        assert matrix.parameter[:, matrix.rows].any() == (matrix.role not in ("out", "down"))
     assert not model.visit_scales.any() and not model.cross_repeat_scales.any()
 
 
@@ -385,16 +385,26 @@ def test_warmdown_in_steps_of_the_mean_time_so_far(step: int, progress: float,
     assert golf.lr_scale(config, step, progress) == pytest.approx(scale, abs=1e-9)
 
 
-def test_settings_in_steps_become_shares_of_a_short_run(build: MakeConfig) -> None:
-    published, short = preset("pr1453"), replace(preset("pr1453"), schedule_steps=4342)
-    assert golf.schedule_step(published, 77, 0.25) == 77
-    assert golf.schedule_step(short, 77, 0.25) == pytest.approx(1085.5)
+def test_settings_in_steps_become_shares_of_a_short_run(
+        build: MakeConfig, log: SilentLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = preset("pr1453")
+    config = build("pr1453", SCHEDULE_STEPS=4342, WARMDOWN_ITERS=3000)
+    trainer, seen = golf.Trainer(config, golf.World(), log, golf.sdpa_attend), []
+    honest = trainer.optimizer.step
+
+    def step(at: float, scale: float) -> torch.Tensor:
+        seen.append((at, scale))
+        return honest(at, scale)
+
+    monkeypatch.setattr(trainer.optimizer, "step", step)
+    stream = golf.batch_stream(trainer.loader, trainer.shape, trainer.world)
     for progress in (0.01, 0.1, 0.5, 0.9):
-        at = golf.schedule_step(short, 3, progress)
-        assert golf.muon_momentum(at, short) == pytest.approx(
+        trainer.take_step(golf.plan_at(config, progress), progress, next(stream))
+        at, scale = seen.pop()
+        assert at == pytest.approx(progress * 4342)
+        assert scale == pytest.approx(min(1.0, (1 - progress) * 4342 / 3000))
+        assert golf.muon_momentum(at, replace(published, schedule_steps=4342)) == pytest.approx(
             golf.muon_momentum(progress * 4342, published))
-        assert golf.lr_scale(short, at, progress) == \
-            pytest.approx(min(1.0, (1 - progress) * 4342 / 3000))
 
 
 def averaged_shares(config: golf.Config, scales: list[float], full: list[bool]) -> list[float]:

@@ -406,7 +406,7 @@ class Bench:
             trainer.optimizer.step(0, 0.0)
 
         total = sum(p.numel() for p in model.parameters())
-        matrices = sum(m.view(m.parameter).numel() for m in model.matrices())
+        matrices = sum(m.parameter[:, m.rows].numel() for m in model.matrices())
         # Muon: gradient and, read and written, momentum and weight. AdamW: one more moment.
         least_bytes = 4 * (5 * matrices + 7 * (total - matrices))
         operations = newton_schulz_operations(self.config)
