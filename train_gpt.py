@@ -35,7 +35,7 @@ import sys
 import time
 import typing
 import zipfile
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -1660,15 +1660,12 @@ class Trainer:
 class Hessians:
     """An adapter that changes nothing and sums x x^T of every linear layer over all visits."""
     def __init__(self, model: GPT) -> None:
-        self.model, self.moments = model, dict[str, Tensor]()
+        self.model, self.moments = model, defaultdict[str, typing.Any](float)
 
     def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
         x_NC = x.flatten(0, -2).float()
-        self.add(hessian_name(site, block), x_NC.T @ x_NC)
+        self.moments[hessian_name(site, block)] += x_NC.T @ x_NC
         return y
-
-    def add(self, name: str, moment: Tensor) -> None:
-        self.moments[name] = self.moments.get(name, 0) + moment
 
 def hessian_name(stack: str, block: int) -> str:
     """The site that feeds a block of a stack; the embedding is the head."""
@@ -1676,12 +1673,11 @@ def hessian_name(stack: str, block: int) -> str:
 
 def collect(hessians: Hessians, rows: Tensor, plan: DepthPlan) -> None:
     """One calibration batch (sequences, seq_len + 1); an eighth of it also gives gradients."""
-    model, names, outputs = hessians.model, [], []
+    model, config, names, outputs = hessians.model, hessians.model.config, [], []
     with torch.no_grad():
-        x_BTD = model.hidden(rows[:, :-1], plan, hessians, None,
-                             *document_bounds(rows, model.config))
+        x_BTD = model.hidden(rows[:, :-1], plan, hessians, None, *document_bounds(rows, config))
         hessians(-1, -1, "head", x_BTD, x_BTD)
-    if model.config.quantiser != "rate":
+    if config.quantiser != "rate":
         return
 
     def keep(visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
@@ -1690,14 +1686,13 @@ def collect(hessians: Hessians, rows: Tensor, plan: DepthPlan) -> None:
         return y
 
     few, scales = rows[:-(-len(rows) // 8)], {"out": model.attn_scale, "down": model.mlp_scale}
-    bounds = document_bounds(few, model.config)
-    nats = model(few[:, :-1], few[:, 1:], plan, keep, *bounds).sum()
+    nats = model(few[:, :-1], few[:, 1:], plan, keep, *document_bounds(few, config)).sum()
     for name, gradient in zip(names, torch.autograd.grad(nats, outputs), strict=True):
         mean_1R = gradient.flatten(0, -2).float().square().mean(0, keepdim=True)
         site, block, *_ = name.split(".")
         if site in scales:  # what such a layer puts out is scaled already
             mean_1R *= scales[site][int(block)].detach().square()
-        hessians.add(name, mean_1R * (rows[:, 1:].numel() / names.count(name)))
+        hessians.moments[name] += mean_1R * (rows[:, 1:].numel() / names.count(name))
 
 def calibration_share(config: Config, world: World, shape: BatchShape) -> int:
     """Calibration batches of one rank, so that all ranks together read the configured tokens."""
@@ -1726,18 +1721,15 @@ class QuantRule(NamedTuple):
 
 def quant_rule(config: Config, stack: str) -> QuantRule:
     """The rule for a stacked tensor; only the token table has inputs to learn a better one from."""
-    kind, solver = "matrix" if stack in MATRICES else "embed", config.quantiser
-    qmax = getattr(config, {"qkv": "attn", "out": "attn", "up": "mlp", "down": "mlp"}.get(
-        stack, "embed") + "_qmax")
-    if kind == "embed" and (stack != kind or solver == "gptq_matrices"):
-        solver = "nearest"
-    clips = numbers(name := f"{kind}_clip_sigmas", getattr(config, name))
-    return QuantRule(127 if solver == "rate" else qmax, solver.removesuffix("_matrices"), clips)
+    part = {"qkv": "attn", "out": "attn", "up": "mlp", "down": "mlp"}.get(stack, "embed")
+    clips = config.embed_clip_sigmas if part == "embed" else config.matrix_clip_sigmas
+    learns = stack in MATRICES or (stack == "embed" and config.quantiser != "gptq_matrices")
+    solver = config.quantiser.removesuffix("_matrices") if learns else "nearest"
+    qmax = 127 if solver == "rate" else getattr(config, f"{part}_qmax")
+    return QuantRule(qmax, solver, numbers("clip_sigmas", clips))
 
-def row_scales(w_RC: Tensor, clip: float, qmax: int, widen: float = 1.0,
-               floor: float = 0.0) -> Tensor:
+def row_scales(w_RC: Tensor, clip: float, qmax: int, widen: float = 1, floor: float = 0) -> Tensor:
     """Steps of rows, float16 (R,): larger ones mean fewer bytes and more error."""
-    w_RC = w_RC.float()
     width_R = w_RC.abs().quantile(clip, 1) if clip <= 1 else clip * w_RC.std(1).nan_to_num(0.0)
     return (widen / qmax * width_R.clamp_min(floor)).clamp(2**-24, 65_504).half()
 
@@ -1767,22 +1759,21 @@ def gptq(w_LCR: Tensor, factor_LCC: Tensor, max_level: int, bit_cost: float = 0.
     """Integers (L, C, R) that keep outputs close, in steps. Source: GPTQ (Frantar et al. 2022).
     Columns lie as rows; later ones take up the error of each. A level's bits move its threshold."""
     # What adds up is done matrix by matrix, so that it is equal at every world size.
-    sizes = [w_CR.abs() + 1e-6 for w_CR in w_LCR]
-    sizes = [size.mean(1, keepdim=True) * (size.mean(0) / size.mean()) for size in sizes]
+    sizes = [size.mean(1, keepdim=True) * (size.mean(0) / size.mean())
+             for size in w_LCR.abs() + 1e-6]
     shift_LCR = (bit_cost / torch.stack(sizes)).clamp(max=0.3)
     w_LCR, errors, last = w_LCR.clone(), torch.empty_like(w_LCR), 0
-    q_LCR = torch.empty_like(w_LCR)
     while last < w_LCR.shape[1]:
         first, last = last, min(last + block, w_LCR.shape[1])
         for j in range(first, last):
             w_LR = w_LCR[:, j]
-            level_LR = w_LR - shift_LCR[:, j] * w_LR.sign()
-            q_LCR[:, j] = level_LR.round_().clamp_(-max_level, max_level)
+            level_LR = (w_LR - shift_LCR[:, j] * w_LR.sign()).round_().clamp_(-max_level, max_level)
             errors[:, j] = error_LR = (w_LR - level_LR) / factor_LCC[:, j, j, None]
             w_LCR[:, j:last].addcmul_(factor_LCC[:, j, j:last, None], error_LR[:, None], value=-1)
+            w_LR.copy_(level_LR)
         for w_CR, factor_CC, error_CR in zip(w_LCR, factor_LCC, errors, strict=True):
             w_CR[last:].addmm_(factor_CC[first:last, last:].T, error_CR[first:last], alpha=-1)
-    return q_LCR
+    return w_LCR
 
 class QuantisedModel(NamedTuple):
     """Everything an artifact holds, on the CPU."""
@@ -1822,9 +1813,8 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
             solved = gptq(torch.stack(weights), torch.stack(factors), rule.qmax, 0.02 * balanced)
             for block, q_CR, (scale_R, column_C, place_C) in zip(own, solved, steps, strict=True):
                 q_RC = q_CR[place_C].T
-                error_R = (q_RC * scale_R[:, None] * column_C - stack_LRC[block]).square().sum(1)
-                if not nearest:  # a matrix is solved as a whole
-                    error_R = error_R.sum().expand_as(error_R)
+                off_RC = q_RC * scale_R[:, None] * column_C - stack_LRC[block]
+                error_R = off_RC.square().sum(1 if nearest else (0, 1))  # or of the solved whole
                 better_R = error_R < best_LR[block]
                 best_LR[block] = error_R.minimum(best_LR[block])
                 levels[block][better_R] = q_RC[better_R].to(torch.int8)
@@ -1853,10 +1843,9 @@ def stored_weights(quantised: QuantisedModel, name: str) -> Tensor:
 @torch.no_grad()
 def restore_weights(model: GPT, quantised: QuantisedModel) -> None:
     """Sets the model's parameters to what the integers stand for."""
-    for name, parameter in model.stacks().items():
-        parameter.copy_(stored_weights(quantised, name))
-    for name, parameter in model.vectors().items():
-        parameter.copy_(quantised.floats[name])
+    for name, parameter in model.named_parameters():
+        is_stack = name in quantised.integers
+        parameter.copy_(stored_weights(quantised, name) if is_stack else quantised.floats[name])
 
 def tensor_report(model: GPT, quantised: QuantisedModel) -> Iterator[dict[str, object]]:
     """Entropy in bits per weight and relative error of every stack."""
@@ -2010,21 +1999,20 @@ def encode_levels(levels_LRC: np.ndarray) -> bytes:
         return symbols
 
     walk_levels(levels_LRC.copy(), row_LR, limits.tolist(), record)
-    states, words = np.full(lanes, 1 << 16, np.uint32), [np.empty(0, np.uint16)]
+    states, words = np.full(lanes, 1 << 16, "<u4"), list[bytes]()
     for row in reversed(rows):
         for begin in reversed(range(0, len(row), lanes)):
             cell = row[begin:begin + lanes]
             freq, x = cell >> 16, states[:len(cell)]
             full = np.flatnonzero(x >= freq << 17)
-            words.append(x[full].astype(np.uint16))
+            words.append(x[full].astype("<u2").tobytes())
             x[full] >>= 16
             x += x // freq * (SLOTS - freq) + (cell & 0xFFFF)
-    tail = np.concatenate(words[::-1]).astype("<u2")
     return b"".join([limits.tobytes(), len(classes).to_bytes(4, "little"), classes,
-                     states.astype("<u4").tobytes(), tail.tobytes()])
+                     states.tobytes(), *words[::-1]])
 
 def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
-    """The inverse of `encode_levels`. Raises: ArtifactError unless the stream ends as it began."""
+    """The inverse. Raises: ArtifactError, ValueError or IndexError if it ends not as it began."""
     levels_LRC, lanes, words = np.zeros(shape, np.int8), num_lanes(shape), io.BytesIO(data)
 
     def take(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
@@ -2040,15 +2028,12 @@ def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
             x[empty] = x[empty] << 16 | np.frombuffer(words.read(2 * len(empty)), "<u2")
         return out.reshape(context.shape)
 
-    try:
-        limits = np.frombuffer(words.read(2), np.int8).tolist()
-        row_LR = decompress(words.read(int.from_bytes(words.read(4), "little")), shape[:2])
-        states = np.frombuffer(words.read(4 * lanes), "<u4").astype(np.uint32)
-        walk_levels(levels_LRC, row_LR, limits, take)
-        if words.read() or (states != 1 << 16).any():
-            raise ValueError
-    except (ValueError, IndexError):
-        raise ArtifactError("a stream of levels does not end where it began") from None
+    limits = np.frombuffer(words.read(2), np.int8).tolist()
+    row_LR = decompress(words.read(int.from_bytes(words.read(4), "little")), shape[:2])
+    states = np.frombuffer(words.read(4 * lanes), "<u4").copy()
+    walk_levels(levels_LRC, row_LR, limits, take)
+    if words.read() or (states != 1 << 16).any():
+        raise ArtifactError("a stream of levels does not end where it began")
     return levels_LRC
 
 CODERS: dict[str, tuple[Callable, ...]] = {
@@ -2094,13 +2079,12 @@ def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedMo
 
 def decode_streams(streams: list[bytes], config: Config, codec: str) -> QuantisedModel:
     """The model in a file's streams. Raises: ArtifactError, ValueError, LookupError."""
-    shapes, (_, decode) = expected_shapes(config), CODERS[codec]
-    integers, floats = ({name: torch.zeros(shape, dtype=kind) for name, shape in group.items()}
-                        for group, kind in zip(shapes, (torch.int8, torch.float16), strict=True))
-    sizes = [value.numel() for value in floats.values()]
-    halves = torch.tensor(decompress(streams.pop(), (2, sum(sizes))).T.copy()).view(torch.float16)
-    for value, part in zip(floats.values(), halves.flatten().split(sizes), strict=True):
-        value.copy_(part.view_as(value))
+    (stacks, small), (_, decode) = expected_shapes(config), CODERS[codec]
+    integers = {name: torch.zeros(shape, dtype=torch.int8) for name, shape in stacks.items()}
+    sizes = [shape.numel() for shape in small.values()]
+    values = torch.tensor(decompress(streams.pop(), (2, sum(sizes))).T.copy()).view(torch.float16)
+    floats = {name: part.view(small[name])
+              for name, part in zip(small, values.flatten().split(sizes), strict=True)}
     parts = [part for levels in integers.values() for part in stream_parts(levels, codec)]
     for part, stream in zip(parts, streams, strict=True):
         part.copy_(torch.tensor(decode(stream, part.shape)))
@@ -2197,14 +2181,10 @@ def strip_source(source: str) -> str:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             node.body = node.body[bool(ast.get_docstring(node)):] or [ast.Pass()]
-        if isinstance(node, ast.FunctionDef):
-            node.returns = None
         if isinstance(node, ast.ClassDef) and node.name == "Config":
-            read.update(node.body)
-        if isinstance(node, ast.AnnAssign) and node not in read:
-            node.annotation = ast.Constant(0)
-        if isinstance(node, ast.arg):
-            node.annotation = None
+            read.update(n for n in node.body if isinstance(n, ast.AnnAssign))
+        for kind in {"annotation", "returns"} & vars(node).keys() if node not in read else ():
+            setattr(node, kind, ast.Constant(0) if isinstance(node, ast.AnnAssign) else None)
     unused = {"pack_program"}  # it is packed already; then whatever nothing mentions any more
     while unused:
         tree.body = [n for n in tree.body if not unused & definitions(n)]
@@ -2263,8 +2243,7 @@ def pack_program(source: str) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in (("source", data), ("__main__.py", PACKED_STUB.encode())):
-            member = zipfile.ZipInfo(name)  # its fixed date makes the archive reproducible
-            archive.writestr(member, content, zipfile.ZIP_DEFLATED, 9)
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED, 9)  # undated
     return buffer.getvalue()
 
 def unpack_program(path: Path) -> str:
