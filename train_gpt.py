@@ -2601,54 +2601,45 @@ def log_score(log: RunLog, key: str, label: str, score: Score) -> None:
 MAX_HARM = 0.1  # nats per target of a chunk or batch of documents, at which learning is given up
 HARM_EVERY = 8  # passes over a batch of documents: each look waits for the device
 
-class ChunkLearner:
-    """Full-weight SGD on tokens that the ledger released."""
-    def __init__(self, scorer: Scorer) -> None:
-        self.scorer, self.config, self.world = scorer, scorer.model.config, scorer.world
-        self.parameters = list(scorer.model.parameters())
-        self.artifact = [p.detach().clone() for p in self.parameters]
-        self.sgd = torch.optim.SGD(self.parameters, lr=0.0, momentum=self.config.ttt_momentum)
-
-    def adapt(self, tokens: np.ndarray, lr: float) -> None:
-        """All epochs on one released chunk; a tail shorter than a sequence is left out."""
-        seq_len = self.config.eval_seq_len
-        if tokens.size > seq_len:
-            self.sgd.param_groups[0]["lr"] = lr
-            rows = torch.from_numpy(tokens).unfold(0, seq_len + 1, seq_len)
-            for batch in rows.split(self.config.eval_rows) * self.config.ttt_epochs:
-                self.descend(batch)
-
-    def descend(self, batch: Tensor) -> None:
-        """One step on the mean over the batch: equally many rows per rank, padding not counted."""
-        world, share = self.world, -(-len(batch) // self.world.size)
+def adapt(scorer: Scorer, sgd: torch.optim.SGD, tokens: np.ndarray, lr: float) -> None:
+    """All epochs on one released chunk; a tail shorter than a sequence is left out. A step is on
+    the mean over a batch, of which every rank has equally many rows: padding is not counted."""
+    config, world, parameters = scorer.model.config, scorer.world, sgd.param_groups[0]["params"]
+    if tokens.size <= config.eval_seq_len:
+        return
+    sgd.param_groups[0]["lr"] = lr
+    rows = torch.from_numpy(tokens).unfold(0, config.eval_seq_len + 1, config.eval_seq_len)
+    for batch in rows.split(config.eval_rows) * config.ttt_epochs:
+        share = -(-len(batch) // world.size)
         mine = batch[world.rank * share:(world.rank + 1) * share]
-        rows = F.pad(mine, (0, 0, 0, share - len(mine))).to(world.device)
-        bounds = document_bounds(rows, self.config)
-        nats = self.scorer.model(rows[:, :-1], rows[:, 1:], self.scorer.plan, None, *bounds)
+        padded = F.pad(mine, (0, 0, 0, share - len(mine))).to(world.device)
+        bounds = document_bounds(padded, config)
+        nats = scorer.model(padded[:, :-1], padded[:, 1:], scorer.plan, None, *bounds)
         (nats[:len(mine)].sum() / batch[:, 1:].numel()).backward()
-        world.sum_all_([gradient_of(p) for p in self.parameters])
-        if self.config.ttt_grad_clip:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.ttt_grad_clip)
-        self.sgd.step()
-        self.sgd.zero_grad()
+        world.sum_all_([gradient_of(p) for p in parameters])
+        nn.utils.clip_grad_norm_(parameters, config.ttt_grad_clip or math.inf)
+        sgd.step()
+        sgd.zero_grad()
 
 def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     """The score of a model that learns, along a cosine, from every chunk but the last."""
-    stream, world, learner = scorer.stream, scorer.world, ChunkLearner(scorer)
-    ledger, num_targets = ScoreLedger(stream, world, False, scorer.views), stream.num_targets
-    size = learner.config.ttt_chunk_tokens
-    last_chunk = (num_targets - 1) // size
+    stream, world, config = scorer.stream, scorer.world, scorer.model.config
+    weights = list(scorer.model.parameters())
+    artifact = [p.detach().clone() for p in weights]
+    sgd = torch.optim.SGD(weights, lr=0.0, momentum=config.ttt_momentum)
+    ledger, size = ScoreLedger(stream, world, False, scorer.views), config.ttt_chunk_tokens
+    last_chunk = (stream.num_targets - 1) // size
     for chunk in range(last_chunk + 1):
-        first, last = chunk * size, min((chunk + 1) * size, num_targets)
+        first, last = chunk * size, min((chunk + 1) * size, stream.num_targets)
         scorer.score(windows.select(windows.first_scored // size == chunk), ledger)  # 1. predict
         tokens = ledger.released(first, last)  # 2. final
         mine = first + np.flatnonzero(ledger.scored[first:last])
         if scorer.harm(ledger, mine, world) > MAX_HARM and not scorer.stopped_at:
-            torch._foreach_copy_([p.data for p in learner.parameters], learner.artifact)
+            torch._foreach_copy_([p.data for p in weights], artifact)
             scorer.stopped_at = last
         if chunk < last_chunk and not scorer.stopped_at:
-            lr = learner.config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
-            learner.adapt(tokens, lr)  # 3. learn from final tokens only
+            lr = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
+            adapt(scorer, sgd, tokens, lr)  # 3. learn from final tokens only
     return finish_score(scorer, ledger)
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # by site: (B, inputs, R), (B, R, outputs); R is rank
@@ -2794,17 +2785,12 @@ MIX_MEMORY = 500.0  # targets that weights remember
 MIX_FACTORS = np.full(MIX_ORDERS[-1], 0x9E3779B97F4A7C15, np.uint64).cumprod()  # of a hash
 
 class Mixed(NamedTuple):
-    """Chances of targets in a mixture, and what to learn from once they are final."""
-    chance: np.ndarray  # N
-    neural: np.ndarray  # N
+    """What a mixture says of targets, and what to learn from once they are final."""
+    gain: np.ndarray  # N, in nats, over the neural distribution
     place: np.ndarray  # O, N: of the n-gram row of every order
     cell: np.ndarray  # O, N, 4: that row: check of the context, token, its run, 0 if unknown
     kind: np.ndarray  # N: longest order that knows the context; each has weights of its own
     credit: np.ndarray  # E, N: share of each expert in the chance of the target
-
-    def nats(self, odds: np.ndarray) -> np.ndarray:
-        """Scores of the mixture and the neural distribution as bets of these log odds."""
-        return np.logaddexp(0, odds) - np.logaddexp(odds + np.log(self.chance), np.log(self.neural))
 
 class Mixture:
     """The neural distribution, tempered copies of it, and what followed the same context before.
@@ -2818,7 +2804,7 @@ class Mixture:
         self.odds = math.log(MIX_SHARE)
 
     def score(self, context_NC: np.ndarray, target_N: np.ndarray, kept_KN: np.ndarray) -> Mixed:
-        """Chances of targets after a context, given what the neural distribution says of them."""
+        """Of targets after a context, given what the neural distribution says of them."""
         hash_ON = np.stack([context_NC[:, -n:] @ MIX_FACTORS[:n] for n in MIX_ORDERS])
         place_ON, check_ON = (hash_ON >> 32) % MIX_ROWS, (hash_ON >> 16).astype(np.uint16)
         cell_ONF = self.cells[place_ON][..., None].view(np.uint16)
@@ -2832,12 +2818,13 @@ class Mixture:
             kind_N[run_N > 0] = order
         parts_EN = (self.credit / self.credit.sum(axis=0))[:, kind_N] * experts
         chance_N = parts_EN.sum(axis=0)
-        return Mixed(chance_N, experts[0], place_ON, cell_ONF, kind_N, parts_EN / chance_N)
+        gain_N = np.log(chance_N) + kept_KN[0]
+        return Mixed(gain_N, place_ON, cell_ONF, kind_N, parts_EN / chance_N)
 
     def bet(self, found: Mixed) -> np.ndarray:
         """Log odds of the mixture, one more than targets: each counts what came before it. So the
         sum of all scores is, but for MIX_SHARE, no worse than that of the neural distribution."""
-        return self.odds + np.cumsum(np.append(0, np.log(found.chance / found.neural)))
+        return self.odds + np.cumsum(np.append(0, found.gain))
 
     def learn(self, tokens: np.ndarray, found: Mixed, odds: float) -> None:
         """Takes up released tokens, of several with one place the last, and the odds after them."""
@@ -2863,11 +2850,13 @@ def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.
         odds = mixture.bet(found)
         for target, row_KV in probes.items():
             if first <= target < last:
-                ids = np.arange(row_KV.shape[1])
-                row = mixture.score(contexts[target + 0 * ids], ids, row_KV)
-                rows[target] = np.stack([row.nats(odds[target - first]), -np.log(row.chance)])
+                ids, before = np.arange(row_KV.shape[1]), odds[target - first]
+                gain = mixture.score(contexts[target + 0 * ids], ids, row_KV).gain
+                won = np.logaddexp(0, before + gain) - np.logaddexp(0, before)
+                rows[target] = row_KV[0] - np.stack([won, gain])
+        nats = kept_KT[0, first:last] - np.diff(np.logaddexp(0, odds))
         whole = Windows(*np.array([[first], [first], [last]]))
-        ledger.commit(whole, torch.from_numpy(found.nats(odds[:-1]))[None].float())  # 2. final
+        ledger.commit(whole, torch.from_numpy(nats)[None].float())  # 2. final
         mixture.learn(ledger.released(first, last), found, odds[-1])  # 3. from final tokens
     return ledger, rows
 
