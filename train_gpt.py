@@ -2356,10 +2356,9 @@ class ScoreLedger:
         """Inputs and targets `first` to `last`. Raises: LegalityError unless scored once each."""
         counts = torch.from_numpy(self.scored[first:last].copy())
         self.world.combine(counts)
-        missing, double = (counts == 0).sum(), (counts > 1).sum()
-        if missing or double:
-            raise LegalityError(f"{missing} targets between {first} and {last} are not scored, "
-                                f"{double} by two ranks")
+        if (counts != 1).any():
+            raise LegalityError(f"{(counts == 0).sum()} targets between {first} and {last} are not "
+                                f"scored, {(counts > 1).sum()} by two ranks")
         self.num_releases += 1
         return self.stream.tokens[first:last + 1]
 
@@ -2442,9 +2441,9 @@ class Scorer:
                     require(self.rows > 1, "eval_seq_len", config.eval_seq_len,
                             "shorter: memory is full")
                     self.rows //= 2
-                    continue
-                ledger.commit(part, nats_KBS)
-                left = left[self.rows:]
+                else:
+                    ledger.commit(part, nats_KBS)
+                    left = left[self.rows:]
 
     def predict(self, windows: Windows, shape: tuple[int, int], ledger: ScoreLedger,
                 adapter: LowRank | None = None) -> Tensor:
@@ -2469,11 +2468,10 @@ class Scorer:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         found = [self.model.target_nats(logits_NV, target_N)]
         if self.views:
-            with torch.no_grad():
-                capped_NV = cap * torch.tanh(logits_NV.float() / cap)
-                wanted = ([(capped_NV * factor, target_N) for factor in TEMPERED] if self.views > 1
-                          else [(capped_NV, capped_NV.softmax(1))])  # of which it is the entropy
-                found += [F.cross_entropy(*pair, reduction="none") for pair in wanted]
+            capped_NV = cap * torch.tanh(logits_NV.detach().float() / cap)
+            wanted = ([(capped_NV * factor, target_N) for factor in TEMPERED] if self.views > 1
+                      else [(capped_NV, capped_NV.softmax(1))])  # of which it is the entropy
+            found += [F.cross_entropy(*pair, reduction="none") for pair in wanted]
         return torch.stack(found).view(-1, *target_BS.shape)
 
     def states(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
@@ -2490,12 +2488,12 @@ class Audit:
     """Checks evaluations while they run: order in every batch, distributions in sampled ones."""
     def __init__(self, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.notes: list[tuple[str, int, float | Tensor]] = []  # read when all is over
+        self.notes: dict[str, list[tuple[int, float | Tensor]]] = {name: [] for name in CONDITIONS}
         self.state: tuple[int, list[int]] = 0, []
         self.rows: dict[int, np.ndarray] = {}  # by target, what was sampled of every token, K, V
 
     def note(self, condition: str, checked: int, violation: float | Tensor) -> None:
-        self.notes.append((condition, checked, violation))
+        self.notes[condition].append((checked, violation))  # read when all is over
 
     @torch.no_grad()
     def observe(self, scorer: Scorer, ledger: ScoreLedger, windows: Windows, rows: Tensor,
@@ -2555,15 +2553,13 @@ class Audit:
 
     def report(self, world: World) -> dict[str, dict[str, object]]:
         """Of every condition that any rank checked: whether it held, how often, the worst case."""
-        counts, worst = torch.zeros(2, len(CONDITIONS), dtype=torch.float64)
-        for condition, checked, violation in self.notes:
-            index = CONDITIONS.index(condition)
-            counts[index] += checked
-            worst[index] = worst[index].maximum(torch.as_tensor(violation).cpu())
-        facts = zip(CONDITIONS, world.combine(counts).tolist(),
-                    world.combine(worst, dist.ReduceOp.MAX).tolist(), strict=True)
+        counts, worst = torch.tensor([
+            [sum(count for count, _ in notes) for notes in self.notes.values()],
+            [np.max([float(v) for _, v in notes], initial=0) for notes in self.notes.values()]],
+            dtype=torch.float64)  # unlike Python's max, NumPy's lets no NaN pass
+        found = world.combine(counts).tolist(), world.combine(worst, dist.ReduceOp.MAX).tolist()
         return {name: {"passed": most <= AUDIT_TOLERANCE, "checked": int(count), "worst": most}
-                for name, count, most in facts if count}
+                for name, count, most in zip(CONDITIONS, *found, strict=True) if count}
 
 class Score(NamedTuple):
     """The outcome of one evaluation."""
@@ -2862,13 +2858,12 @@ def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.
 
 def evaluate_mixture(scorer: Scorer) -> Score:
     """The score of a mixture on top of the last evaluation."""
-    kept_KT, stream, audit = scorer.last.kept.cpu().numpy(), scorer.stream, scorer.audit
-    probes = audit.rows if audit else {}
-    if audit and probes:  # one more of the beginning, so that little is to be mixed again
+    kept_KT, stream, audit = scorer.last.kept.cpu().numpy(), scorer.stream, scorer.audit or Audit()
+    if audit.rows:  # one more of the beginning, so that little is to be mixed again
         early = torch.randint(min(2 * MIX_CHUNK, stream.num_targets), (), generator=audit.generator)
-        probes.setdefault(int(early), next(iter(probes.values())))
-    ledger, rows = mix(stream, kept_KT, stream.num_targets, probes)
-    if audit and probes:
+        audit.rows.setdefault(int(early), next(iter(audit.rows.values())))
+    ledger, rows = mix(stream, kept_KT, stream.num_targets, audit.rows)
+    if rows:
         audit.replay(stream, kept_KT, ledger, rows)
     return finish_score(scorer, ledger)
 
@@ -2952,10 +2947,9 @@ def prepare(config: Config, world: World) -> Setup:
         open_artifact(Path(config.eval_only), config)
         total += Path(config.eval_only).stat().st_size
     require(total <= cap, "artifact_cap_bytes", cap, f"at least {total}, what there is already")
-    backend, differs = choose_attention(
-        config.attention, world.device, config.document_mask), config.differs()
-    track, agreed = resolve_track(config, world, val, backend.name), world.decide(time.time())
-    log = RunLog(config, world, *agreed)
+    backend = choose_attention(config.attention, world.device, config.document_mask)
+    track, differs = resolve_track(config, world, val, backend.name), config.differs()
+    log = RunLog(config, world, *world.decide(time.time()))
     facts: dict = {**environment_facts(world), "data": {**log.result.get("data", {}), **data}}
     facts["versions"] |= {"attention_backend": backend.name, "rejected": backend.rejected}
     identity = {"seed": config.seed, "world_size": world.size, "source_sha256": digest(source)}
@@ -2986,9 +2980,8 @@ def data_facts(config: Config, val: ValStream) -> dict[str, object]:
              "val_targets": val.num_targets, "val_raw_bytes": manifest.get("val_raw_bytes"),
              "fingerprint": digest(val.tokens.tobytes())[:16], "tokenizer_sha256": tokenizer}
     if not config.eval_only:
-        shards = [read_shard(path) for path in find_shards(folder, "train")]
-        loader = TrainLoader(shards, config)
-        facts |= {"train_tokens": loader.num_tokens, "train_shards": len(shards),
+        loader = TrainLoader([read_shard(path) for path in find_shards(folder, "train")], config)
+        facts |= {"train_tokens": loader.num_tokens, "train_shards": len(loader.shards),
                   "train_ends_sha256": loader.ends_sha256}
     return facts
 
@@ -3023,21 +3016,19 @@ def train_to_artifact(setup: Setup, path: Path) -> None:
     log_score(log, "averaged", "pre-quantization post-ema", score(plan))
     log.write_result("partial", "evaluating")
 
-def plan_evaluations(config: Config, val: ValStream, prefix: str) -> list[tuple]:
+def plan_evaluations(config: Config, val: ValStream, prefix: str) -> Iterator[tuple]:
     """Key, label of published logs, function and inputs of the evaluations of an artifact."""
     targets, length, by_document = val.num_targets, config.eval_seq_len, config.ttt_mode != "sgd"
     sliding = sliding_windows(targets, length, config.eval_stride)
-    table: list[tuple] = [
-        ("quantised", "quantized", evaluate, sliding_windows(targets, length, length))]
+    yield "quantised", "quantized", evaluate, sliding_windows(targets, length, length)
     if config.sliding_window_enabled:
-        table.append(("sliding", "quantized_sliding_window", evaluate, sliding))
+        yield "sliding", "quantized_sliding_window", evaluate, sliding
     if by_document:
         windows = document_windows(val, length, length)
-        table.append(("documents", "quantized_documents", evaluate, windows, True))
+        yield "documents", "quantized_documents", evaluate, windows, True
     if config.ttt_enabled:
         learner = (evaluate_documents, prefix) if by_document else (evaluate_adapting, sliding)
-        table.append((f"ttt_{config.ttt_mode}", "quantized_ttt", *learner))
-    return table
+        yield f"ttt_{config.ttt_mode}", "quantized_ttt", *learner
 
 def evaluate_artifact(setup: Setup, path: Path) -> None:
     """Scores what the file at `path` stands for; the last evaluation is the headline."""
@@ -3174,12 +3165,11 @@ def load_fa3(device: torch.device) -> Attend:
         raise GolfError("needs a GPU of compute capability 9")
     from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
-    def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, bounds: Tensor | None = None
-               ) -> Tensor:
-        inputs, length = (q_BTHK, k_BTGK, v_BTGK), q_BTHK.shape[1]
+    def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> Tensor:
+        inputs, length = (q, k, v), q.shape[1]
         y = flash_attn_func(*inputs, causal=True) if bounds is None else flash_attn_varlen_func(
             *(t.flatten(0, 1) for t in inputs), bounds, bounds, length, length, causal=True)
-        return (y[0] if isinstance(y, tuple) else y).view_as(q_BTHK)
+        return (y[0] if isinstance(y, tuple) else y).view_as(q)
 
     return attend
 
