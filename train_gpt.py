@@ -2304,10 +2304,9 @@ class ScoreLedger:
         """Inputs and targets `first` to `last`. Raises: LegalityError unless scored once each."""
         counts = torch.from_numpy(self.scored[first:last].copy())
         self.world.combine(counts)
-        missing, double = (counts == 0).sum(), (counts > 1).sum()
-        if missing or double:
-            raise LegalityError(f"{missing} targets between {first} and {last} are not scored, "
-                                f"{double} by two ranks")
+        if (counts != 1).any():
+            raise LegalityError(f"{(counts == 0).sum()} targets between {first} and {last} are not "
+                                f"scored, {(counts > 1).sum()} by two ranks")
         self.num_releases += 1
         return self.stream.tokens[first:last + 1]
 
@@ -2390,9 +2389,9 @@ class Scorer:
                     require(self.rows > 1, "eval_seq_len", config.eval_seq_len,
                             "shorter: memory is full")
                     self.rows //= 2
-                    continue
-                ledger.commit(part, nats_KBS)
-                left = left[self.rows:]
+                else:
+                    ledger.commit(part, nats_KBS)
+                    left = left[self.rows:]
 
     def predict(self, windows: Windows, shape: tuple[int, int], ledger: ScoreLedger,
                 adapter: LowRank | None = None) -> Tensor:
@@ -2417,11 +2416,10 @@ class Scorer:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         found = [self.model.target_nats(logits_NV, target_N)]
         if self.views:
-            with torch.no_grad():
-                capped_NV = cap * torch.tanh(logits_NV.float() / cap)
-                wanted = ([(capped_NV * factor, target_N) for factor in TEMPERED] if self.views > 1
-                          else [(capped_NV, capped_NV.softmax(1))])  # of which it is the entropy
-                found += [F.cross_entropy(*pair, reduction="none") for pair in wanted]
+            capped_NV = cap * torch.tanh(logits_NV.detach().float() / cap)
+            wanted = ([(capped_NV * factor, target_N) for factor in TEMPERED] if self.views > 1
+                      else [(capped_NV, capped_NV.softmax(1))])  # of which it is the entropy
+            found += [F.cross_entropy(*pair, reduction="none") for pair in wanted]
         return torch.stack(found).view(-1, *target_BS.shape)
 
     def states(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
@@ -2438,12 +2436,12 @@ class Audit:
     """Checks evaluations while they run: order in every batch, distributions in sampled ones."""
     def __init__(self, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.notes: list[tuple[str, int, float | Tensor]] = []  # read when all is over
+        self.notes: dict[str, list[tuple[int, float | Tensor]]] = {name: [] for name in CONDITIONS}
         self.state: tuple[int, list[int]] = 0, []
         self.rows: dict[int, np.ndarray] = {}  # by target, what was sampled of every token, K, V
 
     def note(self, condition: str, checked: int, violation: float | Tensor) -> None:
-        self.notes.append((condition, checked, violation))
+        self.notes[condition].append((checked, violation))  # read when all is over
 
     @torch.no_grad()
     def observe(self, scorer: Scorer, ledger: ScoreLedger, windows: Windows, rows: Tensor,
@@ -2503,15 +2501,13 @@ class Audit:
 
     def report(self, world: World) -> dict[str, dict[str, object]]:
         """Of every condition that any rank checked: whether it held, how often, the worst case."""
-        counts, worst = torch.zeros(2, len(CONDITIONS), dtype=torch.float64)
-        for condition, checked, violation in self.notes:
-            index = CONDITIONS.index(condition)
-            counts[index] += checked
-            worst[index] = worst[index].maximum(torch.as_tensor(violation).cpu())
-        facts = zip(CONDITIONS, world.combine(counts).tolist(),
-                    world.combine(worst, dist.ReduceOp.MAX).tolist(), strict=True)
+        counts, worst = torch.tensor([
+            [sum(count for count, _ in notes) for notes in self.notes.values()],
+            [np.max([float(v) for _, v in notes], initial=0) for notes in self.notes.values()]],
+            dtype=torch.float64)  # unlike Python's max, NumPy's lets no NaN pass
+        found = world.combine(counts).tolist(), world.combine(worst, dist.ReduceOp.MAX).tolist()
         return {name: {"passed": most <= AUDIT_TOLERANCE, "checked": int(count), "worst": most}
-                for name, count, most in facts if count}
+                for name, count, most in zip(CONDITIONS, *found, strict=True) if count}
 
 class Score(NamedTuple):
     """The outcome of one evaluation."""
@@ -2549,54 +2545,45 @@ def log_score(log: RunLog, key: str, label: str, score: Score) -> None:
 MAX_HARM = 0.1  # nats per target of a chunk or batch of documents, at which learning is given up
 HARM_EVERY = 8  # passes over a batch of documents: each look waits for the device
 
-class ChunkLearner:
-    """Full-weight SGD on tokens that the ledger released."""
-    def __init__(self, scorer: Scorer) -> None:
-        self.scorer, self.config, self.world = scorer, scorer.model.config, scorer.world
-        self.parameters = list(scorer.model.parameters())
-        self.artifact = [p.detach().clone() for p in self.parameters]
-        self.sgd = torch.optim.SGD(self.parameters, lr=0.0, momentum=self.config.ttt_momentum)
-
-    def adapt(self, tokens: np.ndarray, lr: float) -> None:
-        """All epochs on one released chunk; a tail shorter than a sequence is left out."""
-        seq_len = self.config.eval_seq_len
-        if tokens.size > seq_len:
-            self.sgd.param_groups[0]["lr"] = lr
-            rows = torch.from_numpy(tokens).unfold(0, seq_len + 1, seq_len)
-            for batch in rows.split(self.config.eval_rows) * self.config.ttt_epochs:
-                self.descend(batch)
-
-    def descend(self, batch: Tensor) -> None:
-        """One step on the mean over the batch: equally many rows per rank, padding not counted."""
-        world, share = self.world, -(-len(batch) // self.world.size)
+def adapt(scorer: Scorer, sgd: torch.optim.SGD, tokens: np.ndarray, lr: float) -> None:
+    """All epochs on one released chunk; a tail shorter than a sequence is left out. A step is on
+    the mean over a batch, of which every rank has equally many rows: padding is not counted."""
+    config, world, parameters = scorer.model.config, scorer.world, sgd.param_groups[0]["params"]
+    if tokens.size <= config.eval_seq_len:
+        return
+    sgd.param_groups[0]["lr"] = lr
+    rows = torch.from_numpy(tokens).unfold(0, config.eval_seq_len + 1, config.eval_seq_len)
+    for batch in rows.split(config.eval_rows) * config.ttt_epochs:
+        share = -(-len(batch) // world.size)
         mine = batch[world.rank * share:(world.rank + 1) * share]
-        rows = F.pad(mine, (0, 0, 0, share - len(mine))).to(world.device)
-        bounds = document_bounds(rows, self.config)
-        nats = self.scorer.model(rows[:, :-1], rows[:, 1:], self.scorer.plan, None, *bounds)
+        padded = F.pad(mine, (0, 0, 0, share - len(mine))).to(world.device)
+        bounds = document_bounds(padded, config)
+        nats = scorer.model(padded[:, :-1], padded[:, 1:], scorer.plan, None, *bounds)
         (nats[:len(mine)].sum() / batch[:, 1:].numel()).backward()
-        world.sum_all_([gradient_of(p) for p in self.parameters])
-        if self.config.ttt_grad_clip:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.ttt_grad_clip)
-        self.sgd.step()
-        self.sgd.zero_grad()
+        world.sum_all_([gradient_of(p) for p in parameters])
+        nn.utils.clip_grad_norm_(parameters, config.ttt_grad_clip or math.inf)
+        sgd.step()
+        sgd.zero_grad()
 
 def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     """The score of a model that learns, along a cosine, from every chunk but the last."""
-    stream, world, learner = scorer.stream, scorer.world, ChunkLearner(scorer)
-    ledger, num_targets = ScoreLedger(stream, world, False, scorer.views), stream.num_targets
-    size = learner.config.ttt_chunk_tokens
-    last_chunk = (num_targets - 1) // size
+    stream, world, config = scorer.stream, scorer.world, scorer.model.config
+    weights = list(scorer.model.parameters())
+    artifact = [p.detach().clone() for p in weights]
+    sgd = torch.optim.SGD(weights, lr=0.0, momentum=config.ttt_momentum)
+    ledger, size = ScoreLedger(stream, world, False, scorer.views), config.ttt_chunk_tokens
+    last_chunk = (stream.num_targets - 1) // size
     for chunk in range(last_chunk + 1):
-        first, last = chunk * size, min((chunk + 1) * size, num_targets)
+        first, last = chunk * size, min((chunk + 1) * size, stream.num_targets)
         scorer.score(windows.select(windows.first_scored // size == chunk), ledger)  # 1. predict
         tokens = ledger.released(first, last)  # 2. final
         mine = first + np.flatnonzero(ledger.scored[first:last])
         if scorer.harm(ledger, mine, world) > MAX_HARM and not scorer.stopped_at:
-            torch._foreach_copy_([p.data for p in learner.parameters], learner.artifact)
+            torch._foreach_copy_([p.data for p in weights], artifact)
             scorer.stopped_at = last
         if chunk < last_chunk and not scorer.stopped_at:
-            lr = learner.config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
-            learner.adapt(tokens, lr)  # 3. learn from final tokens only
+            lr = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
+            adapt(scorer, sgd, tokens, lr)  # 3. learn from final tokens only
     return finish_score(scorer, ledger)
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # by site: (B, inputs, R), (B, R, outputs); R is rank
@@ -2742,17 +2729,12 @@ MIX_MEMORY = 500.0  # targets that weights remember
 MIX_FACTORS = np.full(MIX_ORDERS[-1], 0x9E3779B97F4A7C15, np.uint64).cumprod()  # of a hash
 
 class Mixed(NamedTuple):
-    """Chances of targets in a mixture, and what to learn from once they are final."""
-    chance: np.ndarray  # N
-    neural: np.ndarray  # N
+    """What a mixture says of targets, and what to learn from once they are final."""
+    gain: np.ndarray  # N, in nats, over the neural distribution
     place: np.ndarray  # O, N: of the n-gram row of every order
     cell: np.ndarray  # O, N, 4: that row: check of the context, token, its run, 0 if unknown
     kind: np.ndarray  # N: longest order that knows the context; each has weights of its own
     credit: np.ndarray  # E, N: share of each expert in the chance of the target
-
-    def nats(self, odds: np.ndarray) -> np.ndarray:
-        """Scores of the mixture and the neural distribution as bets of these log odds."""
-        return np.logaddexp(0, odds) - np.logaddexp(odds + np.log(self.chance), np.log(self.neural))
 
 class Mixture:
     """The neural distribution, tempered copies of it, and what followed the same context before.
@@ -2766,7 +2748,7 @@ class Mixture:
         self.odds = math.log(MIX_SHARE)
 
     def score(self, context_NC: np.ndarray, target_N: np.ndarray, kept_KN: np.ndarray) -> Mixed:
-        """Chances of targets after a context, given what the neural distribution says of them."""
+        """Of targets after a context, given what the neural distribution says of them."""
         hash_ON = np.stack([context_NC[:, -n:] @ MIX_FACTORS[:n] for n in MIX_ORDERS])
         place_ON, check_ON = (hash_ON >> 32) % MIX_ROWS, (hash_ON >> 16).astype(np.uint16)
         cell_ONF = self.cells[place_ON][..., None].view(np.uint16)
@@ -2780,12 +2762,13 @@ class Mixture:
             kind_N[run_N > 0] = order
         parts_EN = (self.credit / self.credit.sum(axis=0))[:, kind_N] * experts
         chance_N = parts_EN.sum(axis=0)
-        return Mixed(chance_N, experts[0], place_ON, cell_ONF, kind_N, parts_EN / chance_N)
+        gain_N = np.log(chance_N) + kept_KN[0]
+        return Mixed(gain_N, place_ON, cell_ONF, kind_N, parts_EN / chance_N)
 
     def bet(self, found: Mixed) -> np.ndarray:
         """Log odds of the mixture, one more than targets: each counts what came before it. So the
         sum of all scores is, but for MIX_SHARE, no worse than that of the neural distribution."""
-        return self.odds + np.cumsum(np.append(0, np.log(found.chance / found.neural)))
+        return self.odds + np.cumsum(np.append(0, found.gain))
 
     def learn(self, tokens: np.ndarray, found: Mixed, odds: float) -> None:
         """Takes up released tokens, of several with one place the last, and the odds after them."""
@@ -2811,23 +2794,24 @@ def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.
         odds = mixture.bet(found)
         for target, row_KV in probes.items():
             if first <= target < last:
-                ids = np.arange(row_KV.shape[1])
-                row = mixture.score(contexts[target + 0 * ids], ids, row_KV)
-                rows[target] = np.stack([row.nats(odds[target - first]), -np.log(row.chance)])
+                ids, before = np.arange(row_KV.shape[1]), odds[target - first]
+                gain = mixture.score(contexts[target + 0 * ids], ids, row_KV).gain
+                won = np.logaddexp(0, before + gain) - np.logaddexp(0, before)
+                rows[target] = row_KV[0] - np.stack([won, gain])
+        nats = kept_KT[0, first:last] - np.diff(np.logaddexp(0, odds))
         whole = Windows(*np.array([[first], [first], [last]]))
-        ledger.commit(whole, torch.from_numpy(found.nats(odds[:-1]))[None].float())  # 2. final
+        ledger.commit(whole, torch.from_numpy(nats)[None].float())  # 2. final
         mixture.learn(ledger.released(first, last), found, odds[-1])  # 3. from final tokens
     return ledger, rows
 
 def evaluate_mixture(scorer: Scorer) -> Score:
     """The score of a mixture on top of the last evaluation."""
-    kept_KT, stream, audit = scorer.last.kept.cpu().numpy(), scorer.stream, scorer.audit
-    probes = audit.rows if audit else {}
-    if audit and probes:  # one more of the beginning, so that little is to be mixed again
+    kept_KT, stream, audit = scorer.last.kept.cpu().numpy(), scorer.stream, scorer.audit or Audit()
+    if audit.rows:  # one more of the beginning, so that little is to be mixed again
         early = torch.randint(min(2 * MIX_CHUNK, stream.num_targets), (), generator=audit.generator)
-        probes.setdefault(int(early), next(iter(probes.values())))
-    ledger, rows = mix(stream, kept_KT, stream.num_targets, probes)
-    if audit and probes:
+        audit.rows.setdefault(int(early), next(iter(audit.rows.values())))
+    ledger, rows = mix(stream, kept_KT, stream.num_targets, audit.rows)
+    if rows:
         audit.replay(stream, kept_KT, ledger, rows)
     return finish_score(scorer, ledger)
 
@@ -2911,10 +2895,9 @@ def prepare(config: Config, world: World) -> Setup:
         open_artifact(Path(config.eval_only), config)
         total += Path(config.eval_only).stat().st_size
     require(total <= cap, "artifact_cap_bytes", cap, f"at least {total}, what there is already")
-    backend, differs = choose_attention(
-        config.attention, world.device, config.document_mask), config.differs()
-    track, agreed = resolve_track(config, world, val, backend.name), world.decide(time.time())
-    log = RunLog(config, world, *agreed)
+    backend = choose_attention(config.attention, world.device, config.document_mask)
+    track, differs = resolve_track(config, world, val, backend.name), config.differs()
+    log = RunLog(config, world, *world.decide(time.time()))
     facts: dict = {**environment_facts(world), "data": {**log.result.get("data", {}), **data}}
     facts["versions"] |= {"attention_backend": backend.name, "rejected": backend.rejected}
     identity = {"seed": config.seed, "world_size": world.size, "source_sha256": digest(source)}
@@ -2945,9 +2928,8 @@ def data_facts(config: Config, val: ValStream) -> dict[str, object]:
              "val_targets": val.num_targets, "val_raw_bytes": manifest.get("val_raw_bytes"),
              "fingerprint": digest(val.tokens.tobytes())[:16], "tokenizer_sha256": tokenizer}
     if not config.eval_only:
-        shards = [read_shard(path) for path in find_shards(folder, "train")]
-        loader = TrainLoader(shards, config)
-        facts |= {"train_tokens": loader.num_tokens, "train_shards": len(shards),
+        loader = TrainLoader([read_shard(path) for path in find_shards(folder, "train")], config)
+        facts |= {"train_tokens": loader.num_tokens, "train_shards": len(loader.shards),
                   "train_ends_sha256": loader.ends_sha256}
     return facts
 
@@ -2982,21 +2964,19 @@ def train_to_artifact(setup: Setup, path: Path) -> None:
     log_score(log, "averaged", "pre-quantization post-ema", score(plan))
     log.write_result("partial", "evaluating")
 
-def plan_evaluations(config: Config, val: ValStream, prefix: str) -> list[tuple]:
+def plan_evaluations(config: Config, val: ValStream, prefix: str) -> Iterator[tuple]:
     """Key, label of published logs, function and inputs of the evaluations of an artifact."""
     targets, length, by_document = val.num_targets, config.eval_seq_len, config.ttt_mode != "sgd"
     sliding = sliding_windows(targets, length, config.eval_stride)
-    table: list[tuple] = [
-        ("quantised", "quantized", evaluate, sliding_windows(targets, length, length))]
+    yield "quantised", "quantized", evaluate, sliding_windows(targets, length, length)
     if config.sliding_window_enabled:
-        table.append(("sliding", "quantized_sliding_window", evaluate, sliding))
+        yield "sliding", "quantized_sliding_window", evaluate, sliding
     if by_document:
         windows = document_windows(val, length, length)
-        table.append(("documents", "quantized_documents", evaluate, windows, True))
+        yield "documents", "quantized_documents", evaluate, windows, True
     if config.ttt_enabled:
         learner = (evaluate_documents, prefix) if by_document else (evaluate_adapting, sliding)
-        table.append((f"ttt_{config.ttt_mode}", "quantized_ttt", *learner))
-    return table
+        yield f"ttt_{config.ttt_mode}", "quantized_ttt", *learner
 
 def evaluate_artifact(setup: Setup, path: Path) -> None:
     """Scores what the file at `path` stands for; the last evaluation is the headline."""
@@ -3133,12 +3113,11 @@ def load_fa3(device: torch.device) -> Attend:
         raise GolfError("needs a GPU of compute capability 9")
     from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
-    def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, bounds: Tensor | None = None
-               ) -> Tensor:
-        inputs, length = (q_BTHK, k_BTGK, v_BTGK), q_BTHK.shape[1]
+    def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> Tensor:
+        inputs, length = (q, k, v), q.shape[1]
         y = flash_attn_func(*inputs, causal=True) if bounds is None else flash_attn_varlen_func(
             *(t.flatten(0, 1) for t in inputs), bounds, bounds, length, length, causal=True)
-        return (y[0] if isinstance(y, tuple) else y).view_as(q_BTHK)
+        return (y[0] if isinstance(y, tuple) else y).view_as(q)
 
     return attend
 

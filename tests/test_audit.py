@@ -152,11 +152,12 @@ def test_learning_before_commit_is_refused(adapted: golf.Config,
 
 def learn_and_score(scorer: golf.Scorer, windows: golf.Windows, released: bool) -> golf.Score:
     """Chunk by chunk, but the wrong way round."""
-    ledger, learner = golf.ScoreLedger(scorer.stream, scorer.world), golf.ChunkLearner(scorer)
+    ledger = golf.ScoreLedger(scorer.stream, scorer.world)
+    sgd = torch.optim.SGD(scorer.model.parameters())
     for first in range(0, scorer.stream.num_targets, 256):
         last = min(first + 256, scorer.stream.num_targets)
-        learner.adapt(ledger.released(first, last) if released
-                      else scorer.stream.tokens[first:last + 1], 0.01)
+        golf.adapt(scorer, sgd, ledger.released(first, last) if released
+                   else scorer.stream.tokens[first:last + 1], 0.01)
         scorer.score(windows.select(windows.first_scored // 256 == first // 256), ledger)
     return golf.finish_score(scorer, ledger)
 
@@ -258,7 +259,7 @@ def test_honest_mixture_of_repeated_text_passes(adapted: golf.Config) -> None:
 
 def test_unnormalised_expert_is_caught(adapted: golf.Config,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil(monkeypatch, lambda mixture, inputs, found: found._replace(chance=found.chance + 1e-5))
+    spoil(monkeypatch, lambda mixture, inputs, found: found._replace(gain=found.gain + 1e-3))
     assert failed(adapted, "mixer_documents") == {"c2_normalised"}
 
 
@@ -266,7 +267,7 @@ def test_mixture_gate_that_reads_the_target_is_caught(adapted: golf.Config,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever gives the target the higher chance may speak."""
     spoil(monkeypatch, lambda mixture, inputs, found: found._replace(
-        chance=np.maximum(found.chance, found.neural)))
+        gain=np.maximum(found.gain, 0)))
     assert failed(adapted, "mixer_documents") == {"c2_normalised"}
 
 

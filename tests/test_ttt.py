@@ -120,7 +120,7 @@ class Journal:
         self.learnt: list[tuple[np.ndarray, float]] = []
         self.steps = 0
         score, released = golf.Scorer.score, golf.ScoreLedger.released
-        adapt, descend = golf.ChunkLearner.adapt, golf.ChunkLearner.descend
+        adapt, step = golf.adapt, torch.optim.SGD.step
 
         def note_score(scorer: golf.Scorer, windows: golf.Windows,
                        ledger: golf.ScoreLedger) -> None:
@@ -131,19 +131,20 @@ class Journal:
             self.notes.append(("release", first, last))
             return released(ledger, first, last)
 
-        def note_adapt(learner: golf.ChunkLearner, tokens: np.ndarray, lr: float) -> None:
+        def note_adapt(scorer: golf.Scorer, sgd: torch.optim.SGD, tokens: np.ndarray,
+                       lr: float) -> None:
             self.notes.append(("learn",))
             self.learnt.append((tokens.copy(), lr))
-            adapt(learner, tokens, lr)
+            adapt(scorer, sgd, tokens, lr)
 
-        def note_step(learner: golf.ChunkLearner, batch: torch.Tensor) -> None:
+        def note_step(sgd: torch.optim.SGD) -> None:
             self.steps += 1
-            descend(learner, batch)
+            step(sgd)
 
         monkeypatch.setattr(golf.Scorer, "score", note_score)
         monkeypatch.setattr(golf.ScoreLedger, "released", note_release)
-        monkeypatch.setattr(golf.ChunkLearner, "adapt", note_adapt)
-        monkeypatch.setattr(golf.ChunkLearner, "descend", note_step)
+        monkeypatch.setattr(golf, "adapt", note_adapt)
+        monkeypatch.setattr(torch.optim.SGD, "step", note_step)
 
 
 def test_order_is_score_release_learn(config: golf.Config,
@@ -182,11 +183,12 @@ def test_learning_is_clipped_sgd_on_the_mean(make_config: MakeConfig, momentum: 
     config = make_config(TTT_MOMENTUM=momentum, TTT_GRAD_CLIP=clip)
     stream, plan = random_stream(), plan_named(config, "looped")
     learnt, model = random_model(config), random_model(config)
-    learner = golf.ChunkLearner(golf.Scorer(learnt, plan, stream, golf.World()))
+    scorer = golf.Scorer(learnt, plan, stream, golf.World())
+    sgd = torch.optim.SGD(learnt.parameters(), momentum=momentum)
     buffers = [torch.zeros_like(p) for p in model.parameters()]
     for chunk, lr in ((0, 0.02), (1, 0.01)):
         tokens = stream.tokens[CHUNK * chunk:CHUNK * (chunk + 1) + 1]
-        learner.adapt(tokens, lr)
+        golf.adapt(scorer, sgd, tokens, lr)
         rows = torch.stack([torch.from_numpy(tokens[64 * i:64 * i + 65]) for i in range(4)])
         for _ in range(3):
             model.zero_grad()
@@ -208,8 +210,9 @@ def test_tail_shorter_than_a_sequence_is_not_learnt(config: golf.Config) -> None
     stream, plan = random_stream(), plan_named(config, "looped")
     models = [random_model(config) for _ in range(3)]
     for model, length in zip(models, (129, 129 + 63, 64), strict=True):
-        learner = golf.ChunkLearner(golf.Scorer(model, plan, stream, golf.World()))
-        learner.adapt(stream.tokens[:length], 0.01)
+        scorer = golf.Scorer(model, plan, stream, golf.World())
+        sgd = torch.optim.SGD(model.parameters())
+        golf.adapt(scorer, sgd, stream.tokens[:length], 0.01)
     assert torch.equal(models[0].up, models[1].up)
     assert torch.equal(models[2].up, random_model(config).up)
 
