@@ -189,7 +189,7 @@ class Config:
     eval_stride: int = within(64, 1, 1 << 20)
     val_batch_tokens: int = within(524_288, 8, 1 << 23)  # eight ranks' share of a forward pass
     sliding_window_enabled: bool = False
-    mixer: Literal["off", "legal", "hedge1453"] = "off"  # of model and n-grams; 1453 only compares
+    mixer: Literal["off", "legal", "hedge1453"] = "legal"  # of model, n-grams; 1453 compares
     val_tail: bool = True  # 0: without the tail that fills no sequence, as the published runs
     max_eval_seconds: float = within(600.0, 1, 1e7)
     # Test-time training
@@ -205,7 +205,7 @@ class Config:
     ttt_lora_sites: str = "qkv,out,up,down,head"  # adapted layers, of every visit
     ttt_lora_rank: int = within(80, 1, 4096)
     ttt_lora_alpha: float = within(144.0, 0, 1e7)  # output is scaled by alpha / rank
-    ttt_lora_lr: float = within(1e-4, 0, 1)
+    ttt_lora_lr: float = within(2e-4, 0, 1)
     ttt_beta1: float = within(0.0, 0, 0.9999)
     ttt_beta2: float = within(0.99, 0, 0.9999)
     ttt_weight_decay: float = within(0.5, 0, 100)
@@ -289,7 +289,7 @@ NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_
 FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, attn_gate=0.0, min_lr=0.0,
                     muon_momentum=0.99, muon_backend="newton_schulz")
 PLAIN = FORMER | dict(quantiser="gptq", compressor="brotli", gptq_damp=0.01, val_tail=False,
-                      sliding_window_enabled=True, ttt_mode="sgd")
+                      sliding_window_enabled=True, ttt_mode="sgd", mixer="off")
 PR1445 = PLAIN | dict(
     vocab_size=4096, ttt_enabled=False, residual="two_lane_drop", max_skips=5, ve_layers="9,10",
     num_loops=1, enable_looping_at=2000 / 5104, qk_gain_init=5.0, embed_wd=0.095, prune=True,
@@ -2156,7 +2156,7 @@ def save_artifact(path: Path, blob: bytes, found: QuantisedModel, model: GPT, lo
     total = code_bytes + len(blob)
     sizes = {"code_bytes": code_bytes, "model_bytes": len(blob), "total_bytes": total}
     log.put("artifact", **sizes, cap_bytes=cap, unused_bytes=cap - total, path=str(path),
-            sha256=digest(blob), codec=codec_of(model.config))
+            codec=codec_of(model.config))
     weights = sum(q.numel() for q in found.integers.values())
     log.put("quantisation", bits_per_weight=round(8 * len(blob) / weights, 4),
             by_tensor=[*tensor_report(model, found)])
@@ -2986,8 +2986,8 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     model, plan = load_artifact(path, config, world, attend)
     scorer = Scorer(model, plan, val, world, Audit(config.seed) if config.audit else None)
     scorer.views = len(TEMPERED) * (config.mixer == "legal")
-    text = config.config_hash + program_source()  # with the artifact, what the scores are of
-    prefix = f"{log.folder}/ledger_{digest(path.read_bytes() + text.encode())[:16]}"
+    log.put("artifact", sha256=(scored := digest(path.read_bytes())))
+    prefix = f"{log.folder}/ledger_{digest(scored + config.config_hash + program_source())[:16]}"
     adapts = config.ttt_enabled and config.ttt_mode == "documents"
     full = project_documents(scorer) if adapts else 0.0
     for headline, label, function, *inputs in plan_evaluations(config, val, prefix):

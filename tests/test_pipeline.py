@@ -147,6 +147,7 @@ def test_artifact_scores_the_same_in_a_fresh_process(trained_run: Path, make_env
     for key in ("quantised", "sliding", "ttt_sgd"):
         assert found["bpb"][key] == first["bpb"][key]
     assert found["headline"] == "ttt_sgd"
+    assert found["artifact"]["sha256"] == first["artifact"]["sha256"]
     assert found["data"]["val_bytes"] == first["data"]["val_bytes"]
     assert "averaged" not in found["bpb"]
     assert "train" not in found

@@ -550,6 +550,22 @@ def test_verify_command_counts_bad_folders(
     )
 
 
+def test_only_the_author_of_other_runs_carries_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three_runs(tmp_path / "logs")
+    other = {"author": "A", "github_id": "a", "blurb": "old", "technique_summary": "PRESET=demo"}
+    (tmp_path / "submission.json").write_text(json.dumps(other))
+    shutil.copy(record.REPOSITORY / "requirements.txt", tmp_path)
+    monkeypatch.setattr(record, "REPOSITORY", tmp_path)
+    runs = sorted(str(path) for path in (tmp_path / "logs").glob("*.json"))
+    arguments = ["make", *runs, "--name", "new", "--out", str(tmp_path), "--seeds", "42,314,999"]
+    assert record.main([*arguments, "--blurb", "now"]) == 0
+    [path] = tmp_path.glob("*_new/submission.json")
+    found = json.loads(path.read_text())
+    assert [found[name] for name in other] == ["A", "a", "now", "PRESET=pr1493"]
+
+
 def test_submission_of_this_repository_is_what_the_logs_give() -> None:
     path = record.REPOSITORY / "submission.json"
     if path.is_file():
@@ -564,8 +580,6 @@ def test_folder_under_records_is_in_order(folder: Path) -> None:
     assert messages(folder) == []
 
 
-# Fails as soon as a folder is there; then delete this mark, and the test keeps records/ filled.
-@pytest.mark.xfail(strict=True, reason="no folder was committed under records/ yet")
 def test_records_holds_a_folder() -> None:
     assert RECORDS
 

@@ -267,6 +267,8 @@ old
 <!-- /generated -->
 <!-- generated:result {SEED_42} -->
 <!-- /generated -->
+<!-- generated:evaluations {SEED_42} -->
+<!-- /generated -->
 <!-- generated:runs -->
 <!-- /generated -->
 <!-- generated:bytes {SEED_42} -->
@@ -326,6 +328,7 @@ def test_readme_blocks_are_generated_and_stable(readme: Path, capsys) -> None:
         "Typed text.",
         "| `sliding` | 1.0922 | 2.8200 | 60.0 |",
         "| `ttt_sgd` | **1.0844** | 2.8000 | 130.5 |",
+        "| 1.08444 | 130.5 | 201 | not run | c1 64, c2 64, c3 64, c4 6,000,000, documents 64 |",
         "| program (packed) | 940 | 0.01 % |",
         "| micro-step | 1,072,000 | tok/s | 1,700,000 | 0.63 |",
         "| start | 61.25 | s | none | none |",

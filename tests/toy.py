@@ -38,6 +38,7 @@ TINY = {
     "ITERATIONS": "8", "MAX_WALLCLOCK_SECONDS": "0", "GPTQ_CALIBRATION_BATCHES": "4",
     "MUON_MOMENTUM_WARMUP_STEPS": "4", "EMA_DECAY": "0.5", "TRAIN_LOG_EVERY": "4",
     "ATTENTION": "math", "QUANTISER": "gptq", "COMPRESSOR": "brotli", "GPTQ_DAMP": "0.01",
+    "MIXER": "off",
 }
 
 SUBJECTS = ["the old miller", "a grey heron", "my neighbour's cat", "Captain Brandt", "Zoë",

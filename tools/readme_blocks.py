@@ -172,6 +172,39 @@ def _result_row(run: Run, item: Evaluation, *, several: bool) -> list[str]:
     return [cells[0], log_link(run, run.run_id), *cells[1:]] if several else cells
 
 
+def block_evaluations(sources: Sources, arguments: Sequence[str]) -> str:
+    """Evaluations of one artifact by several runs: score, clocks, and what the live audit found."""
+    runs = sources.some_runs(arguments)
+    _shared(runs, "bpb.quantised")  # else they evaluated different artifacts
+    items = {item.name: (run, item) for run in reversed(runs) for item in run.evaluations}
+    rows = []
+    for name, (run, item) in sorted(items.items(), key=lambda pair: -(pair[1][1].bpb or 0)):
+        whole_run = ["", "", ""]
+        if name == run.headline:  # strict clock and audit run through all evaluations to this one
+            whole_run = [
+                shown(run.number(f"clocks.{key}"), ".0f")
+                for key in ("eval_seconds_strict", "projected_full_eval_seconds_8gpu")
+            ]
+            whole_run.append(_audited(run))
+        seconds = shown(item.seconds, ".1f", "not timed")
+        cells = [f"`{name}`", log_link(run, run.run_id), shown(item.bpb, ".5f"), seconds]
+        rows.append([*cells, *whole_run])
+    header = ["Evaluation", "Run", "BPB", "Lenient s", "Strict s", "8 GPUs, official: s", "Audit"]
+    return table(header, rows, left=2)
+
+
+def _audited(run: Run) -> str:
+    """The conditions that a run's audit checked, and how often."""
+    found = []
+    for name, facts in run.table("audit").items():
+        if isinstance(facts, dict):
+            verdict = "" if facts.get("passed") else "FAILED "
+            checked = facts.get("checked")
+            count = f"{checked:,}" if isinstance(checked, int) else "unknown"
+            found.append(f"{verdict}{name.split('_')[0]} {count}")
+    return ", ".join(found) or "none"
+
+
 def block_runs(sources: Sources, arguments: Sequence[str]) -> str:
     """All runs in the logs, oldest first; a pattern narrows them."""
     pattern = arguments[0] if arguments else "*"
@@ -365,6 +398,7 @@ def block_path(sources: Sources, arguments: Sequence[str]) -> str:
 BLOCKS: dict[str, Callable[[Sources, Sequence[str]], str]] = {
     "headline": block_headline,
     "result": block_result,
+    "evaluations": block_evaluations,
     "runs": block_runs,
     "bytes": block_bytes,
     "speed": block_speed,

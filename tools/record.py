@@ -812,21 +812,22 @@ def load_runs(names: Sequence[str], logs: Path) -> tuple[list[Run], tuple[int, .
     return runs, tuple(seeds)
 
 
-def words_from(options: argparse.Namespace, existing: Path) -> dict[str, str]:
-    """Author, name and the like from the options, else from the submission.json already there."""
-    before = read_json(existing) if existing.is_file() else {}
+def words_from(options: argparse.Namespace, kept: Mapping[str, Json]) -> dict[str, str]:
+    """Author, name and the like from the options, else those of `kept`."""
     words = {}
     for name in (*WORDS, "technique_summary", "attribution"):
-        given = getattr(options, name)
-        kept = before.get(name)
-        words[name] = given if given is not None else (kept if isinstance(kept, str) else "")
+        given, before = getattr(options, name), kept.get(name)
+        words[name] = given if given is not None else (before if isinstance(before, str) else "")
     return words
 
 
 def command_make(options: argparse.Namespace) -> int:
     """Build a records folder."""
     runs, seeds = load_runs(options.runs, options.logs)
-    words = words_from(options, REPOSITORY / "submission.json")
+    ours = REPOSITORY / "submission.json"
+    before = read_json(ours) if ours.is_file() else {}
+    # That tells of other runs: only who made it carries over.
+    words = words_from(options, {name: before.get(name) for name in ("author", "github_id")})
     track = options.track or (runs[0].text("track") if runs else None) or "non_record"
     seeds += tuple(int(seed) for seed in options.seeds.split(",")) if options.seeds else ()
     out = options.out or REPOSITORY / "records" / track
@@ -862,7 +863,10 @@ def command_submission(options: argparse.Namespace) -> int:
         listed = read_json(options.out).get("logs")
         names = [str(name) for name in listed] if isinstance(listed, list) else []
     runs, _ = load_runs(names, options.logs)
-    content = build_submission(runs, words_from(options, options.out))
+    kept = read_json(options.out) if options.out.is_file() else {}
+    if str(kept.get("technique_summary")).startswith("PRESET="):
+        del kept["technique_summary"]  # not by hand: these runs may have another
+    content = build_submission(runs, words_from(options, kept))
     if options.check:
         found = read_json(options.out)
         stale = [name for name in {*content, *found} if content.get(name) != found.get(name)]
