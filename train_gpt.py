@@ -1750,7 +1750,7 @@ def balanced_steps(w_RC: Tensor, hessians: dict[str, Tensor], key: str,
     column_C = coarse((middle / pivot_C).clamp(2**-8, 2**8), 2, 128)
     # Rows of the embedding are inputs as well, of which the head's gradient knows nothing.
     row_R = (gradient_R + 0.1 * mean) ** (0.0 if key == "head" else -0.25)
-    row_R *= 1e-3 * unit / row_R.log().mean().exp() * (mean.sqrt() * middle) ** -0.8
+    row_R *= 2e-4 * unit / row_R.log().mean().exp() * (mean.sqrt() * middle) ** -0.8
     row_R = row_R.maximum((w_RC / column_C).abs().amax(1) / 127).clamp(2**-14, 60_000)
     return coarse(row_R, 3, 79 * torch.arange(len(row_R), device=row_R.device)), column_C
 

@@ -103,7 +103,7 @@ def test_each_site_can_be_adapted_alone(make_config: MakeConfig, site: golf.Site
 
 
 def test_unknown_site_is_refused(make_config: MakeConfig) -> None:
-    with pytest.raises(golf.ConfigError, match="TTT_LORA_SITES=qkv,mlp must be some of"):
+    with pytest.raises(golf.ConfigError, match="TTT_LORA_SITES='qkv,mlp' must be some of"):
         make_config(TTT_LORA_SITES="qkv,mlp")
 
 
