@@ -189,7 +189,7 @@ class Config:
     eval_stride: int = within(64, 1, 1 << 20)
     val_batch_tokens: int = within(524_288, 8, 1 << 23)  # eight ranks' share of a forward pass
     sliding_window_enabled: bool = False
-    mixer: Literal["off", "legal", "hedge1453"] = "legal"  # of model, n-grams; 1453 compares
+    mixer: Literal["off", "legal", "hedge1453"] = "legal"  # with n-grams; 1453 only compares
     val_tail: bool = True  # 0: without the tail that fills no sequence, as the published runs
     max_eval_seconds: float = within(600.0, 1, 1e7)
     # Test-time training
@@ -2156,7 +2156,7 @@ def save_artifact(path: Path, blob: bytes, found: QuantisedModel, model: GPT, lo
     total = code_bytes + len(blob)
     sizes = {"code_bytes": code_bytes, "model_bytes": len(blob), "total_bytes": total}
     log.put("artifact", **sizes, cap_bytes=cap, unused_bytes=cap - total, path=str(path),
-            codec=codec_of(model.config))
+            sha256=digest(blob), codec=codec_of(model.config))
     weights = sum(q.numel() for q in found.integers.values())
     log.put("quantisation", bits_per_weight=round(8 * len(blob) / weights, 4),
             by_tensor=[*tensor_report(model, found)])

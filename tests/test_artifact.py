@@ -471,5 +471,6 @@ def test_saving_reports_bytes_as_a_directory_listing_would(
     assert artifact["code_bytes"] == len(golf.packed_program())
     assert artifact["total_bytes"] == artifact["model_bytes"] + artifact["code_bytes"]
     assert artifact["unused_bytes"] == 16_000_000 - artifact["total_bytes"]
+    assert artifact["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     total = f"{artifact['total_bytes']:,} / 16,000,000"
     assert total in (tmp_path / "logs" / "toy.txt").read_text()

@@ -382,7 +382,7 @@ def logged(folder: Path, name: str, **changes: object) -> None:
     facts = {
         "run_id": name, "status": "complete", "headline": "ttt_sgd", "started": f"2026 {name}",
         "config": {key: getattr(config, key) for key in train_gpt.MODEL_SETTINGS},
-        "hardware": {"gpu": "NVIDIA H200", "gpus": 1},
+        "hardware": {"gpu": "NVIDIA H200", "gpus": 1}, "bpb": {"ttt_sgd": 1.1},
         "train": {"startup_seconds": 20.0, "tok_s_by_plan": {"unlooped": 1e6, "looped": 1e6}},
         "clocks": {"training_seconds": 590.0, "train_to_artifact_seconds": 605.0,
                    "projected_full_eval_seconds_8gpu": 200.0}}
@@ -406,6 +406,13 @@ def test_projection_comes_from_the_newest_run_of_the_model(tmp_path: Path) -> No
     other = train_gpt.Config.from_env({"PRESET": "pr1493", "TTT_MODE": "documents"})
     projected = doctor.project(other, tmp_path)
     assert projected is not None and projected.evaluation is None    # it ends otherwise
+    logged(tmp_path, "e", headline="mixer", bpb={"ttt_sgd": 1.1, "mixer": 1.0})
+    projected = doctor.project(other, tmp_path)
+    assert projected is not None and projected.evaluation is None    # it adapts otherwise
+    logged(tmp_path, "f", headline="mixer", bpb={"ttt_documents": 1.1, "mixer": 1.0})
+    projected = doctor.project(other, tmp_path)
+    assert projected is not None and projected.evaluation is not None
+    assert projected.evaluation.run_id == "f"
 
 
 def test_launch_command_names_what_differs_and_gives_the_same_settings(

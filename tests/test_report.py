@@ -163,6 +163,8 @@ def test_command_writes_page_and_figures(logs: Path, tmp_path: Path, capsys, mon
     base = [SEED_42, "--logs", str(logs), "--out", str(out)]
     assert report.main([*base, "--figures", str(folder)]) == 0
     assert out.stat().st_size < 2_000_000
+    assert report.main([*base[:-1], str(tmp_path)]) == 0  # a folder
+    assert (tmp_path / "report.html").read_text() == out.read_text()
     names = {path.name for path in folder.iterdir()}
     assert {"loss.svg", "bytes.svg", "tensor_error.svg", "bpb_by_position.svg"} <= names
     for path in folder.iterdir():

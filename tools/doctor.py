@@ -811,16 +811,21 @@ def runs_on_gpus(config: Config, logs: Path) -> list[Run]:
     return sorted(found, key=lambda run: run.text("started") or "", reverse=True)
 
 
+def last_evaluations(config: Config) -> list[str]:
+    """Keys of the evaluations beyond that of the fixed model; the last one is the headline."""
+    return [f"ttt_{config.ttt_mode}"] * config.ttt_enabled + ["mixer"] * (config.mixer == "legal")
+
+
 def project(config: Config, logs: Path = REPOSITORY / "logs") -> Projection | None:
     """What a run takes on eight GPUs; None without a logged run of this model on a GPU."""
     import train_gpt
 
     plans, runs = train_gpt.depth_plans(config), runs_on_gpus(config, logs)
-    headline = f"ttt_{config.ttt_mode}" if config.ttt_enabled else ""
+    names = last_evaluations(config)
     measured = [run for run in runs if all(run.number(f"train.tok_s_by_plan.{plan.name}")
                                            for plan in plans)]
     scored = [run for run in runs if run.number("clocks.projected_full_eval_seconds_8gpu")
-              and headline in (run.headline, "")]
+              and names[-1:] in ([run.headline], []) and all(run.number(f"bpb.{n}") for n in names)]
     if not measured:
         return None
     run = measured[0]
@@ -862,7 +867,8 @@ def check_projection(pod: Pod, config: Config) -> Iterator[Check]:
              f"by {found.speed.run_id}")
     score = f"evaluation of the official text {found.evaluation_seconds:.0f} s"
     if found.evaluation is None:
-        score = f"evaluation unknown: no logged run ends with ttt_{config.ttt_mode}"
+        names = " and ".join(last_evaluations(config)) or "an evaluation"
+        score = f"evaluation unknown: no logged run ends with {names}"
     yield ok("projected time", f"start {found.startup_seconds:.0f} s, training "
              f"{found.training_seconds:.0f} s, artifact {found.artifact_seconds:.0f} s, {score}: "
              f"{found.seconds / 60:.0f} minutes, {dollars(found.seconds)} at "

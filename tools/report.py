@@ -542,9 +542,10 @@ def command_page(arguments: Sequence[str]) -> int:
     if options.tensorboard:
         export_tensorboard(runs, options.tensorboard)
         print(f"{options.tensorboard}: tensorboard --logdir {options.tensorboard}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(page(runs), encoding="utf-8")
-    print(f"{options.out}: {options.out.stat().st_size:,} bytes, {len(runs)} run(s)")
+    out = options.out / "report.html" if options.out.is_dir() else options.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page(runs), encoding="utf-8")
+    print(f"{out}: {out.stat().st_size:,} bytes, {len(runs)} run(s)")
     if options.figures:
         paths = write_figures(runs, options.figures, png=options.png)
         print(f"{options.figures}: {', '.join(path.name for path in paths)}")
@@ -609,7 +610,8 @@ def page_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--logs", type=Path, default=REPOSITORY / "logs", help="folder of runs")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "report.html")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "report.html",
+                        help="the page, or a folder for report.html")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="write figures as SVG files")
     parser.add_argument("--png", action="store_true", help="with --figures: PNG files as well")
     parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard events")
