@@ -11,7 +11,7 @@ scores held-out text in bits per byte (BPB), with and without test-time training
 
 Settings are environment variables; PRINT_CONFIG=1 shows them and what they build. Sections, in the
 order the data flows: 1 Config, 2 Runtime, 3 Data, 4 Model, 5 Optimizer, 6 Training,
-7 Quantisation, 8 Artifact, 9 Evaluation, 10 Test-time training, 11 Main, 12 Kernels.
+7 Quantisation, 8 Artifact, 9 Evaluation, 10 Test-time training, 11 Main.
 """
 
 from __future__ import annotations
@@ -49,28 +49,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ==================================================================================================
-# 1  Config
+# ====  1  Config  =================================================================================
 # Enters: environment variables named like fields. Leaves: one frozen `Config`, checked. A preset is
 # a table of differences from the defaults. A misspelt setting is an error: it costs a paid run.
 
 class GolfError(Exception):
     """An error to act on: the message names the variable or file, the value and the bound."""
-
 class ConfigError(GolfError):
     """A setting is unknown, malformed, out of range, or contradicts another one."""
-
 class DataError(GolfError):
     """A shard, tokenizer or token stream is not what it has to be."""
-
 class ArtifactError(GolfError):
     """An artifact is damaged, foreign, or larger than allowed."""
-
 class LegalityError(GolfError):
     """A score or a clock would break the rules of the competition."""
-
-class TrainingError(GolfError):
-    """Training or quantisation produced what nothing later can recover from."""
 
 def require(holds: object, name: str, value: object, bound: object) -> None:
     """Raises ConfigError with what the setting has to be, unless that holds."""
@@ -108,7 +100,6 @@ class Config:
     train_batch_tokens: int = within(786_432, 8, 1 << 30)  # per optimizer step, all ranks
     micro_batch_tokens: int = within(98_304, 8, 1 << 20)  # most in one forward pass of one rank
     train_order: Literal["shuffled", "coprime", "sequential"] = "shuffled"  # of windows
-    document_mask: bool = False  # attention of windows with several documents stays inside each
     # Model
     num_layers: int = within(11, 2, 256)  # physical blocks
     model_dim: int = within(512, 8, 16_384)
@@ -212,10 +203,10 @@ class Config:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = getattr(self, f.name)
             for low, high in f.metadata.values():
-                holds = all(low <= number <= high for number in numbers(f.name, str(value)))
-                require(holds, f.name, value, f"between {low:g} and {high:g}")
+                values = numbers(f.name, text := str(getattr(self, f.name)))
+                require(all(low <= value <= high for value in values), f.name, text,
+                        f"between {low:g} and {high:g}")
         check_consistency(self)
 
     @classmethod
@@ -232,21 +223,18 @@ class Config:
                  for name, kind in known.items() if name in env}
         return cls(**{**PRESETS[preset], "preset": preset, **given})
 
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-
-    @property
-    def kv_dim(self) -> int:
-        return self.num_kv_heads * self.head_dim  # of all keys, or of all values
-
-    @property
-    def mlp_dim(self) -> int:
-        return int(self.mlp_mult * self.model_dim)
-
-    @property
-    def ve_blocks(self) -> list[int]:
-        return [parse_setting("ve_layers", part, int) for part in self.ve_layers.split(",") if part]
+    # What follows from settings
+    head_dim = property(lambda c: c.model_dim // c.num_heads)
+    kv_dim = property(lambda c: c.num_kv_heads * c.head_dim)  # of all keys, or of all values
+    mlp_dim = property(lambda c: int(c.mlp_mult * c.model_dim))
+    ve_blocks = property(lambda c: [parse_setting("ve_layers", part, int)
+                                    for part in c.ve_layers.split(",") if part])
+    eval_rows = property(lambda c: max(1, c.val_batch_tokens // (8 * c.eval_seq_len)))  # of a rank
+    dataset_dir = property(lambda c: Path(
+        c.data_path or f"{c.data_dir}/datasets/fineweb10B_sp{c.vocab_size}"))
+    tokenizer_file = property(lambda c: Path(
+        c.tokenizer_path or f"{c.data_dir}/tokenizers/fineweb_{c.vocab_size}_bpe.model"))
+    config_hash = property(lambda c: digest(json.dumps(c.method(), sort_keys=True))[:16])
 
     @property
     def depth_schedule(self) -> list[tuple[float, int]]:
@@ -255,26 +243,9 @@ class Config:
         flat = numbers("prog_depth", text)
         return [(until, int(passes)) for until, passes in zip(flat[::2], flat[1::2], strict=False)]
 
-    @property
-    def eval_rows(self) -> int:
-        return max(1, self.val_batch_tokens // (8 * self.eval_seq_len))  # of one rank and batch
-
-    @property
-    def dataset_dir(self) -> Path:
-        return Path(self.data_path or f"{self.data_dir}/datasets/fineweb10B_sp{self.vocab_size}")
-
-    @property
-    def tokenizer_file(self) -> Path:
-        default = f"{self.data_dir}/tokenizers/fineweb_{self.vocab_size}_bpe.model"
-        return Path(self.tokenizer_path or default)
-
     def method(self) -> dict[str, object]:
         """The settings that define the method: equal for the seeds of one experiment."""
         return {k: v for k, v in asdict(self).items() if k not in NOT_METHOD.split()}
-
-    @property
-    def config_hash(self) -> str:
-        return digest(json.dumps(self.method(), sort_keys=True))[:16]
 
     def differs(self) -> dict[str, object]:
         """The settings that are unlike the preset's."""
@@ -326,12 +297,12 @@ PRESETS: dict[str, dict] = {
         data_path="data/datasets/demo_sp1024", tokenizer_path="data/tokenizers/demo_1024_bpe.model",
         compile=False, vocab_size=1024, train_seq_len=256, train_batch_tokens=6144,
         micro_batch_tokens=6144, num_layers=5, model_dim=128, num_heads=4, num_kv_heads=2,
-        mlp_mult=3.0, rope_dims=8, xsa_last_n=5, parallel_residual_start=3, num_loops=1,
-        loop_start=1, loop_end=2, matrix_lr=0.03, muon_momentum=0.95, muon_momentum_warmup_steps=40,
-        grad_clip_norm=1.0, ema_decay=0.95, max_wallclock_seconds=75.0, gptq_reserve_seconds=1.0,
-        warmup_steps=1, train_log_every=10, val_loss_every=0, gptq_calibration_batches=8,
-        eval_seq_len=256, val_batch_tokens=65_536, ttt_chunk_tokens=4096, ttt_batch_size=16,
-        ttt_chunk_size=32, ttt_lora_rank=16, ttt_lora_alpha=32.0, ttt_lora_lr=1e-3)}
+        mlp_mult=3.0, rope_dims=8, parallel_residual_start=3, num_loops=1, loop_start=1, loop_end=2,
+        matrix_lr=0.03, muon_momentum=0.95, muon_momentum_warmup_steps=40, grad_clip_norm=1.0,
+        ema_decay=0.95, max_wallclock_seconds=75.0, gptq_reserve_seconds=1.0, warmup_steps=1,
+        train_log_every=10, val_loss_every=0, gptq_calibration_batches=8, eval_seq_len=256,
+        val_batch_tokens=65_536, ttt_chunk_tokens=4096, ttt_batch_size=16, ttt_chunk_size=32,
+        ttt_lora_rank=16, ttt_lora_alpha=32.0, ttt_lora_lr=1e-3)}
 
 # A variable with one of these words between underscores can only be meant for this program.
 OWNED_WORDS = ("TTT MUON GPTQ EMA SWA WARMDOWN LOOPS XSA ROPE WALLCLOCK EMBED CLIP LORA MLP QK LR "
@@ -385,8 +356,7 @@ def check_consistency(c: Config) -> None:
             ("ttt_lora_sites", {*c.ttt_lora_sites.split(",")} <= {*SITES}, f"some of {SITES}")):
         require(holds, name, repr(getattr(c, name)), words)
 
-# ==================================================================================================
-# 2  Runtime
+# ====  2  Runtime  ================================================================================
 # Enters: the variables that torchrun sets. Leaves: a `World` (who we are, which device, how ranks
 # talk) and a `RunLog` (text for people, JSON lines for programs, one result file). All in seconds.
 
@@ -462,12 +432,10 @@ class World:
             dist.all_reduce(tensor, operation, None if tensor.is_cuda else self.control)
         return tensor
 
-    sum_ = combine
-
     def sum_all_(self, tensors: list[Tensor], scale: float = 1.0) -> None:
         """Replaces each tensor by `scale` times its sum over ranks, in one collective."""
         if self.size > 1:
-            flat = self.sum_(torch.cat([t.flatten() for t in tensors])).mul_(scale)
+            flat = self.combine(torch.cat([t.flatten() for t in tensors])).mul_(scale)
             parts = zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
             torch._foreach_copy_(tensors, [part.view_as(t) for part, t in parts])
 
@@ -594,18 +562,16 @@ def packed_program() -> bytes:
 
 def environment_facts(world: World) -> dict[str, object]:
     """Hardware and versions: everything outside the program whose change could move a number."""
-    hardware: dict = {"gpu": "none", "gpus": 0, "cpu_count": os.cpu_count()}
+    gpu = torch.cuda.get_device_name(world.device) if world.is_cuda else "none"
+    hardware = {"gpu": gpu, "gpus": world.size * world.is_cuda, "cpu_count": os.cpu_count()}
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy":
                 np.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    if world.is_cuda:
-        hardware |= {"gpu": torch.cuda.get_device_name(world.device), "gpus": world.size}
+    with contextlib.suppress(OSError, ImportError, IndexError):  # no GPU, or no triton
         versions["triton"] = importlib.metadata.version("triton")
-        with contextlib.suppress(OSError, IndexError):  # the version follows the module's name
-            hardware["driver"] = Path("/proc/driver/nvidia/version").read_text().split("  ")[1]
+        hardware["driver"] = Path("/proc/driver/nvidia/version").read_text().split("  ")[1]
     return {"hardware": hardware, "versions": versions}
 
-# ==================================================================================================
-# 3  Data
+# ====  3  Data  ===================================================================================
 # Enters: shards of uint16 token ids and a SentencePiece model. Leaves: training windows in an order
 # that only the seed decides, and the validation stream with the bytes every target stands for.
 
@@ -689,41 +655,26 @@ class BatchShape(NamedTuple):
 def batch_shape(config: Config, world_size: int) -> BatchShape:
     """The fewest micro-steps within MICRO_BATCH_TOKENS, same global batch. Raises: ConfigError."""
     total = config.train_batch_tokens // config.train_seq_len
-    divisors = [size for size in range(1, 9) if total % size == 0]
-    require(total % world_size == 0, "world_size", world_size,
-            f"a divisor of TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN ({total}): {divisors}")
+    require(total % world_size == 0, "world_size", world_size, "a divisor of TRAIN_BATCH_TOKENS / "
+            f"TRAIN_SEQ_LEN ({total}): {[n for n in range(1, 9) if total % n == 0]}")
     per_rank, most = total // world_size, config.micro_batch_tokens // config.train_seq_len
     sequences = next(n for n in range(most, 0, -1) if per_rank % n == 0)
     return BatchShape(per_rank // sequences, sequences)
 
-def document_bounds(rows: Tensor, config: Config) -> Sequence[Tensor]:
-    """With DOCUMENT_MASK, where documents begin in the inputs of `rows`, and where the last ends,
-    int32. Example: rows 9 1 8 7, 5 4 1 3 without their last targets -> 0 1 3 5 6"""
-    if not config.document_mask:
-        return []
-    begins = rows[:, :-1] == BOS_ID
-    begins[:, 0] = True
-    return [F.pad(begins.flatten().nonzero()[:, 0].int(), (0, 1), value=begins.numel())]
-
 def batch_stream(loader: TrainLoader, shape: BatchShape, world: World, step: int = 0
-                 ) -> Generator[list[Sequence[Tensor]], None, None]:
-    """This rank's micro-batches of each step: rows (sequences, seq_len + 1), and the bounds of
-    their documents if those matter. A thread reads two ahead: to count documents takes the host."""
+                 ) -> Generator[list[Tensor], None, None]:
+    """This rank's micro-batches (sequences, seq_len + 1) of each step; a thread reads two ahead."""
     per_rank = shape.micro_steps * shape.sequences
-
-    def read(step: int) -> list[Sequence[Tensor]]:
+    def read(step: int) -> list[Tensor]:
         first = (step * world.size + world.rank) * per_rank
         batches = torch.from_numpy(loader.read(first, per_rank)).split(shape.sequences)
-        return [[t.pin_memory() if world.is_cuda else t
-                 for t in (rows, *document_bounds(rows, loader.config))] for rows in batches]
-
+        return [b.pin_memory() for b in batches] if world.is_cuda else list(batches)
     with ThreadPoolExecutor(1) as pool:
         pending = deque(pool.submit(read, step + ahead) for ahead in range(2))
         while True:
             pending.append(pool.submit(read, step + 2))
             step += 1
-            yield [[tensor.to(world.device, non_blocking=True) for tensor in batch]
-                   for batch in pending.popleft().result()]
+            yield [rows.to(world.device, non_blocking=True) for rows in pending.popleft().result()]
 
 class TokenBytes(NamedTuple):
     """What each token id adds to the byte count, as arrays over the vocabulary."""
@@ -792,16 +743,14 @@ class ValStream:
         tokenizer = load_tokenizer(config.tokenizer_file, config.vocab_size)
         shards = find_shards(folder, "val")
         tokens = np.concatenate([read_shard(path, config.vocab_size) for path in shards])
-        if is_transformed(tokenizer):
-            # The token table would count operators.
+        if is_transformed(tokenizer):  # the token table would count operators
             sidecar = np.concatenate([*map(read_shard, find_shards(folder, "val_bytes"))])
             if sidecar.size != tokens.size or sidecar[tokens == BOS_ID].any():
                 raise DataError(f"{folder}: {sidecar.size} byte counts in val_bytes shards, must "
                                 f"be {tokens.size}, and none for the starts of documents")
         return cls(tokens, token_bytes(tokenizer), config.eval_seq_len, config.val_tail, sidecar)
 
-# ==================================================================================================
-# 4  Model
+# ====  4  Model  ==================================================================================
 # Enters: token ids, a `DepthPlan`, perhaps an adapter. Leaves: hidden states, or nats per target.
 #   B batch   T tokens   D model width   H query heads   G key/value heads   K head width
 #   F hidden width of the MLP   V vocabulary   L physical blocks   N rows (B*T)
@@ -814,7 +763,7 @@ MATRICES = "qkv", "out", "up", "down"
 
 Site = Literal["qkv", "out", "up", "down", "head"]
 SITES: tuple[Site, ...] = typing.get_args(Site)
-Attend = Callable[..., Tensor]  # q_BTHK, k_BTGK, v_BTGK, bounds of documents -> y_BTHK, causal
+Attend = Callable[..., Tensor]  # q_BTHK, k_BTGK, v_BTGK -> y_BTHK, causal
 Tap = Callable[[Site, Tensor, Tensor], Tensor]  # input and output of a layer -> output to use
 Adapter = Callable[[int, int, Site, Tensor, Tensor], Tensor]  # that of visit, block (head: -1, -1)
 
@@ -1072,18 +1021,13 @@ class GPT(nn.Module):
         return [row for p in self.named(name).values() for row in p.unbind()]
 
     def hidden(self, ids_BT: Tensor, plan: DepthPlan, adapter: Adapter | None = None,
-               block_runner: Callable | None = None, bounds: Tensor | None = None) -> Tensor:
+               block_runner: Callable | None = None) -> Tensor:
         """Normalised output of the last block, (B, T, D) in the compute type."""
         config, weights = self.config, self.block_weights()
         skips = self.rows("skip_weights"), [gate.sigmoid() for gate in self.rows("skip_gates")]
         scales, repeats = map(self.rows, ("visit_scales", "cross_repeat_scales"))
-        attend = self.attend
-        if bounds is not None:
-            torch._dynamo.maybe_mark_dynamic(bounds, 0)  # one graph for all numbers of documents
-            attend = functools.partial(attend, bounds=bounds)
-        embedder, runner, norm = (
-            (embed_tokens, block_runner or run_block, rms_norm) if adapter else
-            (self.embed_tokens, self.run_block, self.norm))
+        embedder, runner, norm = ((embed_tokens, block_runner or run_block, rms_norm) if adapter
+                                  else (self.embed_tokens, self.run_block, self.norm))
         x = x0 = embedder(ids_BT, self.embed, self.dtype,
                           [*self.named("smear_scale", "smear_gate").values()])
         values: dict[int, tuple[Tensor, ...]] = {}
@@ -1104,25 +1048,25 @@ class GPT(nn.Module):
             lane = lane or [x.view_as(x)] * form.startswith("two")  # x twice: another graph
             tap = functools.partial(adapter, number, block) if adapter else None
             stream = Stream(x.view_as(x), x0, skip, tuple(terms), values.get(block, ()), (*lane,))
-            x, *lane = runner(stream, weights[block], form, self.rotary, attend, tap)
+            x, *lane = runner(stream, weights[block], form, self.rotary, self.attend, tap)
             outputs.append(x)
         for other in lane:
             x = other + self.get_parameter("lane_mix").to(x.dtype) * (x - other)
         return norm(x)
 
     def forward(self, ids_BT: Tensor, target_BT: Tensor, plan: DepthPlan,
-                adapter: Adapter | None = None, bounds: Tensor | None = None) -> Tensor:
+                adapter: Adapter | None = None) -> Tensor:
         """Nats of all targets, float32 (B, T)."""
-        logits_NV = self.logits(self.hidden(ids_BT, plan, adapter, None, bounds), adapter)
+        logits_NV = self.logits(self.hidden(ids_BT, plan, adapter), adapter)
         return self.target_nats(logits_NV, target_BT.flatten().long()).view(target_BT.shape)
+
+    def target_nats(self, logits_NV: Tensor, target_N: Tensor) -> Tensor:
+        return self.softcapped_nll(logits_NV, target_N, self.config.logit_softcap)
 
     def logits(self, x_BTD: Tensor, adapter: Adapter | None = None) -> Tensor:
         """Logits (N, V) before their soft cap, given hidden states."""
         tap = functools.partial(adapter, -1, -1) if adapter else None
         return linear(x_BTD, self.embed.to(self.dtype), "head", tap).flatten(0, 1)
-
-    def target_nats(self, logits_NV: Tensor, target_N: Tensor) -> Tensor:
-        return self.softcapped_nll(logits_NV, target_N, self.config.logit_softcap)
 
 def count_parameters(model: GPT) -> dict[str, tuple[int, int]]:
     """(tensors, parameters) per optimizer group, counted as the published systems' tensors."""
@@ -1145,21 +1089,10 @@ class AttentionBackend(NamedTuple):
     attend: Attend
     rejected: dict[str, str]
 
-def sdpa_attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, bounds: Tensor | None = None
-                ) -> Tensor:
-    """Causal attention by PyTorch; `load_sdpa` decides which of its kernels runs.
-    Within documents it is flash attention, the only one here that skips what bounds exclude."""
-    (B, T), mask = q_BTHK.shape[:2], None
-    if bounds is not None and q_BTHK.is_cuda:
-        return torch.ops.aten._flash_attention_forward(
-            *(t.flatten(0, 1) for t in (q_BTHK, k_BTGK, v_BTGK)), bounds, bounds, T, T,
-            0.0, True, False)[0].view_as(q_BTHK)
-    if bounds is not None:
-        document_B1T = torch.bucketize(torch.arange(B * T), bounds, right=True).view(B, 1, T)
-        mask = (document_B1T[..., None] == document_B1T[:, :, None]).tril()
+def sdpa_attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
+    """Causal attention by PyTorch; `load_sdpa` decides which of its kernels runs."""
     q, k, v = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                          enable_gqa=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 def load_sdpa(device: torch.device, kernel: str) -> Attend:
     """PyTorch attention pinned to one kernel. Raises: GolfError without a CUDA device."""
@@ -1170,32 +1103,37 @@ def load_sdpa(device: torch.device, kernel: str) -> Attend:
         raise GolfError("needs a CUDA device")
     return sdpa_attend
 
-def attention_error(attend: Attend, device: torch.device, bounds: Sequence[int] = ()) -> float:
+def load_fa3(device: torch.device) -> Attend:
+    """flash-attn-3, whose package registers operators that torch.compile knows."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        raise GolfError("needs a GPU of compute capability 9")
+    from flash_attn_interface import flash_attn_func
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = flash_attn_func(q, k, v, causal=True)
+        return y[0] if isinstance(y, tuple) else y
+    return attend
+
+def attention_error(attend: Attend, device: torch.device) -> float:
     """Largest relative error of output and gradients against float32, on random input."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v, dy = (torch.randn(2, 256, n, 64, generator=generator) for n in (8, 4, 4, 8))
-
+    inputs = [torch.randn(2, 256, n, 64, generator=generator) for n in (8, 4, 4, 8)]
     def run(function: Attend, where: torch.device, kind: torch.dtype) -> list[Tensor]:
-        leaves = [t.to(where, kind).requires_grad_() for t in (q, k, v)]
-        y = function(*leaves, *[torch.tensor(bounds, dtype=torch.int32).to(where)] * bool(bounds))
-        gradients = torch.autograd.grad(y, leaves, dy.to(where, kind))
+        *leaves, dy = (t.to(where, kind).requires_grad_() for t in inputs)
+        gradients = torch.autograd.grad(y := function(*leaves), leaves, dy)
         return [t.detach().cpu().float() for t in (y, *gradients)]
-
     with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
         wanted = run(sdpa_attend, torch.device("cpu"), torch.float32)
     found = run(attend, device, compute_dtype(device))
     errors = [(f - w).norm() / w.norm() for f, w in zip(found, wanted, strict=True)]
     return float(torch.stack(errors).max())  # unlike Python's max, lets no NaN pass
 
-def choose_attention(name: str, device: torch.device, masked: bool = False) -> AttentionBackend:
-    """The named, or first exact, back-end, `masked` also within documents. Raises: ConfigError."""
-    cases = [(), (0, 1, 100, 256, 256, 419, 512)][:1 + masked]
+def choose_attention(name: str, device: torch.device) -> AttentionBackend:
+    """The named, or first exact, back-end. Raises: ConfigError."""
     rejected, tolerance = dict[str, str](), 0.02 if device.type == "cuda" else 1e-4
     for candidate in ("fa3", "cudnn", "flash", "math") if name == "auto" else (name,):
         try:
             attend = load_fa3(device) if candidate == "fa3" else load_sdpa(device, candidate)
-            error = torch.tensor([attention_error(attend, device, case) for case in cases]).max()
-            if not error <= tolerance:  # NaN is not
+            if not (error := attention_error(attend, device)) <= tolerance:  # NaN is not
                 raise GolfError(f"error {error:.1e} against float32, at most {tolerance:g}")
             return AttentionBackend(candidate, attend, rejected)
         except Exception as problem:  # whatever a foreign library raises only loses the choice
@@ -1212,8 +1150,7 @@ def maybe_compile(function: Callable, config: Config) -> Callable:
     torch._functorch.config.ban_recompute_used_far_apart = False  # or float32 values are kept
     return torch.compile(function, fullgraph=True, dynamic=False) if config.compile else function
 
-# ==================================================================================================
-# 5  Optimizer
+# ====  5  Optimizer  ==============================================================================
 # Enters: gradients of this rank's share of a batch. Leaves: parameters, updated alike everywhere.
 # Matrices go to Muon, whose momentum and work are shared out over the ranks; the rest to AdamW.
 #   M matrices of one shape, laid wide   R rows   C columns (R <= C)
@@ -1230,11 +1167,9 @@ def muon_momentum(step: float, config: Config) -> float:
 
 # Coefficients of x, x^3 and x^5 in each iteration, the last ones for all that follow. Sources:
 # Muon (Jordan et al. 2024), Polar Express (Amsel et al. 2025).
-QUINTICS = {
-    "newton_schulz": [(3.4445, -4.7750, 2.0315)],
-    "polar_express": [(8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000),
-                      (3.8917, -2.7725, 0.5061), (3.2858, -2.3681, 0.4645),
-                      (2.3465, -1.7098, 0.4232)]}
+QUINTICS = {"newton_schulz": [(3.4445, -4.7750, 2.0315)], "polar_express": [
+    (8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
+    (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232)]}
 
 def orthogonalise(update_MRC: Tensor, iterations: int, backend: str = "newton_schulz") -> Tensor:
     """Matrices made nearly orthogonal by odd polynomials of their singular values."""
@@ -1261,7 +1196,7 @@ class MatrixGroup:
 
     def reduce_gradients(self) -> Tensor:
         """This rank's share of the gradients, averaged over ranks, float32 (M, R, C)."""
-        gradients = [gradient_of(m.parameter)[:, m.rows] for m in self.matrices]
+        gradients = [typing.cast(Tensor, m.parameter.grad)[:, m.rows] for m in self.matrices]
         parts = [g.mT if tall else g for g, tall in zip(gradients, self.tall, strict=True)]
         parts.append(parts[0].new_zeros(self.counts[-1], *parts[0].shape[1:]))
         return self.world.scatter_mean(torch.cat(parts))
@@ -1279,10 +1214,6 @@ class MatrixGroup:
             w = matrix.parameter.data[:, matrix.rows]
             scale = lr * math.sqrt(max(1.0, w.shape[1] / w.shape[2]))
             w.mul_(1 - lr * config.muon_wd).sub_(scale * (part.mT if tall else part).float())
-
-def gradient_of(parameter: nn.Parameter) -> Tensor:
-    """The gradient, which must be there."""
-    return typing.cast(Tensor, parameter.grad)
 
 class Optimizer:
     """Muon for the matrices, AdamW for the rest, one global gradient clip for all."""
@@ -1307,10 +1238,10 @@ class Optimizer:
         """Applies gradients at `scale` times the base rates if their norm, returned, is finite."""
         config = self.config
         shares = [group.reduce_gradients() for group in self.groups]
-        replicated = [gradient_of(p) for p in self.replicated]
+        replicated = [typing.cast(Tensor, p.grad) for p in self.replicated]
         self.world.sum_all_(replicated, 1 / self.world.size)
         self.squares = torch.stack(torch._foreach_norm([*shares, *replicated])).square()
-        self.world.sum_(self.squares[:len(shares)])
+        self.world.combine(self.squares[:len(shares)])
         norm = self.squares.sum().sqrt()
         factor = ((config.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([*shares, *replicated], factor)
@@ -1330,8 +1261,7 @@ class Optimizer:
         """AdamW's live state; there is none before the first step."""
         return [t for state in self.adam.state.values() for t in state.values()]
 
-# ==================================================================================================
-# 6  Training
+# ====  6  Training  ===============================================================================
 # Enters: model, batches, clock. Leaves: averaged weights and calibration statistics, in the time
 # budget. The host runs two steps ahead of the device and never waits for a value it does not need.
 
@@ -1441,11 +1371,11 @@ class Trainer:
         self.micro_seconds: dict[str, list[float]] = {}
         self.last_loss, self.skipped = math.nan, -1
 
-    def forward_backward(self, plan: DepthPlan, batches: Sequence[Sequence[Tensor]]) -> Tensor:
+    def forward_backward(self, plan: DepthPlan, batches: Sequence[Tensor]) -> Tensor:
         """Accumulates gradients over micro-batches; this rank's mean loss, 0-D on the device."""
         losses = []
-        for rows, *bounds in batches:
-            losses.append(self.model(rows[:, :-1], rows[:, 1:], plan, None, *bounds).mean())
+        for rows in batches:
+            losses.append(self.model(rows[:, :-1], rows[:, 1:], plan).mean())
             (losses[-1] / len(batches)).backward()
         return torch.stack(losses).detach().mean()
 
@@ -1457,7 +1387,7 @@ class Trainer:
         for plan in depth_plans(config):
             begin = time.perf_counter()
             for _ in range(config.warmup_steps):
-                self.forward_backward(plan, [[rows, *document_bounds(rows, config)]])
+                self.forward_backward(plan, [rows])
             self.optimizer.step(0, 0.0)
             self.world.synchronize()
             seconds = time.perf_counter() - begin
@@ -1477,8 +1407,7 @@ class Trainer:
                 f"above the {slowest:.1f}s that GPTQ_CALIBRATION_BATCHES takes here")
         return max(config.gptq_reserve_seconds, slowest)
 
-    def run(self, validate: Callable[[int, DepthPlan, bool], None]
-            ) -> tuple[DepthPlan, dict[str, Tensor]]:
+    def run(self, validate: Callable[..., None]) -> tuple[DepthPlan, dict[str, Tensor]]:
         """The timed loop, averaging and calibration; the plan trained last and the Hessians."""
         config, log, state, reserve = self.config, self.log, self.state, 0.0
         if not state.trained:
@@ -1500,7 +1429,7 @@ class Trainer:
                 training_budget_seconds=config.max_wallclock_seconds)
         return plan, hessians
 
-    def train(self, validate: Callable[[int, DepthPlan, bool], None]) -> None:
+    def train(self, validate: Callable[..., None]) -> None:
         """The loop, until averaged weights, or after a signal a checkpoint, are on disk."""
         config, log, clock, world = self.config, self.log, self.clock, self.world
         state, plans = self.state, depth_plans(config)
@@ -1571,8 +1500,7 @@ class Trainer:
             return time.perf_counter()
         return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
 
-    def take_step(self, plan: DepthPlan, progress: float, batches: list[Sequence[Tensor]]
-                  ) -> None:
+    def take_step(self, plan: DepthPlan, progress: float, batches: Sequence[Tensor]) -> None:
         """Gives the device one step, and the average its share of the new weights."""
         config, state = self.config, self.state
         at = config.schedule_steps * progress or state.step  # the step that settings in steps mean
@@ -1587,9 +1515,7 @@ class Trainer:
         self.update_average(state.average_share(config, at + 1, in_swa))  # numbered from one
 
     def update_average(self, share: float) -> None:
-        """Gives the newest weights their share of the average."""
-        if share:
-            torch._foreach_lerp_(self.shadow, self.weights, share)
+        torch._foreach_lerp_(self.shadow, self.weights, share)
 
     def drain(self, most_in_flight: int) -> None:
         log, config = self.log, self.config
@@ -1607,22 +1533,20 @@ class Trainer:
             if step <= 5 or step % config.train_log_every == 0:
                 tok_s = config.train_batch_tokens / whole
                 log.event("train", step=step, train_loss=self.last_loss, gradient_norm=norm,
-                          train_seconds=self.clock.elapsed(), lr_scale=scale, tok_s=tok_s,
-                          plan=plan.name, mem_mib=torch.cuda.memory_allocated() >> 20,  # 0 on CPU
-                          progress=progress)
+                          train_seconds=self.clock.elapsed(), lr_scale=scale, tok_s=tok_s, plan=
+                          plan.name, mem_mib=torch.cuda.memory_allocated() >> 20, progress=progress)
                 log.line(f"{step}/{config.iterations} train_loss: {self.last_loss:.4f} "
                          f"step_time: {1e3 * whole:.1f}ms tok/s: {tok_s:.0f}")
 
     def skip(self, step: int, norm: float, squares: list[float]) -> None:
-        """Notes a step without effect. Raises: TrainingError if the one before had none either."""
-        mine = torch.zeros(self.world.size)
-        mine[self.world.rank] = self.last_loss
-        losses = self.world.combine(mine).tolist()
+        """Notes a step without effect. Raises: GolfError if the one before had none either."""
+        mine = torch.tensor([self.last_loss], device=self.world.device)
+        losses = self.world.gather(mine).tolist()
         values = zip(self.optimizer.names, squares, strict=True)
         names = [name for name, value in values if not math.isfinite(value)]
         text = f"step {step}: gradient norm={norm}, losses by rank: {losses}, not finite in {names}"
         if self.skipped == step - 1:
-            raise TrainingError(f"{text}, as in the step before")
+            raise GolfError(f"{text}, as in the step before")
         self.skipped = step
         self.log.warn(f"skipped {text}")
 
@@ -1633,7 +1557,7 @@ class Trainer:
             first = (number * self.world.size + self.world.rank) * self.shape.sequences
             rows = torch.from_numpy(self.loader.read(first, self.shape.sequences))
             collect(hessians, rows.to(self.world.device), plan)
-        moments = {name: self.world.sum_(h) for name, h in hessians.moments.items()}
+        moments = {name: self.world.combine(h) for name, h in hessians.moments.items()}
         self.world.synchronize()
         seconds = time.perf_counter() - begin
         self.log.put("quantisation", seconds_hessians=seconds)
@@ -1651,11 +1575,9 @@ class Trainer:
         log.line(f"training: {steps} steps, {seconds:.1f}s, {tokens / seconds:.0f} tok/s, "
                  f"micro-steps only {by_plan}, peak memory {peak} MiB")
 
-# ==================================================================================================
-# 7  Quantisation
+# ====  7  Quantisation  ===========================================================================
 # Enters: averaged weights and Hessians (second moments of every linear layer's inputs). Leaves:
-# integers with scales of rows and columns. "6 bits" names a range; entropy coded as they are, the
-# step decides the size.   L blocks   R rows (outputs)   C columns (inputs)
+# integers with scales of rows and columns.   L blocks   R rows (outputs)   C columns (inputs)
 
 class Hessians:
     """An adapter that changes nothing and sums x x^T of every linear layer over all visits."""
@@ -1675,18 +1597,16 @@ def collect(hessians: Hessians, rows: Tensor, plan: DepthPlan) -> None:
     """One calibration batch (sequences, seq_len + 1); an eighth of it also gives gradients."""
     model, config, names, outputs = hessians.model, hessians.model.config, [], []
     with torch.no_grad():
-        x_BTD = model.hidden(rows[:, :-1], plan, hessians, None, *document_bounds(rows, config))
+        x_BTD = model.hidden(rows[:, :-1], plan, hessians)
         hessians(-1, -1, "head", x_BTD, x_BTD)
     if config.quantiser != "rate":
         return
-
     def keep(visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
         names.append(hessian_name(site, block) + ".rows")
         outputs.append(y)
         return y
-
     few, scales = rows[:-(-len(rows) // 8)], {"out": model.attn_scale, "down": model.mlp_scale}
-    nats = model(few[:, :-1], few[:, 1:], plan, keep, *document_bounds(few, config)).sum()
+    nats = model(few[:, :-1], few[:, 1:], plan, keep).sum()
     for name, gradient in zip(names, torch.autograd.grad(nats, outputs), strict=True):
         mean_1R = gradient.flatten(0, -2).float().square().mean(0, keepdim=True)
         site, block, *_ = name.split(".")
@@ -1702,7 +1622,7 @@ def calibration_share(config: Config, world: World, shape: BatchShape) -> int:
 def prepare_solver(hessian_CC: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     """Columns by descending diagonal, and so ordered the upper factor of the damped inverse."""
     if not torch.isfinite(hessian_CC).all():
-        raise TrainingError("a calibration Hessian is not finite")
+        raise GolfError("a calibration Hessian is not finite")
     diagonal_C, order_C = hessian_CC.diagonal().sort(descending=True, stable=True)
     eye_CC, failed = torch.eye(len(order_C)).to(hessian_CC), True
     # Factored back to front, so that inverting the triangle gives the inverse's factor.
@@ -1759,8 +1679,7 @@ def gptq(w_LCR: Tensor, factor_LCC: Tensor, max_level: int, bit_cost: float = 0.
     """Integers (L, C, R) that keep outputs close, in steps. Source: GPTQ (Frantar et al. 2022).
     Columns lie as rows; later ones take up the error of each. A level's bits move its threshold."""
     # What adds up is done matrix by matrix, so that it is equal at every world size.
-    sizes = [size.mean(1, keepdim=True) * (size.mean(0) / size.mean())
-             for size in w_LCR.abs() + 1e-6]
+    sizes = [s.mean(1, keepdim=True) * (s.mean(0) / s.mean()) for s in w_LCR.abs() + 1e-6]
     shift_LCR = (bit_cost / torch.stack(sizes)).clamp(max=0.3)
     w_LCR, errors, last = w_LCR.clone(), torch.empty_like(w_LCR), 0
     while last < w_LCR.shape[1]:
@@ -1819,9 +1738,9 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
                 best_LR[block] = error_R.minimum(best_LR[block])
                 levels[block][better_R] = q_RC[better_R].to(torch.int8)
                 scales[block][better_R], columns[block] = scale_R[better_R], column_C
-        integers[name] = world.sum_(levels).view(stack.shape).cpu()
-        floats[f"{name}.scale"] = world.sum_(scales).view(stack.shape[:-1])
-        floats[f"{name}.column"] = world.sum_(columns).view(stack[..., 0, :].shape)
+        integers[name] = world.combine(levels).view(stack.shape).cpu()
+        floats[f"{name}.scale"] = world.combine(scales).view(stack.shape[:-1])
+        floats[f"{name}.column"] = world.combine(columns).view(stack[..., 0, :].shape)
     return QuantisedModel(integers, {name: t.half().cpu() for name, t in floats.items()})
 
 def prune_ones(quantised: QuantisedModel, share: float) -> int:
@@ -1874,8 +1793,7 @@ def estimate_artifact_bytes(config: Config) -> int:
         total += 1.01 * shape.numel() * max(bits, 0.05) / 8
     return int(total)
 
-# ==================================================================================================
-# 8  Artifact
+# ====  8  Artifact  ===============================================================================
 # Enters: a `QuantisedModel`. Leaves: one flat file, and back. Nothing in it is executed, it is
 # compared with the settings before memory is taken. The packed program, too, is made here.
 #   magic | JSON header, streams, each behind its length | start of the SHA-256 of it all
@@ -1886,15 +1804,14 @@ SLOTS = 1 << 15  # the sum of a context's frequencies
 CONTEXTS = 64
 FIRST_MAGNITUDE = 0x3D800000  # the bits of 1/16 as float32
 
-Shapes = dict[str, torch.Size]
 LevelTables = tuple[np.ndarray, np.ndarray]
 
 # Settings without which the weights mean something else.
 MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
                   "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "parallel_residual_start",
                   "logit_softcap", "num_loops", "loop_start", "loop_end", "residual", "max_skips",
-                  "ve_layers", "num_value_embeds", "prog_depth", "cross_repeat", "document_mask",
-                  "leaky_slope", "smear_gate", "attn_gate")
+                  "ve_layers", "num_value_embeds", "prog_depth", "cross_repeat", "leaky_slope",
+                  "smear_gate", "attn_gate")
 
 def codec_of(config: Config) -> str:
     """The coder of levels in use. Raises: ConfigError if time would go into a model without it."""
@@ -1928,7 +1845,7 @@ def decompress(data: bytes, shape: Sequence[int], codec: str = "brotli") -> np.n
         raise ArtifactError(f"a {codec} stream does not decode to {size} bytes")
     return np.frombuffer(out, np.int8).reshape(shape)
 
-def expected_shapes(config: Config) -> tuple[Shapes, Shapes]:
+def expected_shapes(config: Config) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
     """Shapes of a file's integers and float16 tensors, in order; takes no memory."""
     with torch.device("meta"):
         model = GPT(config, sdpa_attend)
@@ -1993,11 +1910,9 @@ def encode_levels(levels_LRC: np.ndarray) -> bytes:
     row_LR = magnitude_class(np.abs(levels_LRC, dtype=np.float32).mean(2), 21).astype(np.int8)
     limits, classes = np.array([levels_LRC.min(), levels_LRC.max()]), compress(row_LR)
     lanes, rows = num_lanes(levels_LRC.shape), list[np.ndarray]()
-
     def record(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
         rows.append(tables[0][context, symbols].ravel())
         return symbols
-
     walk_levels(levels_LRC.copy(), row_LR, limits.tolist(), record)
     states, words = np.full(lanes, 1 << 16, "<u4"), list[bytes]()
     for row in reversed(rows):
@@ -2014,7 +1929,6 @@ def encode_levels(levels_LRC: np.ndarray) -> bytes:
 def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
     """The inverse. Raises: ArtifactError, ValueError or IndexError if it ends not as it began."""
     levels_LRC, lanes, words = np.zeros(shape, np.int8), num_lanes(shape), io.BytesIO(data)
-
     def take(context: np.ndarray, symbols: np.ndarray, tables: LevelTables) -> np.ndarray:
         contexts, out = context.ravel(), symbols.ravel()
         for begin in range(0, len(out), lanes):
@@ -2027,7 +1941,6 @@ def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
             empty = np.flatnonzero(x < 1 << 16)
             x[empty] = x[empty] << 16 | np.frombuffer(words.read(2 * len(empty)), "<u2")
         return out.reshape(context.shape)
-
     limits = np.frombuffer(words.read(2), np.int8).tolist()
     row_LR = decompress(words.read(int.from_bytes(words.read(4), "little")), shape[:2])
     states = np.frombuffer(words.read(4 * lanes), "<u4").copy()
@@ -2036,15 +1949,14 @@ def decode_levels(data: bytes, shape: Sequence[int]) -> np.ndarray:
         raise ArtifactError("a stream of levels does not end where it began")
     return levels_LRC
 
-CODERS: dict[str, tuple[Callable, ...]] = {
+CODERS: dict[str, Sequence[Callable]] = {
     "brotli": (compress, decompress), "ans": (encode_levels, decode_levels),
     "zstd": tuple(functools.partial(f, codec="zstd") for f in (compress, decompress))}
 
 def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) -> bytes:
     """The artifact file: streams of levels, and one of brotli for float16 values."""
     (integers, floats), codec = expected_shapes(config), codec_of(config)
-    parts = [part.numpy() for name in integers
-             for part in stream_parts(quantised.integers[name], codec)]
+    parts = [p.numpy() for name in integers for p in stream_parts(quantised.integers[name], codec)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # both coders let go of the interpreter
         streams = [*pool.map(CODERS[codec][0], parts)]
     # Low bytes apart from high bytes: exponents compress, mantissas do not.
@@ -2059,8 +1971,7 @@ def encode_artifact(quantised: QuantisedModel, config: Config, plan: DepthPlan) 
 def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedModel]:
     """Plan and contents of a whole file of this model. Raises: ArtifactError for anything else."""
     body, frames = io.BytesIO(data[len(ARTIFACT_MAGIC):-16]), []
-    if not (data.startswith(ARTIFACT_MAGIC)
-            and hashlib.sha256(data[:-16]).digest()[:16] == data[-16:]):
+    if data[:8] != ARTIFACT_MAGIC or hashlib.sha256(data[:-16]).digest()[:16] != data[-16:]:
         raise ArtifactError(f"{len(data)} bytes that begin with {data[:8]!r}: not an artifact of "
                             "this version, or damaged (checksum)")
     try:
@@ -2073,22 +1984,18 @@ def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedMo
                 raise ArtifactError(f"{name.upper()}={claimed}, but the settings say {wanted}; "
                                     "PRESET=" + header["preset"])
         plan = {plan.name: plan for plan in depth_plans(config)}[header["plan"]]
-        return plan, decode_streams(frames, config, header["codec"])
+        (stacks, small), codec = expected_shapes(config), header["codec"]
+        sizes = [shape.numel() for shape in small.values()]
+        halves = torch.tensor(decompress(frames.pop(), (2, sum(sizes))).T.copy())
+        values = zip(small.items(), halves.view(torch.float16).flatten().split(sizes), strict=True)
+        floats = {name: value.view(shape) for (name, shape), value in values}
+        integers = {name: torch.zeros(shape, dtype=torch.int8) for name, shape in stacks.items()}
+        parts = [part for levels in integers.values() for part in stream_parts(levels, codec)]
+        for part, stream in zip(parts, frames, strict=True):
+            part.copy_(torch.tensor(CODERS[codec][1](stream, part.shape)))
+        return plan, QuantisedModel(integers, floats)
     except (ValueError, TypeError, LookupError, RecursionError, ImportError) as error:
         raise ArtifactError(f"malformed: {error!r}") from None
-
-def decode_streams(streams: list[bytes], config: Config, codec: str) -> QuantisedModel:
-    """The model in a file's streams. Raises: ArtifactError, ValueError, LookupError."""
-    (stacks, small), (_, decode) = expected_shapes(config), CODERS[codec]
-    integers = {name: torch.zeros(shape, dtype=torch.int8) for name, shape in stacks.items()}
-    sizes = [shape.numel() for shape in small.values()]
-    values = torch.tensor(decompress(streams.pop(), (2, sum(sizes))).T.copy()).view(torch.float16)
-    floats = {name: part.view(small[name])
-              for name, part in zip(small, values.flatten().split(sizes), strict=True)}
-    parts = [part for levels in integers.values() for part in stream_parts(levels, codec)]
-    for part, stream in zip(parts, streams, strict=True):
-        part.copy_(torch.tensor(decode(stream, part.shape)))
-    return QuantisedModel(integers, floats)
 
 def open_artifact(path: Path, config: Config) -> tuple[DepthPlan, QuantisedModel]:
     """Plan and contents of the file at `path`. Raises: ArtifactError unless of this model."""
@@ -2154,17 +2061,16 @@ def save_artifact(path: Path, blob: bytes, found: QuantisedModel, model: GPT, lo
     write_atomically(path, blob)
     cap, code_bytes = model.config.artifact_cap_bytes, len(packed_program())
     total = code_bytes + len(blob)
-    sizes = {"code_bytes": code_bytes, "model_bytes": len(blob), "total_bytes": total}
-    log.put("artifact", **sizes, cap_bytes=cap, unused_bytes=cap - total, path=str(path),
-            sha256=digest(blob), codec=codec_of(model.config))
+    log.put("artifact", code_bytes=code_bytes, model_bytes=len(blob), total_bytes=total,
+            cap_bytes=cap, unused_bytes=cap - total, path=str(path), sha256=digest(blob),
+            codec=codec_of(model.config))
     weights = sum(q.numel() for q in found.integers.values())
     log.put("quantisation", bits_per_weight=round(8 * len(blob) / weights, 4),
             by_tensor=[*tensor_report(model, found)])
-    log.event("artifact", **sizes)
+    log.event("artifact", **log.result["artifact"])
     log.line(f"artifact_bytes = {code_bytes:,} code + {len(blob):,} model = {total:,} / {cap:,}")
 
-# Runs the program inside its archive. The line cache gets the text, because tracebacks and
-# torch.compile read the source of what they show or compile.
+# Runs the program in its archive. Tracebacks and torch.compile read its text in the line cache.
 PACKED_STUB = """import bz2, linecache
 s = bz2.decompress(__loader__.get_data("source")).decode()
 linecache.cache["<train_gpt>"] = len(s), None, s.splitlines(True), "<train_gpt>"
@@ -2220,13 +2126,11 @@ def shorten_names(tree: ast.Module) -> None:
     for function in (n for body in bodies for n in body if isinstance(n, ast.FunctionDef)):
         given = function.args.args + function.args.kwonlyargs
         own = [a for a in given if a.arg not in keywords]
-        kept = {name for n, name in named_nodes(function)
-                if not isinstance(n, ast.Name) and n not in own}
+        kept = {s for n, s in named_nodes(function) if not isinstance(n, ast.Name) and n not in own}
         rename(function, names_in(function, read=False).keys() - kept, "abcdefghijklmnopqrstuvwxyz")
     bound = names_in(tree, read=False)
-    rename(tree, {name for n in tree.body for name in definitions(n)
-                  if bound[name] == 1 and not name.endswith(("Config", "Error"))},
-           "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    rename(tree, {s for n in tree.body for s in definitions(n) if bound[s] == 1
+                  and not s.endswith(("Config", "Error"))}, "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 def rename(scope: ast.AST, names: set[str], letters: str) -> None:
     """Gives `names` the shortest that are free in a scope, in the order of the text."""
@@ -2251,8 +2155,7 @@ def unpack_program(path: Path) -> str:
     with zipfile.ZipFile(path) as archive:
         return bz2.decompress(archive.read("source")).decode()
 
-# ==================================================================================================
-# 9  Evaluation
+# ====  9  Evaluation  =============================================================================
 # Enters: a model and the validation stream. Leaves: nats per target in a ledger, and their total in
 # bits per byte. Target t is token t+1 of the stream, predicted from tokens up to t.
 
@@ -2335,7 +2238,7 @@ class ScoreLedger:
         """Sum over all targets, in float64; every rank's scores are on all ranks from then on.
         Raises: LegalityError if one is missing."""
         self.released(0, self.scored.size)
-        return float(self.world.sum_(self.kept)[0].double().sum())
+        return float(self.world.combine(self.kept)[0].double().sum())
 
 def sliding_windows(num_targets: int, seq_len: int, stride: int) -> Windows:
     """Windows every `stride` targets; the first scores all of its own, the others the last ones.
@@ -2357,13 +2260,12 @@ class Scorer:
     def __init__(self, model: GPT, plan: DepthPlan, stream: ValStream, world: World,
                  audit: Audit | None = None) -> None:
         self.model, self.plan, self.audit = model, plan, audit
-        self.stream, self.world = stream, world
+        self.stream, self.world, self.rows = stream, world, model.config.eval_rows
         self.tokens = torch.from_numpy(stream.tokens).to(world.device)
         self.earlier_seconds = 0.0  # of an evaluation that was interrupted and went on
         self.views = 0  # how many further facts of each score a mixture will want
         self.fixed: ScoreLedger | None = None  # of the last evaluation without learning, complete
         self.stopped_at = 0  # targets scored when learning was given up; 0: never
-        self.rows = model.config.eval_rows  # windows of a batch, fewer where memory was short
 
     def harm(self, ledger: ScoreLedger, targets: np.ndarray, world: World) -> float:
         """Mean nats by which scores of these ranks are worse than those without learning were."""
@@ -2424,8 +2326,7 @@ class Scorer:
 
     def states(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
         runner = adapter.run_block if adapter else None  # and each row is of one document
-        bounds = () if adapter else document_bounds(rows, self.model.config)
-        return self.model.hidden(rows[:, :-1], self.plan, adapter, runner, *bounds)[:, skip:]
+        return self.model.hidden(rows[:, :-1], self.plan, adapter, runner)[:, skip:]
 
 TEMPERED = 1.1, 0.9  # factors of logits
 AUDIT_EVERY = 100  # batches, from the first on: what keeps the overhead at a few percent
@@ -2537,8 +2438,7 @@ def log_score(log: RunLog, key: str, label: str, score: Score) -> None:
     log.event("eval", label=key, val_loss=nats, val_bpb=bits, seconds=round(seconds, 3))
     log.line(f"{label} val_loss:{nats:.8f} val_bpb:{bits:.8f} eval_time:{1e3 * seconds:.0f}ms")
 
-# ==================================================================================================
-# 10  Test-time training
+# ====  10  Test-time training  ====================================================================
 # Enters: a model from an artifact and the validation stream. Leaves: its score when it learns from
 # every chunk after, and only after, that chunk was scored. The ledger enforces the order.
 
@@ -2557,10 +2457,9 @@ def adapt(scorer: Scorer, sgd: torch.optim.SGD, tokens: np.ndarray, lr: float) -
         share = -(-len(batch) // world.size)
         mine = batch[world.rank * share:(world.rank + 1) * share]
         padded = F.pad(mine, (0, 0, 0, share - len(mine))).to(world.device)
-        bounds = document_bounds(padded, config)
-        nats = scorer.model(padded[:, :-1], padded[:, 1:], scorer.plan, None, *bounds)
+        nats = scorer.model(padded[:, :-1], padded[:, 1:], scorer.plan)
         (nats[:len(mine)].sum() / batch[:, 1:].numel()).backward()
-        world.sum_all_([gradient_of(p) for p in parameters])
+        world.sum_all_([typing.cast(Tensor, p.grad) for p in parameters])
         nn.utils.clip_grad_norm_(parameters, config.ttt_grad_clip or math.inf)
         sgd.step()
         sgd.zero_grad()
@@ -2830,12 +2729,10 @@ def hedge1453(scorer: Scorer) -> tuple[float, float]:
     row_OT = np.stack([0 * b, b, (36313 * a ^ 27191 * b) % 65536])
     counts = [np.zeros((rows, size + 1), np.int32) for rows in (1, size, 65536)]  # and their sum
     weights = np.array([2.0, 0, 0, 0, 0])  # logarithms; of model, three n-gram orders, entropy
-
     def costs(known_KN: np.ndarray, row_ON: np.ndarray, target_N: np.ndarray) -> np.ndarray:
         grams = [np.log((np.maximum(n[row, size], least) + add * size) / (n[row, target_N] + add))
                  for n, row, add, least in zip(counts, row_ON, *HEDGE_ROWS, strict=True)]
         return np.stack([known_KN[0], *grams, known_KN[1]])
-
     for first in range(0, len(y), HEDGE_BATCH):
         part = slice(first, first + HEDGE_BATCH)
         cost_EN = costs(known_KT[:, part], row_OT[:, part], y[part])
@@ -2851,8 +2748,7 @@ def hedge1453(scorer: Scorer) -> tuple[float, float]:
             np.add.at(n, (row, [y[part], 0 * row + size]), 1)
     return total / len(y), float(np.mean(masses or 1.0))
 
-# ==================================================================================================
-# 11  Main
+# ====  11  Main  ==================================================================================
 # The story: checks before any paid time, training, quantisation, one file, and from there on only
 # that file. Every error that a user can act on ends the program with one line.
 
@@ -2895,7 +2791,7 @@ def prepare(config: Config, world: World) -> Setup:
         open_artifact(Path(config.eval_only), config)
         total += Path(config.eval_only).stat().st_size
     require(total <= cap, "artifact_cap_bytes", cap, f"at least {total}, what there is already")
-    backend = choose_attention(config.attention, world.device, config.document_mask)
+    backend = choose_attention(config.attention, world.device)
     track, differs = resolve_track(config, world, val, backend.name), config.differs()
     log = RunLog(config, world, *world.decide(time.time()))
     facts: dict = {**environment_facts(world), "data": {**log.result.get("data", {}), **data}}
@@ -2941,18 +2837,15 @@ def train_to_artifact(setup: Setup, path: Path) -> None:
     total = sum(count for _, count in groups.values())
     log.put("model", parameters=total, groups=groups)
     log.line(f"model_params:{total}")
-
     def score(plan: DepthPlan) -> Score:
         windows = sliding_windows(val.num_targets, config.eval_seq_len, config.eval_seq_len)
         return evaluate(Scorer(trainer.model, plan, val, world), windows)
-
     def validate(step: int, plan: DepthPlan, is_last: bool) -> None:
         nats, bits, _ = result = score(plan)
         log.event("val", step=step, label="raw", val_loss=nats, val_bpb=bits)
         log.line(f"{step}/{config.iterations} val_loss: {nats:.4f} val_bpb: {bits:.4f}")
         if is_last:
             log_score(log, "raw", "final raw weights", result)
-
     plan, hessians = trainer.run(validate)
     begin = time.perf_counter() - log.result["clocks"]["training_seconds"]
     # Full float32 products from here on: error feedback cancels too finely for tf32.
@@ -2996,7 +2889,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         if headline == "quantised" and (averaged := log.result["bpb"].get("averaged")):
             log.put("quantisation", gap_bpb=(gap := score.bits - averaged))
             if not gap <= config.max_quant_gap_bpb:
-                raise TrainingError(f"quantisation lost {gap:.4f} BPB, over MAX_QUANT_GAP_BPB; "
+                raise GolfError(f"quantisation lost {gap:.4f} BPB, over MAX_QUANT_GAP_BPB; "
                                     f"{log.folder} keeps the weights")
     most = OFFICIAL_VAL_TARGETS[val.transformed] / val.num_targets
     full = full or score.seconds * most / RECORD_RANKS * world.size
@@ -3044,8 +2937,7 @@ def describe_config(config: Config, world: World) -> str:
             lines.append(f"  visit {number:>2}: block {block} pass {again} {kind}")
     with torch.device("meta"):
         groups = count_parameters(GPT(config, sdpa_attend))
-    lines += [f"{name}: {tensors} tensors, {count:,} parameters"
-              for name, (tensors, count) in groups.items()]
+    lines += [f"{name}: {n} tensors, {count:,} parameters" for name, (n, count) in groups.items()]
     total, most = sum(count for _, count in groups.values()), config.artifact_cap_bytes
     return "\n".join([
         *lines, f"total: {total:,} parameters", f"batch: {world.size} ranks x {micro_steps} "
@@ -3101,25 +2993,6 @@ def command_line(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 75 if isinstance(error, KeyboardInterrupt) else 1
     return 0
-
-# ==================================================================================================
-# 12  Kernels
-# Attention of libraries, each imported by its loader: a machine without one only loses the choice.
-# All else is PyTorch, compiled; docs/NOTEBOOK.md says what kernels of our own would win.
-
-def load_fa3(device: torch.device) -> Attend:
-    """flash-attn-3, whose package registers operators that torch.compile knows."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        raise GolfError("needs a GPU of compute capability 9")
-    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> Tensor:
-        inputs, length = (q, k, v), q.shape[1]
-        y = flash_attn_func(*inputs, causal=True) if bounds is None else flash_attn_varlen_func(
-            *(t.flatten(0, 1) for t in inputs), bounds, bounds, length, length, causal=True)
-        return (y[0] if isinstance(y, tuple) else y).view_as(q)
-
-    return attend
 
 if __name__ == "__main__":
     sys.exit(command_line(sys.argv[1:]))

@@ -23,7 +23,7 @@ def measure_collectives(world: golf.World) -> Measured:
     flat = [torch.full((2, 2), mine), torch.full((3,), 10 * mine)]
     world.sum_all_(flat, 0.5)
     stack = mine * torch.arange(2.0 * world.size)[:, None].expand(-1, 3).clone()
-    return {"sum": world.sum_(torch.tensor([mine, 2.0])), "sum_all": flat,
+    return {"sum": world.combine(torch.tensor([mine, 2.0])), "sum_all": flat,
             "share": world.scatter_mean(stack), "gather": world.gather(torch.full((2, 1), mine)),
             "decide": world.decide(mine, 7.0 * mine),
             "largest": world.combine(torch.tensor(mine), dist.ReduceOp.MAX)}

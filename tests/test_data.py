@@ -183,7 +183,7 @@ def step_rows(config: golf.Config, rank: int, size: int, steps: int,
     shape, world = golf.batch_shape(config, size), golf.World(rank, size)
     stream = golf.batch_stream(loader, shape, world, first_step)
     try:
-        return [torch.cat([rows for rows, in next(stream)]) for _ in range(steps)]
+        return [torch.cat([*next(stream)]) for _ in range(steps)]
     finally:
         stream.close()
 
@@ -203,7 +203,7 @@ def test_stream_resumes_from_a_step(config: golf.Config) -> None:
 def test_stream_gives_micro_batches_of_the_configured_size(config: golf.Config) -> None:
     loader = golf.TrainLoader(shards_of(3000), replace(config, vocab_size=65_535))
     stream = golf.batch_stream(loader, golf.batch_shape(config, 1), golf.World())
-    batches = [rows for rows, in next(stream)]
+    batches = list(next(stream))
     stream.close()
     assert [tuple(rows.shape) for rows in batches] == [(6, 65), (6, 65)]
     assert all(rows.dtype == torch.int32 for rows in batches)

@@ -403,7 +403,8 @@ def test_projection_comes_from_the_newest_run_of_the_model(tmp_path: Path) -> No
     assert found.seconds == 20 + 600 + 15 + 200
     assert doctor.expected_steps(config, found.rates) == pytest.approx(
         (600 - config.gptq_reserve_seconds) * 8e6 / 786_432)
-    other = train_gpt.Config.from_env({"PRESET": "pr1493", "TTT_MODE": "documents"})
+    other = train_gpt.Config.from_env({"PRESET": "pr1493", "TTT_MODE": "documents",
+                                         "MIXER": "legal"})
     projected = doctor.project(other, tmp_path)
     assert projected is not None and projected.evaluation is None    # it ends otherwise
     logged(tmp_path, "e", headline="mixer", bpb={"ttt_sgd": 1.1, "mixer": 1.0})

@@ -45,7 +45,7 @@ def test_collectives(ranks: list[Measured]) -> None:
 
 def test_a_world_of_one_changes_nothing() -> None:
     world, x = golf.World(), torch.arange(6.0).view(3, 2)
-    assert world.sum_(x) is x
+    assert world.combine(x) is x
     assert world.scatter_mean(x) is x
     assert world.gather(x) is x
     assert world.decide(1.5, 2.0) == (1.5, 2.0)

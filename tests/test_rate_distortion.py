@@ -260,7 +260,7 @@ class Half(golf.World):
     def __init__(self, rank: int) -> None:
         super().__init__(rank, 2)
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def combine(self, tensor: Tensor) -> Tensor:
         return tensor
 
 

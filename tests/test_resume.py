@@ -97,7 +97,7 @@ def look(trainer: golf.Trainer) -> tuple[golf.TrainState, list[torch.Tensor], fl
     tensors = [t.clone() for t in (*trainer.replicated(), *trainer.optimizer.momenta)]
     rows = trainer.loader.read(trainer.state.step * trainer.shape.sequences, 4)
     loss = trainer.forward_backward(golf.depth_plans(trainer.config)[trainer.state.plan],
-                                    [[torch.from_numpy(rows).to(trainer.world.device)]])
+                                    [torch.from_numpy(rows).to(trainer.world.device)])
     trainer.model.zero_grad()
     return trainer.state, tensors, float(loss)
 
@@ -190,7 +190,7 @@ def test_one_bad_step_is_skipped_and_the_weights_stay_finite(
     def poisoned(step: int, scale: float) -> torch.Tensor:
         calls.append(step)
         if step == 3:
-            golf.gradient_of(trainer.model.up)[0, 0, 0] = math.nan
+            trainer.model.up.grad[0, 0, 0] = math.nan
         return honest(step, scale)
 
     monkeypatch.setattr(trainer.optimizer, "step", poisoned)
@@ -209,9 +209,9 @@ def test_skipped_step_changes_nothing_and_waits_for_nothing(
     plan = golf.depth_plans(trainer.config)[-1]
 
     def step(poison: bool) -> list[torch.Tensor]:
-        trainer.forward_backward(plan, [[rows]])
+        trainer.forward_backward(plan, [rows])
         if poison:
-            golf.gradient_of(trainer.model.embed)[3, 3] = math.nan
+            trainer.model.embed.grad[3, 3] = math.nan
         if device != "cpu":
             torch.cuda.set_sync_debug_mode("error")
         norm = optimizer.step(1, 1.0)
@@ -238,7 +238,7 @@ def test_second_bad_step_names_rank_and_tensors(make_config: MakeConfig, log: Si
         return loss
 
     monkeypatch.setattr(trainer, "forward_backward", poisoned)
-    with pytest.raises(golf.TrainingError, match=r"^step 4: .*'up/down'.*step before"):
+    with pytest.raises(golf.GolfError, match=r"^step 4: .*'up/down'.*step before"):
         trainer.run(never)
 
 
@@ -266,7 +266,7 @@ def test_run_that_failed_after_training_goes_on_from_there(
 
 
 def test_large_quantisation_gap_is_no_result(make_env: MakeEnv, tmp_path: Path) -> None:
-    with pytest.raises(golf.TrainingError, match="MAX_QUANT_GAP_BPB"):
+    with pytest.raises(golf.GolfError, match="MAX_QUANT_GAP_BPB"):
         golf.main(make_env(ATTN_QMAX=1, MLP_QMAX=1, EMBED_QMAX=1, MAX_QUANT_GAP_BPB=0,
                            ITERATIONS=30))
     result = read_result(tmp_path)

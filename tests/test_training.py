@@ -326,7 +326,7 @@ def test_loss_that_is_not_finite_ends_training(config: golf.Config, log: SilentL
         honest(plan, progress, batches)
 
     monkeypatch.setattr(trainer, "take_step", poisoned)
-    with pytest.raises(golf.TrainingError, match=r"^step 4: .*nan") as error:
+    with pytest.raises(golf.GolfError, match=r"^step 4: .*nan") as error:
         trainer.run(never)
     assert "\n" not in str(error.value)
 
@@ -343,7 +343,7 @@ def test_gradient_that_is_not_finite_ends_training(config: golf.Config, log: Sil
         return loss
 
     monkeypatch.setattr(trainer, "forward_backward", poisoned)
-    with pytest.raises(golf.TrainingError, match=r"norm=inf.*'embed'"):
+    with pytest.raises(golf.GolfError, match=r"norm=inf.*'embed'"):
         trainer.run(never)
 
 
@@ -387,7 +387,7 @@ def test_micro_steps_add_up_to_the_whole_batch(make_config: MakeConfig, log: Sil
         trainer.model = random_model(trainer.config)
         rows = torch.from_numpy(trainer.loader.read(0, 12))
         loss = trainer.forward_backward(plan_named(trainer.config, "looped"),
-                                        [[part] for part in rows.split(trainer.shape.sequences)])
+                                        rows.split(trainer.shape.sequences))
         assert len(rows.split(trainer.shape.sequences)) == 768 // micro
         gradients.append((loss, trainer.model.qkv.grad))
     for loss, gradient in gradients[1:]:

@@ -320,8 +320,7 @@ class Bench:
         if ceilings:
             self.ceilings, self.result["attention_missing"] = measure_ceilings(config, self.timer)
         # Last, because the back-ends of PyTorch are chosen by flags of the process.
-        self.backend = golf.choose_attention(config.attention, world.device,
-                                             config.document_mask)
+        self.backend = golf.choose_attention(config.attention, world.device)
         self.result["attention_backend"] = self.backend.name
         if ceilings:
             self.add_ceilings()
@@ -379,10 +378,9 @@ class Bench:
             operations = golf.flops_per_token(config, plan) * tokens
             whole_floor = micro_floor(self.ceilings, visits)
             first_floor = forward_floor(self.ceilings, visits)
-            rows, *bounds = batches[0]
-            forward = timer.median(lambda plan=plan, rows=rows, bounds=bounds:  # type: ignore[misc]
-                                   trainer.model(rows[:, :-1], rows[:, 1:], plan, None,
-                                                 *bounds).mean())
+            rows = batches[0]
+            forward = timer.median(lambda plan=plan, rows=rows:  # type: ignore[misc]
+                                   trainer.model(rows[:, :-1], rows[:, 1:], plan).mean())
             whole = timer.median(lambda plan=plan:  # type: ignore[misc]
                                  trainer.forward_backward(plan, batches[:1]))
             self.add(f"{plan.name} forward", forward, first_floor)
@@ -661,7 +659,7 @@ def compiled_graphs() -> int:
 
 def reach_first_step(config: golf.Config, world: golf.World) -> None:
     """Everything that a run does before its clock starts."""
-    backend = golf.choose_attention(config.attention, world.device, config.document_mask)
+    backend = golf.choose_attention(config.attention, world.device)
     golf.Trainer(config, world, silent_log(config), backend.attend).warm_up()
 
 
@@ -696,7 +694,7 @@ def group_of(kernel: str) -> str:
     return next((group for group, marks in GROUPS if any(mark in name for mark in marks)), "other")
 
 
-def profile_plan(trainer: golf.Trainer, plan: golf.DepthPlan, batches: Sequence[Sequence[Tensor]],
+def profile_plan(trainer: golf.Trainer, plan: golf.DepthPlan, batches: Sequence[Tensor],
                  steps: int) -> str:
     """Where the device's time goes in a micro-step: by group, then by kernel."""
     on_gpu = trainer.world.is_cuda
@@ -731,7 +729,7 @@ def write_profile(trainer: golf.Trainer, path: Path, *, quick: bool) -> None:
     """Profiles of all plans, into one file; prints the groups."""
     rows = torch.from_numpy(trainer.loader.read(0, trainer.shape.sequences))
     device = trainer.world.device
-    batches = [[t.to(device) for t in (rows, *golf.document_bounds(rows, trainer.config))]]
+    batches = [rows.to(device)]
     texts = [profile_plan(trainer, plan, batches, 1 if quick else 3)
              for plan in golf.depth_plans(trainer.config)]
     path.parent.mkdir(parents=True, exist_ok=True)

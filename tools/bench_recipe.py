@@ -32,8 +32,8 @@ import train_gpt as golf
 from tools import runs, sweep, welch
 
 TECHNIQUES = (
-    "document mask: DOCUMENT_MASK=1/0", "leaky slope: LEAKY_SLOPE=0.3/0.5",
-    "smear gate: SMEAR_GATE=1/0", "attention gate: ATTN_GATE=0.5/0",
+    "leaky slope: LEAKY_SLOPE=0.3/0.5", "smear gate: SMEAR_GATE=1/0",
+    "attention gate: ATTN_GATE=0.5/0",
     "two lanes: RESIDUAL=two_lane_both/parallel", "momentum: MUON_MOMENTUM=0.97/0.99",
     "polar express: MUON_BACKEND=polar_express/newton_schulz", "rate floor: MIN_LR=0.1/0")
 

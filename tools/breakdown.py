@@ -88,7 +88,7 @@ def evaluate(path: Path, env: Mapping[str, str]) -> dict[str, object]:
 
     def finish_and_keep(scorer: golf.Scorer, ledger: golf.ScoreLedger) -> golf.Score:
         score = finish(scorer, ledger)
-        nats = scorer.world.sum_(ledger.nats.double())
+        nats = scorer.world.combine(ledger.nats.double())
         latest[:] = [(scorer.stream, nats.cpu().numpy())]
         return score
 

@@ -387,8 +387,7 @@ def check_attention(pod: Pod, config: Config) -> Iterator[Check]:
 
     fix = attention_fix(pod)
     try:
-        chosen = train_gpt.choose_attention(config.attention, pod.device,
-                                            config.document_mask)
+        chosen = train_gpt.choose_attention(config.attention, pod.device)
     except train_gpt.GolfError as error:
         yield fail("attention", str(error), fix or "unset ATTENTION")
         return

@@ -33,7 +33,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -203,7 +203,7 @@ def tune(quantised: golf.QuantisedModel, teacher: golf.GPT, model: golf.GPT,
         found = log_probabilities(model, ids_BT, checkpoint.plan)
         ((wanted.exp() * (wanted - found)).sum() / ids_BT.numel()).backward()
         for name, factor in factors.items():
-            factor.grad = (golf.gradient_of(stacks[name]) * stored[name]).sum(-1)
+            factor.grad = (cast(Tensor, stacks[name].grad) * stored[name]).sum(-1)
         adam.step()
     model.zero_grad()
     floats = quantised.floats | {name: v.detach().half().cpu()
@@ -223,8 +223,7 @@ class Curve:
         config = checkpoint.config
         self.val = golf.ValStream.load(config)
         self.known: dict[str, tuple] = {}
-        backend = golf.choose_attention(config.attention, world.device,
-                                        config.document_mask)
+        backend = golf.choose_attention(config.attention, world.device)
         self.scorer = golf.Scorer(checkpoint.model(config, world.device, backend.attend),
                                   checkpoint.plan, self.val, world)
         gpu = torch.cuda.get_device_name(world.device) if world.is_cuda else "none"
