@@ -1515,7 +1515,9 @@ class Trainer:
         self.update_average(state.average_share(config, at + 1, in_swa))  # numbered from one
 
     def update_average(self, share: float) -> None:
-        torch._foreach_lerp_(self.shadow, self.weights, share)
+        """Gives the newest weights their share of the average."""
+        if share:  # between snapshots there is none
+            torch._foreach_lerp_(self.shadow, self.weights, share)
 
     def drain(self, most_in_flight: int) -> None:
         log, config = self.log, self.config

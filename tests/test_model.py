@@ -178,12 +178,14 @@ def test_no_loops_means_one_plan() -> None:
     assert golf.plan_at(config, 0.9).name == "unlooped"
 
 
-def test_published_system_starts_at_the_uniform_loss() -> None:
-    model = golf.GPT(replace(PR1493, compile=False), golf.sdpa_attend)
+@pytest.mark.parametrize("preset", ["pr1493", "record"])
+def test_system_starts_at_the_uniform_loss(preset: str) -> None:
+    config = golf.Config.from_env({"PRESET": preset, "COMPILE": "0"})
+    model = golf.GPT(config, golf.sdpa_attend)
     model.initialise(0)
     rows = random_tokens(2, 65, vocab_size=8192)
     with torch.no_grad():
-        nats = model(rows[:, :-1], rows[:, 1:], plan_named(PR1493, "looped"))
+        nats = model(rows[:, :-1], rows[:, 1:], plan_named(config, "looped"))
     assert nats.mean().item() == pytest.approx(math.log(8192), abs=0.02)
     assert nats.std() > 0
 

@@ -381,8 +381,8 @@ class Bench:
             rows = batches[0]
             forward = timer.median(lambda plan=plan, rows=rows:  # type: ignore[misc]
                                    trainer.model(rows[:, :-1], rows[:, 1:], plan).mean())
-            whole = timer.median(lambda plan=plan:  # type: ignore[misc]
-                                 trainer.forward_backward(plan, batches[:1]))
+            whole = timer.median(lambda plan=plan, rows=rows:  # type: ignore[misc]
+                                 trainer.forward_backward(plan, [rows]))
             self.add(f"{plan.name} forward", forward, first_floor)
             self.add(f"{plan.name} backward", whole - forward, whole_floor - first_floor)
             self.add(f"{plan.name} micro-step", whole, whole_floor, operations)
@@ -728,8 +728,7 @@ def profile_plan(trainer: golf.Trainer, plan: golf.DepthPlan, batches: Sequence[
 def write_profile(trainer: golf.Trainer, path: Path, *, quick: bool) -> None:
     """Profiles of all plans, into one file; prints the groups."""
     rows = torch.from_numpy(trainer.loader.read(0, trainer.shape.sequences))
-    device = trainer.world.device
-    batches = [rows.to(device)]
+    batches = [rows.to(trainer.world.device)]
     texts = [profile_plan(trainer, plan, batches, 1 if quick else 3)
              for plan in golf.depth_plans(trainer.config)]
     path.parent.mkdir(parents=True, exist_ok=True)
