@@ -119,7 +119,7 @@ class Config:
     attn_gate: float = within(0.5, 0, 100)  # slope of the gate of each head's output; 0: none
     ve_layers: str = ""  # blocks to whose values a narrow embedding is added
     num_value_embeds: int = within(0, 0, 8)  # full tables, scaled anew for every visit
-    logit_softcap: float = within(30.0, 1, 1e4)
+    logit_softcap: float = within(30.0, 1, 40)  # exp(-2 * 40) is a float32
     tied_embed_init_std: float = within(0.005, 1e-6, 1)
     # Depth recurrence
     num_loops: int = within(2, 0, 16)  # extra passes through the loop segment
@@ -255,8 +255,7 @@ class Config:
 NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_path audit resume "
               "tokenizer_path checkpoint_every rank_timeout_seconds max_quant_gap_bpb")
 
-# Where a published system counts steps to the recurrence, here stand shares of its steps; what
-# else it counts in steps becomes shares by SCHEDULE_STEPS (README).
+# Published steps to the recurrence are shares of the run here; SCHEDULE_STEPS does it to others.
 FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, attn_gate=0.0, min_lr=0.0,
                     muon_momentum=0.99, muon_backend="newton_schulz")
 PLAIN = FORMER | dict(quantiser="gptq", compressor="brotli", gptq_damp=0.01, val_tail=False,
@@ -279,9 +278,7 @@ PR1453 = PLAIN | dict.fromkeys(("matrix_clip_sigmas", "embed_clip_sigmas"),
     attn_qmax=63, mlp_qmax=16, embed_qmax=63, compressor="zstd")
 
 PRESETS: dict[str, dict] = {
-    "record": {},
-    "pr1493": PLAIN,
-    "pr1445": PR1445 | QUANTILES,
+    "record": {}, "pr1493": PLAIN, "pr1445": PR1445 | QUANTILES,
     "pr1471": PR1445 | dict(vocab_size=8192, enable_looping_at=2000 / 4968),
     "pr1395": PR1445 | QUANTILES | dict(
         residual="two_lane_attn", loop_start=4, enable_looping_at=3000 / 5409, matrix_lr=0.02,
@@ -848,7 +845,7 @@ def rotary_tables(num_positions: int, rotated_dims: int, base: float) -> Tensor:
 def rotate(x_BTHK: Tensor, rotary: Tensor) -> Tensor:
     """Rotates pairs (i, i + half) of every head by its position; other dimensions pass. Float32."""
     half, (cos, sin) = rotary.shape[-1], rotary[:, :x_BTHK.shape[1], None]
-    a, b, rest = x_BTHK.tensor_split((half, 2 * half), dim=-1)
+    a, b, rest = x_BTHK.split((half, half, x_BTHK.shape[-1] - 2 * half), dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
@@ -868,12 +865,13 @@ def attention(x_BTD: Tensor, w: BlockWeights, form: str, rotary: Tensor, attend:
     H, dtype = len(w.q_gain), x_BTD.dtype
     width = w.out.shape[1] // H
     qkv_BTNK = linear(x_BTD, w.qkv, "qkv", tap).unflatten(-1, (-1, width))
-    q_BTHK, k_BTGK, v_BTGK = qkv_BTNK.tensor_split((H, (H + qkv_BTNK.shape[2]) // 2), dim=2)
+    q_BTHK, k_BTGK, v_BTGK = qkv_BTNK.split((H, G := (qkv_BTNK.shape[2] - H) // 2, G), dim=2)
     padding = -width % 8  # kernels want such heads; their scale goes by the padded width
     gain_H1 = (w.q_gain * math.sqrt(1 + padding / width))[:, None]
-    # Each kind by itself, and gained before it is rotated: anything else makes the compiler write
-    # slower code, or keep float32 queries for the backward pass.
-    q_BTHK = rotate(rms_norm(q_BTHK.float()) * gain_H1, rotary).to(dtype)
+    # Each kind by itself, split by sizes, and gained through its factor: anything else makes the
+    # compiler write slower code, or keep float32 queries for the backward pass.
+    factor_BTH1 = gain_H1 * (q_BTHK.float().square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
+    q_BTHK = rotate(q_BTHK.float() * factor_BTH1, rotary).to(dtype)
     k_BTGK, v_BTGK = rotate(rms_norm(k_BTGK.float()), rotary).to(dtype), v_BTGK.contiguous()
     if value:
         v_BTGK = v_BTGK + value[1].to(dtype) * value[0].view_as(v_BTGK)
@@ -926,7 +924,9 @@ def embed_tokens(ids_BT: Tensor, embed_VD: Tensor, dtype: torch.dtype,
 
 def softcapped_nll(logits_NV: Tensor, target_N: Tensor, cap: float) -> Tensor:
     """Negative log-likelihood in nats, float32 (N,), of logits squashed to (-cap, cap)."""
-    return F.cross_entropy(cap * torch.tanh(logits_NV.float() / cap), target_N, reduction="none")
+    z_NV = -2 * cap * torch.sigmoid(logits_NV.float() * (-2 / cap))  # cap * tanh(x / cap) - cap
+    right_NV = torch.arange(z_NV.shape[1], device=z_NV.device) == target_N[:, None]
+    return z_NV.exp().sum(1).log() - torch.where(right_NV, z_NV, 0.0).sum(1)  # no exp overflows
 
 class Matrix(NamedTuple):
     """The matrices of one role in all blocks: rows of a parameter stacked over blocks."""
