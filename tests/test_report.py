@@ -277,7 +277,13 @@ old
 <!-- /generated -->
 <!-- generated:speed logs/bench_h200.json -->
 <!-- /generated -->
+<!-- generated:speed logs/bench_before.json logs/bench_h200.json -->
+<!-- /generated -->
 <!-- generated:curve logs/quantiser_curve.json -->
+<!-- /generated -->
+<!-- generated:systems sibling* -->
+<!-- /generated -->
+<!-- generated:adaptation -->
 <!-- /generated -->
 
 ```
@@ -297,9 +303,19 @@ def readme(logs: Path) -> Path:
                 "ratio_to_floor": 0.63,
             },
             {"name": "start", "value": 61.25, "unit": "s"},
+            {"name": "product up forward", "value": 600.0, "unit": "TFLOP/s"},
         ],
     }
     (logs / "bench_h200.json").write_text(json.dumps(bench))
+    before = {"rows": [{"name": "micro-step", "value": 900_000, "unit": "tok/s"}]}
+    (logs / "bench_before.json").write_text(json.dumps(before))
+    point = {"plain_bpb": 1.2, "adapted_bpb": 1.19, "gain_bpb": 0.01, "seconds": 7.2}
+    (logs / "adaptation_curve.json").write_text(json.dumps({"rows": [
+        point | {"settings": "TTT_CHUNK_SIZE=24", "projected_seconds": 507.4},
+        point | {"settings": "", "projected_seconds": 290.1}]}))
+    sibling = json.loads((logs / f"{SEED_42}.json").read_text()) | {
+        "run_id": "sibling-1", "preset": "pr1453", "hedge1453": {"nats": 1.84, "mass": 42.28}}
+    (logs / "sibling-1.json").write_text(json.dumps(sibling))
     curve = {
         "rows": [
             {"method": m, "total_bytes": b, "gap_bpb": g, "checkpoint_run_id": "x"}
@@ -333,6 +349,10 @@ def test_readme_blocks_are_generated_and_stable(readme: Path, capsys) -> None:
         "| 1.08444 | 130.5 | 201 | not run | c1 64, c2 64, c3 64, c4 6,000,000, documents 64 |",
         "| program (packed) | 940 | 0.01 % |",
         "| micro-step | 1,072,000 | tok/s | 1,700,000 | 0.63 |",
+        "| micro-step | 900,000 | 1,072,000 | tok/s | 1,700,000 | 0.63 |",
+        "| start | none | 61.25 | s | none | none |",
+        "| `ttt_sgd` | 2.8000 | 1.8400, mass 42.3: no distribution |",
+        "| as in `record` | 1.20000 | 1.19000 | 0.01000 | 7 | 290 |\n| `TTT_CHUNK_SIZE=24` |",
         "| start | 61.25 | s | none | none |",
         "| 14,000,000 | none | 0.01600 |",
         "| 16,000,000 | 0.01180 (1.00x) | 0.01010 (0.86x) |",
@@ -341,6 +361,7 @@ def test_readme_blocks_are_generated_and_stable(readme: Path, capsys) -> None:
     ):
         assert words in text, words
     assert "\nold\n" not in text
+    assert "product up" not in text
     assert text.endswith("```\n<!-- generated:runs -->\n```\n")  # documentation inside a fence
     for name in ("loss.svg", "quantiser_curve.svg"):
         ElementTree.parse(readme.parent / "docs" / name)

@@ -7,9 +7,11 @@ their path from its folder.
     headline RUN...     one sentence with score, bytes, clocks and hardware
     result RUN...       table of evaluations: BPB, nats per token, seconds
     runs [PATTERN]      table of all runs in logs/
+    systems PATTERN     parameters, speed, bytes and scores of runs, side by side
     bytes RUN           where the bytes of the cap go
     speed BENCH_JSON... name, value, unit, floor, ratio
     curve CURVE_JSON    quantiser curve, with docs/quantiser_curve.svg
+    adaptation JSON     what learning from documents gains, by the seconds that it takes
     plot RUN...         docs/loss.svg
     path PRESET         from a fresh pod to a records folder: commands, minutes, dollars
 
@@ -239,6 +241,53 @@ def block_runs(sources: Sources, arguments: Sequence[str]) -> str:
     return table(header, rows, left=2)
 
 
+def block_systems(sources: Sources, arguments: Sequence[str]) -> str:
+    """Runs of several systems; the published mixture's number apart, as it is no score."""
+    pattern = arguments[0] if arguments else "*"
+    runs = [r for r in find_runs(sources.logs) if fnmatch.fnmatch(r.run_id, pattern)]
+    if not runs:
+        raise BlockError(f"no run in {sources.logs} matches {pattern!r}")
+    mixtures, rows = any(run.table("hedge1453") for run in runs), []
+    for run in runs:
+        mass = as_number(run.table("hedge1453").get("mass"))
+        rows.append(
+            [
+                log_link(run, run.text("preset") or "unknown"),
+                shown(run.number("model.parameters"), ",.0f"),
+                shown(run.number("train.steps"), ",.0f"),
+                shown(run.number("train.ms_per_step"), ".1f"),
+                shown(run.number("artifact.model_bytes"), ",.0f"),
+                shown(run.number("artifact.total_bytes"), ",.0f"),
+                shown(run.number("bpb.averaged"), ".4f"),
+                shown(run.number("bpb.quantised"), ".4f"),
+                shown(run.val_bpb, ".4f"),
+                f"`{run.headline}`",
+                shown(run.val_loss, ".4f"),
+            ]
+        )
+        if mixtures:
+            nats = shown(run.number("hedge1453.nats"), ".4f")
+            rows[-1].append(nats if mass is None else f"{nats}, mass {mass:.1f}: no distribution")
+    header = ["Preset", "Parameters", "Steps", "ms a step", "Model file", "With program"]
+    header += ["Averaged BPB", "Quantised BPB", "Score, BPB", "Evaluation", "Nats"]
+    return table(header + ["Published mixture, \"nats\""] * mixtures, rows, left=1)
+
+
+def block_adaptation(sources: Sources, arguments: Sequence[str]) -> str:
+    """Gain of test-time training by document against its seconds, cheapest first."""
+    name = arguments[0] if arguments else "logs/adaptation_curve.json"
+    rows = _rows(read_mapping(sources.root / name), name)
+    columns = "plain_bpb", "adapted_bpb", "gain_bpb", "seconds", "projected_seconds"
+    body = []
+    for row in sorted(rows, key=lambda row: as_number(row.get("projected_seconds")) or 0.0):
+        label = f"`{row['settings']}`" if row.get("settings") else "as in `record`"
+        values = [as_number(row.get(column)) for column in columns]
+        body.append([label, *(shown(value, ".5f") for value in values[:3]),
+                     *(shown(value, ".0f") for value in values[3:])])
+    header = ["Settings", "Documents alone, BPB", "Adapted, BPB", "Gain", "Seconds"]
+    return table([*header, "8 GPUs, official: s"], body, left=1)
+
+
 def block_bytes(sources: Sources, arguments: Sequence[str]) -> str:
     """Parts of the artifact."""
     run = sources.some_runs(arguments[:1])[0]
@@ -250,25 +299,26 @@ def block_bytes(sources: Sources, arguments: Sequence[str]) -> str:
     return table(["Part", "Bytes", "Share"], [*rows, ["cap", f"{total:,.0f}", "100 %"]])
 
 
+CEILINGS = ("copy", "product ", "attention ")  # rows that time the machine, not the program
+
+
 def block_speed(sources: Sources, arguments: Sequence[str]) -> str:
-    """Rows of one or several benchmark files."""
+    """Rows of benchmark files side by side; the floor, and the ratio to it, of the last one."""
     if not arguments:
         raise BlockError("names no benchmark file")
-    rows = []
-    for name in arguments:
-        content = read_mapping(sources.root / name)
-        gpu = str(content.get("gpu") or Path(name).stem)
-        for row in _rows(content, name):
-            ratio = as_number(row.get("ratio_to_floor"))
-            cells = [
-                str(row.get("name")),
-                number_text(row.get("value")),
-                str(row.get("unit") or ""),
-            ]
-            cells += [number_text(row.get("floor")), shown(ratio, ".2f", "none")]
-            rows.append([gpu, *cells] if len(arguments) > 1 else cells)
-    header = ["What", "Measured", "Unit", "Floor", "Ratio to floor"]
-    return table(["GPU", *header] if len(arguments) > 1 else header, rows, left=1)
+    files = [{str(row.get("name")): row for row in _rows(read_mapping(sources.root / name), name)}
+             for name in arguments]
+    body = []
+    for name, row in files[-1].items():
+        if name.startswith(CEILINGS):
+            continue
+        values = [number_text(file.get(name, {}).get("value")) for file in files]
+        ratio = shown(as_number(row.get("ratio_to_floor")), ".2f", "none")
+        body.append([name, *values, str(row.get("unit") or ""),
+                     number_text(row.get("floor")), ratio])
+    links = [f"[{Path(name).stem}]({name})" for name in arguments]
+    header = ["What", *(links if len(links) > 1 else ["Measured"])]
+    return table([*header, "Unit", "Floor", "Ratio to floor"], body, left=1)
 
 
 def _rows(content: Mapping[str, Json], name: str) -> list[dict[str, Json]]:
@@ -400,6 +450,8 @@ BLOCKS: dict[str, Callable[[Sources, Sequence[str]], str]] = {
     "result": block_result,
     "evaluations": block_evaluations,
     "runs": block_runs,
+    "systems": block_systems,
+    "adaptation": block_adaptation,
     "bytes": block_bytes,
     "speed": block_speed,
     "curve": block_curve,

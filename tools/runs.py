@@ -28,7 +28,8 @@ from typing import NamedTuple, TypeAlias
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 
 LOG_SUFFIXES = (".txt", ".log", ".out")
-NOT_A_RUN = ("bench_", "quantiser_curve", "submission", "manifest")  # JSON files that are no result
+# Names of JSON files that are no result begin so.
+NOT_A_RUN = ("adaptation_curve", "bench_", "quantiser_curve", "submission", "manifest")
 PARTS = ("code", "model", "total")
 CAP_BYTES = 16_000_000
 MAX_RESULT_BYTES = 256 * 2**20  # a result is kilobytes; anything near this is not one of ours
