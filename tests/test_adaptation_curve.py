@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from toy import read_result, tiny_env
 
@@ -45,6 +46,19 @@ def test_first_documents_end_with_a_document(
     assert (part.document_stops == val_stream.document_stops[:3]).all()
     assert (part.target_bytes == val_stream.target_bytes[:stop]).all()
     assert adaptation_curve.first_documents(config, 0).num_targets >= val_stream.num_targets
+
+
+def test_first_documents_keep_their_bytes_of_raw_text(
+    data_dir: Path, tmp_path: Path, val_stream: golf.ValStream, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = golf.Config.from_env(tiny_env(data_dir, tmp_path))
+    sidecar = np.where(val_stream.tokens == golf.BOS_ID, 0, np.arange(val_stream.tokens.size) % 7)
+    whole = golf.ValStream(val_stream.tokens, golf.token_bytes(golf.load_tokenizer(
+        config.tokenizer_file, config.vocab_size)), config.eval_seq_len, True, sidecar)
+    monkeypatch.setattr(golf.ValStream, "load", lambda config: whole)
+    part = adaptation_curve.first_documents(config, 2)
+    assert part.transformed
+    assert part.num_bytes == sidecar[1:part.num_targets + 1].sum()
 
 
 @pytest.mark.parametrize(("point", "message"), [

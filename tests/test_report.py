@@ -310,7 +310,8 @@ def readme(logs: Path) -> Path:
     before = {"rows": [{"name": "micro-step", "value": 900_000, "unit": "tok/s"}]}
     (logs / "bench_before.json").write_text(json.dumps(before))
     point = {"plain_bpb": 1.2, "adapted_bpb": 1.19, "gain_bpb": 0.01, "seconds": 7.2}
-    (logs / "adaptation_curve.json").write_text(json.dumps({"rows": [
+    (logs / "adaptation_curve.json").write_text(json.dumps({
+        "preset": "record", "documents": 9, "data": "mine", "device": "NVIDIA H200", "rows": [
         point | {"settings": "TTT_CHUNK_SIZE=24", "projected_seconds": 507.4},
         point | {"settings": "", "projected_seconds": 290.1}]}))
     sibling = json.loads((logs / f"{SEED_42}.json").read_text()) | {
@@ -352,6 +353,7 @@ def test_readme_blocks_are_generated_and_stable(readme: Path, capsys) -> None:
         "| micro-step | 900,000 | 1,072,000 | tok/s | 1,700,000 | 0.63 |",
         "| start | none | 61.25 | s | none | none |",
         "| `ttt_sgd` | 2.8000 | 1.8400, mass 42.3: no distribution |",
+        "First 9 documents of `mine`, NVIDIA H200:",
         "| as in `record` | 1.20000 | 1.19000 | 0.01000 | 7 | 290 |\n| `TTT_CHUNK_SIZE=24` |",
         "| start | 61.25 | s | none | none |",
         "| 14,000,000 | none | 0.01600 |",

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -41,17 +42,16 @@ def first_documents(config: golf.Config, count: int) -> golf.ValStream:
         return whole
     stop = int(whole.document_stops[count - 1])
     table = golf.token_bytes(golf.load_tokenizer(config.tokenizer_file, config.vocab_size))
-    sidecar = whole.target_bytes[:stop] if whole.transformed else None
-    if sidecar is not None:  # of which the first token has no entry among targets
-        sidecar = torch.nn.functional.pad(torch.from_numpy(sidecar.copy()), (1, 0)).numpy()
+    # The first token is no target.
+    sidecar = np.append(0, whole.target_bytes[:stop]) if whole.transformed else None
     return golf.ValStream(whole.tokens[:stop + 1], table, config.eval_seq_len, True, sidecar)
 
 
-def measure(path: Path, config: golf.Config, world: golf.World, documents: int) -> dict[str, float]:
+def measure(path: Path, config: golf.Config, world: golf.World,
+            stream: golf.ValStream) -> dict[str, float]:
     """One point: scores, gain and seconds."""
     attend = golf.choose_attention(config.attention, world.device).attend
     model, plan = golf.load_artifact(path, config, world, attend)
-    stream = first_documents(config, documents)
     scorer = golf.Scorer(model, plan, stream, world)
     windows = golf.document_windows(stream, config.eval_seq_len, config.eval_seq_len)
     plain = golf.evaluate(scorer, windows, by_document=True)
@@ -108,14 +108,13 @@ def main(arguments: Sequence[str] | None = None, env: Mapping[str, str] = os.env
         "source_sha256": golf.digest(golf.program_source()), "documents": options.documents,
         "device": torch.cuda.get_device_name() if world.is_cuda else "CPU",
         "data": config.dataset_dir.name}
-    rows = load_file(out, facts)
+    rows, stream = load_file(out, facts), first_documents(config, options.documents)
     torch.set_float32_matmul_precision("high")
     with world.process_group():
         for text, point in points.items():
             found = next((row for row in rows if row["settings"] == text), None)
             if not found:
-                found = {"settings": text, **measure(options.artifact, point, world,
-                                                     options.documents)}
+                found = {"settings": text, **measure(options.artifact, point, world, stream)}
                 rows.append(found)
                 golf.write_atomically(
                     out, (json.dumps(facts | {"rows": rows}, indent=1) + "\n").encode())

@@ -69,6 +69,17 @@ class Sources:
             raise BlockError("names no run, and no submission.json lists any")
         return [self.run(name) for name in names]
 
+    def matching_runs(self, patterns: Sequence[str]) -> list[Run]:
+        """Runs whose ids match the first pattern, all without one, oldest first.
+
+        Raises: BlockError if there are none.
+        """
+        pattern = patterns[0] if patterns else "*"
+        runs = [run for run in find_runs(self.logs) if fnmatch.fnmatch(run.run_id, pattern)]
+        if not runs:
+            raise BlockError(f"no run in {self.logs} matches {pattern!r}")
+        return runs
+
 
 # ------------------------------------------------------------------------------------- formatting
 
@@ -209,12 +220,8 @@ def _audited(run: Run) -> str:
 
 def block_runs(sources: Sources, arguments: Sequence[str]) -> str:
     """All runs in the logs, oldest first; a pattern narrows them."""
-    pattern = arguments[0] if arguments else "*"
-    runs = [r for r in find_runs(sources.logs) if fnmatch.fnmatch(r.run_id, pattern)]
-    if not runs:
-        raise BlockError(f"no run in {sources.logs} matches {pattern!r}")
     rows = []
-    for run in runs:
+    for run in sources.matching_runs(arguments):
         complete = run.text("status") == "complete"
         score = shown(run.val_bpb, ".4f", "none") if complete else f"{run.text('status')}"
         by_plan = run.table("train").get("tok_s_by_plan", {})
@@ -243,10 +250,7 @@ def block_runs(sources: Sources, arguments: Sequence[str]) -> str:
 
 def block_systems(sources: Sources, arguments: Sequence[str]) -> str:
     """Runs of several systems; the published mixture's number apart, as it is no score."""
-    pattern = arguments[0] if arguments else "*"
-    runs = [r for r in find_runs(sources.logs) if fnmatch.fnmatch(r.run_id, pattern)]
-    if not runs:
-        raise BlockError(f"no run in {sources.logs} matches {pattern!r}")
+    runs = sources.matching_runs(arguments)
     mixtures, rows = any(run.table("hedge1453") for run in runs), []
     for run in runs:
         mass = as_number(run.table("hedge1453").get("mass"))
@@ -254,6 +258,7 @@ def block_systems(sources: Sources, arguments: Sequence[str]) -> str:
             [
                 log_link(run, run.text("preset") or "unknown"),
                 shown(run.number("model.parameters"), ",.0f"),
+                shown(run.number("clocks.training_seconds"), ".0f"),
                 shown(run.number("train.steps"), ",.0f"),
                 shown(run.number("train.ms_per_step"), ".1f"),
                 shown(run.number("artifact.model_bytes"), ",.0f"),
@@ -268,24 +273,27 @@ def block_systems(sources: Sources, arguments: Sequence[str]) -> str:
         if mixtures:
             nats = shown(run.number("hedge1453.nats"), ".4f")
             rows[-1].append(nats if mass is None else f"{nats}, mass {mass:.1f}: no distribution")
-    header = ["Preset", "Parameters", "Steps", "ms a step", "Model file", "With program"]
-    header += ["Averaged BPB", "Quantised BPB", "Score, BPB", "Evaluation", "Nats"]
+    header = ["Preset", "Parameters", "Training s", "Steps", "ms a step", "Model file"]
+    header += ["With program", "Averaged BPB", "Quantised BPB", "Score, BPB", "Evaluation", "Nats"]
     return table(header + ["Published mixture, \"nats\""] * mixtures, rows, left=1)
 
 
 def block_adaptation(sources: Sources, arguments: Sequence[str]) -> str:
     """Gain of test-time training by document against its seconds, cheapest first."""
     name = arguments[0] if arguments else "logs/adaptation_curve.json"
-    rows = _rows(read_mapping(sources.root / name), name)
+    content = read_mapping(sources.root / name)
+    rows, preset = _rows(content, name), content.get("preset")
     columns = "plain_bpb", "adapted_bpb", "gain_bpb", "seconds", "projected_seconds"
     body = []
     for row in sorted(rows, key=lambda row: as_number(row.get("projected_seconds")) or 0.0):
-        label = f"`{row['settings']}`" if row.get("settings") else "as in `record`"
+        label = f"`{row['settings']}`" if row.get("settings") else f"as in `{preset}`"
         values = [as_number(row.get(column)) for column in columns]
         body.append([label, *(shown(value, ".5f") for value in values[:3]),
                      *(shown(value, ".0f") for value in values[3:])])
     header = ["Settings", "Documents alone, BPB", "Adapted, BPB", "Gain", "Seconds"]
-    return table([*header, "8 GPUs, official: s"], body, left=1)
+    count = f"First {content['documents']}" if content.get("documents") else "All"
+    title = f"{count} documents of `{content.get('data')}`, {content.get('device')}:\n\n"
+    return title + table([*header, "8 GPUs, official: s"], body, left=1)
 
 
 def block_bytes(sources: Sources, arguments: Sequence[str]) -> str:
