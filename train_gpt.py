@@ -97,6 +97,7 @@ class Config:
     tokenizer_path: str = ""  # SentencePiece model; default: likewise
     vocab_size: int = within(8192, 8, 65_535)
     train_seq_len: int = within(2048, 8, 1 << 20)  # tokens per training window
+    train_context: str = ""  # progress:tokens,...; until then windows are cut into rows so long
     train_batch_tokens: int = within(786_432, 8, 1 << 30)  # per optimizer step, all ranks
     micro_batch_tokens: int = within(98_304, 8, 1 << 20)  # most in one forward pass of one rank
     train_order: Literal["shuffled", "coprime", "sequential"] = "shuffled"  # of windows
@@ -240,8 +241,12 @@ class Config:
     def depth_schedule(self) -> list[tuple[float, int]]:
         """Progress until which, and how often, the loop segment is passed."""
         text = self.prog_depth or f"{self.enable_looping_at}:1,1:{self.num_loops + 1}"
-        flat = numbers("prog_depth", text)
-        return [(until, int(passes)) for until, passes in zip(flat[::2], flat[1::2], strict=False)]
+        return stages("prog_depth", text)
+
+    @property
+    def context_schedule(self) -> list[tuple[float, int]]:
+        """Progress until which rows have how many tokens."""
+        return stages("train_context", f"{self.train_context},1:{self.train_seq_len}".lstrip(","))
 
     def method(self) -> dict[str, object]:
         """The settings that define the method: equal for the seeds of one experiment."""
@@ -322,6 +327,15 @@ def numbers(name: str, text: str) -> list[float]:
 RELATIONS = {"%": ("a multiple of", np.mod), "<=": ("at most", np.greater),
              "<": ("below", np.greater_equal)}
 
+def stages(name: str, text: str) -> list[tuple[float, int]]:
+    """Pairs of the progress until which, and the value that, is in force: `0.5:1,1:3`."""
+    flat = numbers(name, text)
+    return [(until, int(value)) for until, value in zip(flat[::2], flat[1::2], strict=False)]
+
+def value_at(schedule: Sequence[tuple[float, int]], progress: float) -> int:
+    """What is in force at `progress` (0 to 1)."""
+    return next((value for until, value in schedule if progress < until), schedule[-1][1])
+
 def check_consistency(c: Config) -> None:
     """Raises ConfigError for the first two settings that contradict each other."""
     rules = ["model_dim % 8", "mlp_dim % 8", "model_dim % num_heads", "head_dim % 2",
@@ -337,13 +351,16 @@ def check_consistency(c: Config) -> None:
         (words, broken), value = RELATIONS[sign], getattr(c, name)
         bound = int(other) if other.isdigit() else getattr(c, other)
         require(not broken(value, bound), name, value, f"{words} {other.upper()} ({bound})")
-    least, most = c.cross_repeat + 1, c.num_loops + 1
+    least, most, widths = c.cross_repeat + 1, c.num_loops + 1, c.context_schedule
     rises = np.diff([(0, least), *c.depth_schedule, (math.inf, most)], axis=0)
     for name, holds, words in (
             ("compressor", c.compressor == "ans" or c.quantiser != "rate", "ans (QUANTISER=rate)"),
             ("prog_depth", rises.min() >= 0 and most in dict(c.depth_schedule).values(),
              f"progress:passes,... that rise, to NUM_LOOPS ({c.num_loops}) + 1 passes, and from "
              f"{least} on for CROSS_REPEAT={c.cross_repeat:d}"),
+            ("train_context", np.diff([(0, 8), *widths], axis=0).min() >= 0
+             and not any(c.train_seq_len % width for _, width in widths),
+             f"progress:tokens,... that rise, from 8 on, in divisors of {c.train_seq_len}"),
             ("ve_layers", {*c.ve_blocks} <= {*range(c.num_layers)},
              f"blocks below NUM_LAYERS ({c.num_layers})"),
             ("gptq_calibration_batches", c.gptq_calibration_batches or c.quantiser == "nearest",
@@ -808,8 +825,7 @@ def depth_plans(config: Config) -> tuple[DepthPlan, ...]:
 
 def plan_at(config: Config, progress: float) -> DepthPlan:
     """The plan in force at `progress` (0 to 1)."""
-    counts = [passes for until, passes in config.depth_schedule if progress < until]
-    return build_plan(config, (counts or [config.num_loops + 1])[0])
+    return build_plan(config, value_at(config.depth_schedule, progress))
 
 class BlockWeights(NamedTuple):
     """Parameters of one physical block; matrices are in the compute type."""
@@ -1271,6 +1287,7 @@ class TrainState:
     facts: dict[str, object]  # settings, data, world and source, which must be equal
     step: int = 0
     plan: int = 0
+    width: int = 0  # tokens of a row
     plan_step: int = 0  # with which that plan began; 0: it is the first
     seconds: float = 0.0  # on the training clock
     period: int = 0  # of SWA_EVERY steps
@@ -1371,11 +1388,15 @@ class Trainer:
         self.micro_seconds: dict[str, list[float]] = {}
         self.last_loss, self.skipped = math.nan, -1
 
-    def forward_backward(self, plan: DepthPlan, batches: Sequence[Tensor]) -> Tensor:
-        """Accumulates gradients over micro-batches; this rank's mean loss, 0-D on the device."""
+    def forward_backward(self, plan: DepthPlan, batches: Sequence[Tensor], width: int = -1
+                         ) -> Tensor:
+        """Accumulates gradients over micro-batches, cut into rows of `width` tokens if positive;
+        this rank's mean loss, 0-D on the device."""
         losses = []
         for rows in batches:
-            losses.append(self.model(rows[:, :-1], rows[:, 1:], plan).mean())
+            inputs, targets = (t.reshape(-1, width) if width > 0 else t
+                               for t in (rows[:, :-1], rows[:, 1:]))
+            losses.append(self.model(inputs, targets, plan).mean())
             (losses[-1] / len(batches)).backward()
         return torch.stack(losses).detach().mean()
 
@@ -1384,15 +1405,18 @@ class Trainer:
         config = self.config
         rows = torch.randint(config.vocab_size, (self.shape.sequences, config.train_seq_len + 1),
                              dtype=torch.int32, device=self.world.device)
-        for plan in depth_plans(config):
+        begins = {0.0, *dict(config.depth_schedule), *dict(config.context_schedule)} - {1.0}
+        for plan, width in dict.fromkeys(
+                (plan_at(config, at), value_at(config.context_schedule, at))
+                for at in sorted(begins)):
             begin = time.perf_counter()
             for _ in range(config.warmup_steps):
-                self.forward_backward(plan, [rows])
+                self.forward_backward(plan, [rows], width)
             self.optimizer.step(0, 0.0)
             self.world.synchronize()
             seconds = time.perf_counter() - begin
-            self.log.event("phase", name=f"warm_up {plan.name}", seconds=seconds)
-            self.log.line(f"warm_up {plan.name}: {seconds:.1f}s")
+            self.log.event("phase", name=f"warm_up {plan.name} {width}", seconds=seconds)
+            self.log.line(f"warm_up {plan.name}, rows of {width}: {seconds:.1f}s")
         torch._foreach_copy_(self.weights, self.shadow)  # which are the first ones yet
         torch._foreach_zero_([*self.optimizer.moments(), *self.optimizer.momenta])
         for _ in range(2):  # the second is warm
@@ -1457,6 +1481,11 @@ class Trainer:
                 log.event("plan", step=step + 1, plan=plan.name, progress=progress)
                 log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
                          f"{plan.describe()}")
+            width = max(state.width, value_at(config.context_schedule, progress))
+            if width != state.width:
+                state.width = width
+                log.event("context", step=step + 1, tokens=width, progress=progress)
+                log.line(f"context: rows of {width} tokens from step {step + 1}, {progress:.3f}")
             self.take_step(plan, progress, next(stream))
             state.step += 1
         stream.close()
@@ -1506,7 +1535,7 @@ class Trainer:
         at = config.schedule_steps * progress or state.step  # the step that settings in steps mean
         scale, begin = lr_scale(config, at, progress), self.mark()
         with torch._dynamo.config.patch(error_on_recompile=True):  # the error names the guard
-            loss = self.forward_backward(plan, batches)
+            loss = self.forward_backward(plan, batches, state.width)
         middle = self.mark()
         values = torch.stack([loss, self.optimizer.step(at, scale)]).to("cpu", non_blocking=True)
         self.flight.append((state.step + 1, plan, progress, scale, values,
