@@ -37,7 +37,7 @@ def test_gain_is_the_paired_difference_in_favour_of_the_technique(
         trainer: Path, capsys: pytest.CaptureFixture[str], mode: list[str]) -> None:
     arguments = ["--seeds", "1,2,3", "--variant", "rate: MATRIX_LR=0.02/0.022", *mode]
     assert bench(trainer, *arguments) == 0
-    row, = json.loads((trainer.parent / "recipe" / "recipe.json").read_text())
+    row, = json.loads((trainer.parent / "recipe" / "recipe.json").read_text())["rows"]
     assert (row["technique"], row["pairs"], row["lines"]) == ("rate", 3, None)
     assert row["gain"] == pytest.approx(0.002, abs=1e-9)
     assert row["pre-quantisation"] == pytest.approx(0.001, abs=1e-9)

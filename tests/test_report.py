@@ -285,6 +285,10 @@ old
 <!-- /generated -->
 <!-- generated:adaptation -->
 <!-- /generated -->
+<!-- generated:versus {SEED_42},{SEED_314} plain-42,plain-314 -->
+<!-- /generated -->
+<!-- generated:recipe logs/recipe.json -->
+<!-- /generated -->
 
 ```
 <!-- generated:runs -->
@@ -328,6 +332,14 @@ def readme(logs: Path) -> Path:
         ]
     }
     (logs / "quantiser_curve.json").write_text(json.dumps(curve))
+    for seed, name in ((42, SEED_42), (314, SEED_314)):
+        plain = json.loads((logs / f"{name}.json").read_text())
+        plain |= {"run_id": f"plain-{seed}", "preset": "pr1493",
+                  "val_bpb": plain["val_bpb"] + 0.03 + seed / 1e6}
+        (logs / f"plain-{seed}.json").write_text(json.dumps(plain))
+    (logs / "recipe.json").write_text(json.dumps({"rows": [
+        {"technique": "smear gate", "pairs": 2, "gain": 0.0017, "gain noise": 0.0004,
+         "ms per step": 90.25, "slower": 0.004, "lines": 15, "packed bytes": 120}]}))
     path = logs.parent / "README.md"
     path.write_text(README)
     return path
@@ -354,6 +366,8 @@ def test_readme_blocks_are_generated_and_stable(readme: Path, capsys) -> None:
         "| start | none | 61.25 | s | none | none |",
         "| `ttt_sgd` | 2.8000 | 1.8400, mass 42.3: no distribution |",
         "First 9 documents of `mine`, NVIDIA H200:",
+        "| Own best evaluation, BPB | 1.0846 | 1.1148 | -0.0302 ± 0.0001 |",
+        "| smear gate | 2 | +0.0017 ± 0.0004 | not run | 90.2 | +0.4% | 15 | 120 |",
         "| as in `record` | 1.20000 | 1.19000 | 0.01000 | 7 | 290 |\n| `TTT_CHUNK_SIZE=24` |",
         "| start | 61.25 | s | none | none |",
         "| 14,000,000 | none | 0.01600 |",
@@ -402,6 +416,9 @@ def test_check_sees_every_kind_of_staleness(readme: Path) -> None:
         ("runs nothing*", "matches 'nothing*'"),
         ("speed logs/absent.json", "absent.json"),
         ("speed logs/record-7.json", "has no rows"),
+        (f"versus {SEED_42} {SEED_314}", "seeds [42] against [314]"),
+        (f"versus {SEED_42}", "two groups of runs"),
+        ("recipe", "names no file"),
     ],
 )
 def test_block_that_cannot_be_written_is_named_with_its_line(

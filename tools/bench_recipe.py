@@ -191,7 +191,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     (settings.out / "recipe.md").write_text(table(rows))
-    (settings.out / "recipe.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (settings.out / "recipe.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     print(table(rows), end="")
     return status
 

@@ -8,6 +8,8 @@ their path from its folder.
     result RUN...       table of evaluations: BPB, nats per token, seconds
     runs [PATTERN]      table of all runs in logs/
     systems PATTERN     parameters, speed, bytes and scores of runs, side by side
+    versus RUNS RUNS    two systems, each as RUN,RUN,... of equal seeds, and their difference
+    recipe JSON         what tools/bench_recipe.py found: gain, noise and price by technique
     bytes RUN           where the bytes of the cap go
     speed BENCH_JSON... name, value, unit, floor, ratio
     curve CURVE_JSON    quantiser curve, with docs/quantiser_curve.svg
@@ -278,6 +280,58 @@ def block_systems(sources: Sources, arguments: Sequence[str]) -> str:
     return table(header + ["Published mixture, \"nats\""] * mixtures, rows, left=1)
 
 
+VERSUS = {
+    "Steps": ("train.steps", ",.0f"), "Step, ms": ("train.ms_per_step", ".1f"),
+    "Program and model, bytes": ("artifact.total_bytes", ",.0f"),
+    "Averaged weights, BPB": ("bpb.averaged", ".4f"), "Quantised, BPB": ("bpb.quantised", ".4f"),
+    "Own best evaluation, BPB": ("val_bpb", ".4f")}
+
+
+def block_versus(sources: Sources, arguments: Sequence[str]) -> str:
+    """Two systems side by side, by equal seeds of one source on one kind of machine."""
+    if len(arguments) != 2:
+        raise BlockError("takes two groups of runs, each as RUN,RUN,...")
+    groups = [[sources.run(name) for name in group.split(",")] for group in arguments]
+    for key in ("source_sha256", "data.fingerprint", "hardware.gpu", "config.attention",
+                "config.train_batch_tokens"):
+        _shared([run for group in groups for run in group], key)
+    seeds = [[run.seed for run in group] for group in groups]
+    if seeds[0] != seeds[1]:
+        raise BlockError(f"seeds {seeds[0]} against {seeds[1]}")
+    rows = []
+    for label, (key, form) in VERSUS.items():
+        first, second = ([_mean([run], key) for run in group] for group in groups)
+        test, gap = welch.paired(first, second), welch.mean(first) - welch.mean(second)
+        noise = f" ± {format(test.standard_error, form)}" if test else ""
+        rows.append([label, format(welch.mean(first), form), format(welch.mean(second), form),
+                     f"{format(gap, '+' + form)}{noise}"])
+    evaluations = [", ".join(dict.fromkeys(f"`{run.headline}`" for run in group))
+                   for group in groups]
+    rows.append(["Its name", *evaluations, ""])
+    rows.append(["Logs", *(", ".join(log_link(run, f"seed {run.seed}") for run in group)
+                           for group in groups), ""])
+    presets = [f"`{_shared(group, 'preset')}`" for group in groups]
+    return table(["Mean over seeds", *presets, "Difference"], rows)
+
+
+def block_recipe(sources: Sources, arguments: Sequence[str]) -> str:
+    """Techniques by pairs of runs with and without them."""
+    if not arguments:
+        raise BlockError("names no file of tools/bench_recipe.py")
+    rows = []
+    for row in _rows(read_mapping(sources.root / arguments[0]), arguments[0]):
+        cells = [str(row.get("technique")), str(row.get("pairs"))]
+        for column in ("gain", "pre-quantisation"):
+            gain, noise = as_number(row.get(column)), as_number(row.get(f"{column} noise"))
+            cells.append(shown(gain, "+.4f") + (f" ± {noise:.4f}" if noise is not None else ""))
+        cells.append(shown(as_number(row.get("ms per step")), ".1f"))
+        cells.append(shown(as_number(row.get("slower")), "+.1%"))
+        cells += [shown(as_number(row.get(key)), ",.0f", "") for key in ("lines", "packed bytes")]
+        rows.append(cells)
+    header = ["Technique", "Pairs", "Gain, BPB", "Before quantisation", "Step, ms", "Slower"]
+    return table([*header, "Lines", "Packed bytes"], rows)
+
+
 def block_adaptation(sources: Sources, arguments: Sequence[str]) -> str:
     """Gain of test-time training by document against its seconds, cheapest first."""
     name = arguments[0] if arguments else "logs/adaptation_curve.json"
@@ -460,6 +514,8 @@ BLOCKS: dict[str, Callable[[Sources, Sequence[str]], str]] = {
     "runs": block_runs,
     "systems": block_systems,
     "adaptation": block_adaptation,
+    "versus": block_versus,
+    "recipe": block_recipe,
     "bytes": block_bytes,
     "speed": block_speed,
     "curve": block_curve,

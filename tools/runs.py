@@ -29,7 +29,7 @@ Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | 
 
 LOG_SUFFIXES = (".txt", ".log", ".out")
 # Names of JSON files that are no result begin so.
-NOT_A_RUN = ("adaptation_curve", "bench_", "quantiser_curve", "submission", "manifest")
+NOT_A_RUN = ("adaptation_curve", "bench_", "quantiser_curve", "recipe", "submission", "manifest")
 PARTS = ("code", "model", "total")
 CAP_BYTES = 16_000_000
 MAX_RESULT_BYTES = 256 * 2**20  # a result is kilobytes; anything near this is not one of ours
