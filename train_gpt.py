@@ -235,18 +235,12 @@ class Config:
         c.data_path or f"{c.data_dir}/datasets/fineweb10B_sp{c.vocab_size}"))
     tokenizer_file = property(lambda c: Path(
         c.tokenizer_path or f"{c.data_dir}/tokenizers/fineweb_{c.vocab_size}_bpe.model"))
+    # Progress until which, and how often, the loop segment is passed; then, tokens of a row
+    depth_schedule = property(lambda c: stages(
+        "prog_depth", c.prog_depth or f"{c.enable_looping_at}:1,1:{c.num_loops + 1}"))
+    context_schedule = property(lambda c: stages(
+        "train_context", f"{c.train_context},1:{c.train_seq_len}".lstrip(",")))
     config_hash = property(lambda c: digest(json.dumps(c.method(), sort_keys=True))[:16])
-
-    @property
-    def depth_schedule(self) -> list[tuple[float, int]]:
-        """Progress until which, and how often, the loop segment is passed."""
-        text = self.prog_depth or f"{self.enable_looping_at}:1,1:{self.num_loops + 1}"
-        return stages("prog_depth", text)
-
-    @property
-    def context_schedule(self) -> list[tuple[float, int]]:
-        """Progress until which rows have how many tokens."""
-        return stages("train_context", f"{self.train_context},1:{self.train_seq_len}".lstrip(","))
 
     def method(self) -> dict[str, object]:
         """The settings that define the method: equal for the seeds of one experiment."""
@@ -323,18 +317,18 @@ def numbers(name: str, text: str) -> list[float]:
     """The numbers in a setting that lists some. Raises: ConfigError."""
     return [parse_setting(name, part, float) for part in re.split("[,:]", text)]
 
-# Relations between settings in words, and what contradicts them.
-RELATIONS = {"%": ("a multiple of", np.mod), "<=": ("at most", np.greater),
-             "<": ("below", np.greater_equal)}
-
 def stages(name: str, text: str) -> list[tuple[float, int]]:
-    """Pairs of the progress until which, and the value that, is in force: `0.5:1,1:3`."""
+    """Pairs of the progress until which, and the value that, is in force."""
     flat = numbers(name, text)
     return [(until, int(value)) for until, value in zip(flat[::2], flat[1::2], strict=False)]
 
 def value_at(schedule: Sequence[tuple[float, int]], progress: float) -> int:
     """What is in force at `progress` (0 to 1)."""
     return next((value for until, value in schedule if progress < until), schedule[-1][1])
+
+# Relations between settings in words, and what contradicts them.
+RELATIONS = {"%": ("a multiple of", np.mod), "<=": ("at most", np.greater),
+             "<": ("below", np.greater_equal)}
 
 def check_consistency(c: Config) -> None:
     """Raises ConfigError for the first two settings that contradict each other."""
@@ -351,16 +345,16 @@ def check_consistency(c: Config) -> None:
         (words, broken), value = RELATIONS[sign], getattr(c, name)
         bound = int(other) if other.isdigit() else getattr(c, other)
         require(not broken(value, bound), name, value, f"{words} {other.upper()} ({bound})")
-    least, most, widths = c.cross_repeat + 1, c.num_loops + 1, c.context_schedule
+    least, most = c.cross_repeat + 1, c.num_loops + 1
     rises = np.diff([(0, least), *c.depth_schedule, (math.inf, most)], axis=0)
     for name, holds, words in (
             ("compressor", c.compressor == "ans" or c.quantiser != "rate", "ans (QUANTISER=rate)"),
             ("prog_depth", rises.min() >= 0 and most in dict(c.depth_schedule).values(),
              f"progress:passes,... that rise, to NUM_LOOPS ({c.num_loops}) + 1 passes, and from "
              f"{least} on for CROSS_REPEAT={c.cross_repeat:d}"),
-            ("train_context", np.diff([(0, 8), *widths], axis=0).min() >= 0
-             and not any(c.train_seq_len % width for _, width in widths),
-             f"progress:tokens,... that rise, from 8 on, in divisors of {c.train_seq_len}"),
+            ("train_context", np.diff([(0, 8), *c.context_schedule], axis=0).min() >= 0
+             and not any(c.train_seq_len % tokens for _, tokens in c.context_schedule),
+             f"progress:tokens,... that rise, divisors of {c.train_seq_len} from 8 on"),
             ("ve_layers", {*c.ve_blocks} <= {*range(c.num_layers)},
              f"blocks below NUM_LAYERS ({c.num_layers})"),
             ("gptq_calibration_batches", c.gptq_calibration_batches or c.quantiser == "nearest",
@@ -1286,8 +1280,8 @@ class TrainState:
     """Where a run stands. With a checkpoint's tensors and the settings, it decides what follows."""
     facts: dict[str, object]  # settings, data, world and source, which must be equal
     step: int = 0
+    progress: float = 0.0
     plan: int = 0
-    width: int = 0  # tokens of a row
     plan_step: int = 0  # with which that plan began; 0: it is the first
     seconds: float = 0.0  # on the training clock
     period: int = 0  # of SWA_EVERY steps
@@ -1386,17 +1380,14 @@ class Trainer:
         self.shadow = [p.clone() for p in self.weights]  # their moving average
         self.flight: deque[tuple] = deque()  # steps whose numbers may not be on the host yet
         self.micro_seconds: dict[str, list[float]] = {}
-        self.last_loss, self.skipped = math.nan, -1
+        self.last_loss, self.skipped, self.context = math.nan, -1, config.train_seq_len
 
-    def forward_backward(self, plan: DepthPlan, batches: Sequence[Tensor], width: int = -1
-                         ) -> Tensor:
-        """Accumulates gradients over micro-batches, cut into rows of `width` tokens if positive;
-        this rank's mean loss, 0-D on the device."""
+    def forward_backward(self, plan: DepthPlan, batches: Sequence[Tensor]) -> Tensor:
+        """Accumulates gradients over micro-batches; this rank's mean loss, 0-D on the device."""
         losses = []
         for rows in batches:
-            inputs, targets = (t.reshape(-1, width) if width > 0 else t
-                               for t in (rows[:, :-1], rows[:, 1:]))
-            losses.append(self.model(inputs, targets, plan).mean())
+            pair = (t.reshape(-1, self.context) for t in (rows[:, :-1], rows[:, 1:]))
+            losses.append(self.model(*pair, plan).mean())
             (losses[-1] / len(batches)).backward()
         return torch.stack(losses).detach().mean()
 
@@ -1405,18 +1396,18 @@ class Trainer:
         config = self.config
         rows = torch.randint(config.vocab_size, (self.shape.sequences, config.train_seq_len + 1),
                              dtype=torch.int32, device=self.world.device)
-        begins = {0.0, *dict(config.depth_schedule), *dict(config.context_schedule)} - {1.0}
-        for plan, width in dict.fromkeys(
+        changes = {0.0, *dict(config.depth_schedule + config.context_schedule)} - {1.0}
+        for plan, self.context in dict.fromkeys(
                 (plan_at(config, at), value_at(config.context_schedule, at))
-                for at in sorted(begins)):
+                for at in sorted(changes)):
             begin = time.perf_counter()
             for _ in range(config.warmup_steps):
-                self.forward_backward(plan, [rows], width)
+                self.forward_backward(plan, [rows])
             self.optimizer.step(0, 0.0)
             self.world.synchronize()
             seconds = time.perf_counter() - begin
-            self.log.event("phase", name=f"warm_up {plan.name} {width}", seconds=seconds)
-            self.log.line(f"warm_up {plan.name}, rows of {width}: {seconds:.1f}s")
+            self.log.event("phase", name=f"warm_up {plan.name}", seconds=seconds)
+            self.log.line(f"warm_up {plan.name}, rows of {self.context}: {seconds:.1f}s")
         torch._foreach_copy_(self.weights, self.shadow)  # which are the first ones yet
         torch._foreach_zero_([*self.optimizer.moments(), *self.optimizer.momenta])
         for _ in range(2):  # the second is warm
@@ -1463,6 +1454,8 @@ class Trainer:
             self.drain(2)  # the steps that the host runs ahead
             step = state.step
             progress, stopped = clock.next_step(step, len(self.flight))
+            # A resumed clock may fall back a little; progress does not.
+            state.progress = progress = max(progress, state.progress)
             if world.stopping or 0 < config.checkpoint_every <= clock.agreed - saved:
                 self.save()
                 saved = clock.agreed
@@ -1474,18 +1467,12 @@ class Trainer:
                     validate(step, plans[state.plan], stopped)
             if stopped:
                 break
-            # A resumed clock may fall back a little; a plan does not.
-            plan = plans[max(state.plan, plans.index(plan_at(config, progress)))]
+            plan = plan_at(config, progress)
             if plan != plans[state.plan]:
                 state.plan, state.plan_step = plans.index(plan), step + 1
                 log.event("plan", step=step + 1, plan=plan.name, progress=progress)
                 log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
                          f"{plan.describe()}")
-            width = max(state.width, value_at(config.context_schedule, progress))
-            if width != state.width:
-                state.width = width
-                log.event("context", step=step + 1, tokens=width, progress=progress)
-                log.line(f"context: rows of {width} tokens from step {step + 1}, {progress:.3f}")
             self.take_step(plan, progress, next(stream))
             state.step += 1
         stream.close()
@@ -1534,8 +1521,9 @@ class Trainer:
         config, state = self.config, self.state
         at = config.schedule_steps * progress or state.step  # the step that settings in steps mean
         scale, begin = lr_scale(config, at, progress), self.mark()
+        self.context = value_at(config.context_schedule, progress)
         with torch._dynamo.config.patch(error_on_recompile=True):  # the error names the guard
-            loss = self.forward_backward(plan, batches, state.width)
+            loss = self.forward_backward(plan, batches)
         middle = self.mark()
         values = torch.stack([loss, self.optimizer.step(at, scale)]).to("cpu", non_blocking=True)
         self.flight.append((state.step + 1, plan, progress, scale, values,

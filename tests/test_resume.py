@@ -231,8 +231,8 @@ def test_second_bad_step_names_rank_and_tensors(make_config: MakeConfig, log: Si
     trainer = golf.Trainer(make_config(), golf.World(), log, golf.sdpa_attend)
     honest = trainer.forward_backward
 
-    def poisoned(plan: golf.DepthPlan, batches: list[torch.Tensor], width: int) -> torch.Tensor:
-        loss = honest(plan, batches, width)
+    def poisoned(plan: golf.DepthPlan, batches: list[torch.Tensor]) -> torch.Tensor:
+        loss = honest(plan, batches)
         if len(trainer.flight) == 2 and trainer.model.up.grad is not None:
             trainer.model.up.grad[0, 0, 0] = math.inf
         return loss

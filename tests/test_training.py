@@ -289,9 +289,9 @@ def test_timed_run_keeps_its_budget(make_config: MakeConfig, log: SilentLog, fak
     trainer = make_trainer(config, log)
     honest_batch, honest_calibration = trainer.forward_backward, trainer.calibrate
 
-    def slow_batch(plan: golf.DepthPlan, batches: list[Tensor], width: int) -> Tensor:
+    def slow_batch(plan: golf.DepthPlan, batches: list[Tensor]) -> Tensor:
         fake_time.now += 1.5 if plan.name == "unlooped" else 2.0
-        return honest_batch(plan, batches, width)
+        return honest_batch(plan, batches)
 
     def slow_calibration(plan: golf.DepthPlan) -> dict[str, Tensor]:
         fake_time.now += 2.5
@@ -336,8 +336,8 @@ def test_gradient_that_is_not_finite_ends_training(config: golf.Config, log: Sil
     trainer = make_trainer(config, log)
     honest = trainer.forward_backward
 
-    def poisoned(plan: golf.DepthPlan, batches: list[Tensor], width: int) -> Tensor:
-        loss = honest(plan, batches, width)
+    def poisoned(plan: golf.DepthPlan, batches: list[Tensor]) -> Tensor:
+        loss = honest(plan, batches)
         if trainer.model.embed.grad is not None and len(trainer.flight) == 2:
             trainer.model.embed.grad[5, 5] = math.inf
         return loss
@@ -383,9 +383,9 @@ def test_calibration_reads_the_configured_number_of_windows(make_config: MakeCon
 def test_rows_are_cut_to_the_context_in_force(make_config: MakeConfig, log: SilentLog) -> None:
     """A shorter context is the same text in more rows, and none sees past its start."""
     trainer = make_trainer(make_config(TRAIN_CONTEXT="0.5:16"), log)
-    trainer.model = random_model(trainer.config)
+    trainer.model, trainer.context = random_model(trainer.config), 16
     rows, plan = torch.from_numpy(trainer.loader.read(0, 4)), plan_named(trainer.config, "looped")
-    loss = trainer.forward_backward(plan, [rows], 16)
+    loss = trainer.forward_backward(plan, [rows])
     pieces = [row[first:first + 17] for row in rows for first in range(0, 64, 16)]
     alone = [trainer.model(p[None, :-1], p[None, 1:], plan).mean() for p in pieces]
     torch.testing.assert_close(loss, torch.stack(alone).mean().detach())
@@ -394,17 +394,17 @@ def test_rows_are_cut_to_the_context_in_force(make_config: MakeConfig, log: Sile
 def test_context_grows_at_its_share_of_the_run(make_config: MakeConfig, log: SilentLog,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(make_config(TRAIN_CONTEXT="0.25:16,0.75:32", ITERATIONS=8), log)
-    honest, widths = trainer.forward_backward, []
+    honest, used = trainer.forward_backward, []
 
-    def noted(plan: golf.DepthPlan, batches: list[Tensor], width: int) -> Tensor:
-        widths.append((plan.name, width))
-        return honest(plan, batches, width)
+    def noted(plan: golf.DepthPlan, batches: list[Tensor]) -> Tensor:
+        used.append((plan.name, trainer.context))
+        return honest(plan, batches)
 
     monkeypatch.setattr(trainer, "forward_backward", noted)
     trainer.run(never)
-    trained = widths[-8:]
-    assert [width for _, width in trained] == [16] * 2 + [32] * 4 + [64] * 2
-    assert set(trained) <= set(widths[:-8])  # warmed up before the clock
+    trained = used[-8:]
+    assert [context for _, context in trained] == [16] * 2 + [32] * 4 + [64] * 2
+    assert set(trained) <= set(used[:-8])  # warmed up before the clock
 
 
 def test_micro_steps_add_up_to_the_whole_batch(make_config: MakeConfig, log: SilentLog) -> None:
