@@ -97,7 +97,7 @@ class Config:
     tokenizer_path: str = ""  # SentencePiece model; default: likewise
     vocab_size: int = within(8192, 8, 65_535)
     train_seq_len: int = within(2048, 8, 1 << 20)  # tokens per training window
-    train_context: str = ""  # progress:tokens,...; until then windows are cut into rows so long
+    train_context: str = "0.35:512,0.7:1024"  # progress:tokens,...; until then rows are shorter
     train_batch_tokens: int = within(786_432, 8, 1 << 30)  # per optimizer step, all ranks
     micro_batch_tokens: int = within(98_304, 8, 1 << 20)  # most in one forward pass of one rank
     train_order: Literal["shuffled", "coprime", "sequential"] = "shuffled"  # of windows
@@ -149,7 +149,7 @@ class Config:
     # Schedule
     iterations: int = within(20_000, 1, 10**7)  # most optimizer steps
     max_wallclock_seconds: float = within(600.0, 0, 1e7)  # 0: progress is step / iterations
-    gptq_reserve_seconds: float = within(12.0, 0, 1e7)  # least share kept for calibration
+    gptq_reserve_seconds: float = within(0.0, 0, 1e7)  # least share kept for calibration
     warmdown_frac: float = within(0.72, 0.001, 1)  # last share of progress with falling rate
     warmdown_iters: int = within(0, 0, 10**7)  # instead, in steps of the mean time so far
     schedule_steps: int = within(0, 0, 10**7)  # settings in steps are shares of so many; 0: steps
@@ -168,7 +168,7 @@ class Config:
     matrix_clip_sigmas: str = within("12.85", 1e-6, 1000)  # of rows; up to 1: a quantile of
     embed_clip_sigmas: str = within("20", 1e-6, 1000)  # magnitudes; of several the best wins
     clip_floor: float = within(0.0, 0, 1000)  # least clip width of a row
-    gptq_calibration_batches: int = within(64, 0, 10**7)  # of micro_batch_tokens, all ranks
+    gptq_calibration_batches: int = within(16, 0, 10**7)  # of micro_batch_tokens, all ranks
     max_quant_gap_bpb: float = within(0.05, 0, 100)  # a larger loss by quantisation is no result
     gptq_damp: float = within(0.03, 1e-6, 1)  # of the mean Hessian diagonal
     quantiser: Literal["gptq", "rate", "gptq_matrices", "nearest"] = "rate"  # rate: per bit
@@ -235,10 +235,9 @@ class Config:
         c.data_path or f"{c.data_dir}/datasets/fineweb10B_sp{c.vocab_size}"))
     tokenizer_file = property(lambda c: Path(
         c.tokenizer_path or f"{c.data_dir}/tokenizers/fineweb_{c.vocab_size}_bpe.model"))
-    # Progress until which, and how often, the loop segment is passed; then, tokens of a row
-    depth_schedule = property(lambda c: stages(
+    depth_schedule = property(lambda c: stages(  # passes through the loop segment
         "prog_depth", c.prog_depth or f"{c.enable_looping_at}:1,1:{c.num_loops + 1}"))
-    context_schedule = property(lambda c: stages(
+    context_schedule = property(lambda c: stages(  # tokens of a row
         "train_context", f"{c.train_context},1:{c.train_seq_len}".lstrip(",")))
     config_hash = property(lambda c: digest(json.dumps(c.method(), sort_keys=True))[:16])
 
@@ -255,10 +254,11 @@ NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_
               "tokenizer_path checkpoint_every rank_timeout_seconds max_quant_gap_bpb")
 
 # Published steps to the recurrence are shares of the run here; SCHEDULE_STEPS does it to others.
-FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, attn_gate=0.0, min_lr=0.0,
-                    muon_momentum=0.99, muon_backend="newton_schulz")
-PLAIN = FORMER | dict(quantiser="gptq", compressor="brotli", gptq_damp=0.01, val_tail=False,
-                      sliding_window_enabled=True, ttt_mode="sgd", mixer="off")
+FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, attn_gate=0.0, min_lr=0.0, train_context="",
+                    muon_momentum=0.99, muon_backend="newton_schulz", gptq_reserve_seconds=12.0)
+PLAIN = FORMER | dict(
+    quantiser="gptq", compressor="brotli", gptq_damp=0.01, gptq_calibration_batches=64,
+    sliding_window_enabled=True, ttt_mode="sgd", mixer="off", val_tail=False)
 PR1445 = PLAIN | dict(
     vocab_size=4096, ttt_enabled=False, residual="two_lane_drop", max_skips=5, ve_layers="9,10",
     num_loops=1, enable_looping_at=2000 / 5104, qk_gain_init=5.0, embed_wd=0.095, prune=True,
@@ -277,12 +277,11 @@ PR1453 = PLAIN | dict.fromkeys(("matrix_clip_sigmas", "embed_clip_sigmas"),
     attn_qmax=63, mlp_qmax=16, embed_qmax=63, compressor="zstd")
 
 PRESETS: dict[str, dict] = {
-    "record": {}, "pr1493": PLAIN, "pr1445": PR1445 | QUANTILES,
+    "record": {}, "pr1493": PLAIN, "pr1445": PR1445 | QUANTILES, "pr1453": PR1453,
     "pr1471": PR1445 | dict(vocab_size=8192, enable_looping_at=2000 / 4968),
     "pr1395": PR1445 | QUANTILES | dict(
         residual="two_lane_attn", loop_start=4, enable_looping_at=3000 / 5409, matrix_lr=0.02,
         muon_wd=0.09, embed_wd=0.09, warmdown_frac=0.667, averaging="ema_warm", ema_decay=0.997),
-    "pr1453": PR1453,
     "pr895": PR1453 | dict(
         model_dim=832, mlp_mult=2.0, num_loops=4, prog_depth="0.3:2,0.5:3,0.75:4,1:5",
         matrix_lr=0.015, scalar_lr=0.015, tied_embed_lr=0.018, iterations=200_000,
@@ -297,8 +296,8 @@ PRESETS: dict[str, dict] = {
         matrix_lr=0.03, muon_momentum=0.95, muon_momentum_warmup_steps=40, grad_clip_norm=1.0,
         ema_decay=0.95, max_wallclock_seconds=75.0, gptq_reserve_seconds=1.0, warmup_steps=1,
         train_log_every=10, val_loss_every=0, gptq_calibration_batches=8, eval_seq_len=256,
-        val_batch_tokens=65_536, ttt_chunk_tokens=4096, ttt_batch_size=16, ttt_chunk_size=32,
-        ttt_lora_rank=16, ttt_lora_alpha=32.0, ttt_lora_lr=1e-3)}
+        val_batch_tokens=65_536, ttt_batch_size=16, ttt_chunk_size=32, ttt_lora_rank=16,
+        ttt_lora_alpha=32.0, ttt_lora_lr=1e-3)}
 
 # A variable with one of these words between underscores can only be meant for this program.
 OWNED_WORDS = ("TTT MUON GPTQ EMA SWA WARMDOWN LOOPS XSA ROPE WALLCLOCK EMBED CLIP LORA MLP QK LR "
@@ -320,7 +319,7 @@ def numbers(name: str, text: str) -> list[float]:
 def stages(name: str, text: str) -> list[tuple[float, int]]:
     """Pairs of the progress until which, and the value that, is in force."""
     flat = numbers(name, text)
-    return [(until, int(value)) for until, value in zip(flat[::2], flat[1::2], strict=False)]
+    return [*zip(flat[::2], map(int, flat[1::2]), strict=False)]
 
 def value_at(schedule: Sequence[tuple[float, int]], progress: float) -> int:
     """What is in force at `progress` (0 to 1)."""
@@ -814,8 +813,7 @@ def build_plan(config: Config, passes: int) -> DepthPlan:
 
 def depth_plans(config: Config) -> tuple[DepthPlan, ...]:
     """The plans of a run, in the order in which training reaches them."""
-    counts = dict.fromkeys(passes for _, passes in config.depth_schedule)
-    return tuple(build_plan(config, passes) for passes in counts)
+    return tuple(dict.fromkeys(build_plan(config, passes) for _, passes in config.depth_schedule))
 
 def plan_at(config: Config, progress: float) -> DepthPlan:
     """The plan in force at `progress` (0 to 1)."""
@@ -1396,10 +1394,8 @@ class Trainer:
         config = self.config
         rows = torch.randint(config.vocab_size, (self.shape.sequences, config.train_seq_len + 1),
                              dtype=torch.int32, device=self.world.device)
-        changes = {0.0, *dict(config.depth_schedule + config.context_schedule)} - {1.0}
-        for plan, self.context in dict.fromkeys(
-                (plan_at(config, at), value_at(config.context_schedule, at))
-                for at in sorted(changes)):
+        for at in sorted({0.0, *dict(config.depth_schedule + config.context_schedule)} - {1.0}):
+            plan, self.context = plan_at(config, at), value_at(config.context_schedule, at)
             begin = time.perf_counter()
             for _ in range(config.warmup_steps):
                 self.forward_backward(plan, [rows])
@@ -1454,8 +1450,7 @@ class Trainer:
             self.drain(2)  # the steps that the host runs ahead
             step = state.step
             progress, stopped = clock.next_step(step, len(self.flight))
-            # A resumed clock may fall back a little; progress does not.
-            state.progress = progress = max(progress, state.progress)
+            state.progress = progress = max(progress, state.progress)  # a resumed clock may lag
             if world.stopping or 0 < config.checkpoint_every <= clock.agreed - saved:
                 self.save()
                 saved = clock.agreed
@@ -1477,7 +1472,8 @@ class Trainer:
             state.step += 1
         stream.close()
         self.drain(0)
-        self.update_average((config.averaging == "swa") / (state.snapshots + 1))
+        last_share = (config.averaging == "swa") / (state.snapshots + 1)
+        torch._foreach_lerp_(self.shadow, self.weights, last_share)
         torch._foreach_copy_(self.weights, self.shadow)
         self.summarise(clock.elapsed())
         state.trained = True
@@ -1496,10 +1492,9 @@ class Trainer:
         log, state, begin = self.log, self.state, time.perf_counter()
         state.seconds, name = self.clock.elapsed(), f"step-{state.step:08}.ckpt"
         with self.clock.paused():
+            tensors = [*self.replicated(), *map(self.world.gather, self.optimizer.momenta)]
             if state.trained:
                 name, tensors = "weights.ckpt", self.weights
-            else:
-                tensors = [*self.replicated(), *map(self.world.gather, self.optimizer.momenta)]
             try:
                 if log.files:
                     state.write(log.folder / name, tensors)
@@ -1529,12 +1524,8 @@ class Trainer:
         self.flight.append((state.step + 1, plan, progress, scale, values,
                             self.optimizer.squares, begin, middle, self.mark()))
         in_swa = plan == depth_plans(config)[-1] and scale < config.swa_start_frac
-        self.update_average(state.average_share(config, at + 1, in_swa))  # numbered from one
-
-    def update_average(self, share: float) -> None:
-        """Gives the newest weights their share of the average."""
-        if share:  # between snapshots there is none
-            torch._foreach_lerp_(self.shadow, self.weights, share)
+        share = state.average_share(config, at + 1, in_swa)  # numbered from one
+        torch._foreach_lerp_(self.shadow, self.weights, share)
 
     def drain(self, most_in_flight: int) -> None:
         log, config = self.log, self.config
@@ -1559,8 +1550,7 @@ class Trainer:
 
     def skip(self, step: int, norm: float, squares: list[float]) -> None:
         """Notes a step without effect. Raises: GolfError if the one before had none either."""
-        mine = torch.tensor([self.last_loss], device=self.world.device)
-        losses = self.world.gather(mine).tolist()
+        losses = self.world.gather(torch.tensor([self.last_loss]).to(self.world.device)).tolist()
         values = zip(self.optimizer.names, squares, strict=True)
         names = [name for name, value in values if not math.isfinite(value)]
         text = f"step {step}: gradient norm={norm}, losses by rank: {losses}, not finite in {names}"
@@ -2290,8 +2280,7 @@ class Scorer:
         """Mean nats by which scores of these ranks are worse than those without learning were."""
         if not self.fixed:
             return 0.0
-        place = torch.from_numpy(targets)
-        gap = float((ledger.nats[place] - self.fixed.nats[place]).sum())
+        gap = float((ledger.nats - self.fixed.nats)[targets].sum())
         gap, count = world.combine(torch.tensor([gap, len(targets)])).tolist()
         return gap / count
 
@@ -2321,13 +2310,11 @@ class Scorer:
         starts = torch.from_numpy(np.resize(windows.starts, (shape[0], 1)))
         index = starts.to(device, non_blocking=True) + torch.arange(shape[1] + 1, device=device)
         rows = self.tokens[index.clamp_(max=self.stream.num_targets)]
-        nats_KBS = self.nats(rows, windows.skip, adapter)
+        x_BSD = self.states(rows, windows.skip, adapter)
+        nats_KBS = self.judge(x_BSD, rows[:, 1 + windows.skip:], adapter)
         if self.audit:
             self.audit.observe(self, ledger, windows, rows, nats_KBS, adapter)
         return nats_KBS
-
-    def nats(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
-        return self.judge(self.states(rows, skip, adapter), rows[:, 1 + skip:], adapter)
 
     def judge(self, x_BSD: Tensor, target_BS: Tensor, adapter: LowRank | None) -> Tensor:
         """Nats of targets and what mixtures want, tempered copies or the entropy: (K, B, S)."""
@@ -2550,8 +2537,7 @@ class LowRank:
         self.adam.state.clear()
         for a, b in self.pairs:
             b.zero_()
-            bound = a.shape[1] ** -0.5
-            a[:] = torch.empty_like(a[0]).uniform_(-bound, bound, generator=generator)
+            a[:] = a.shape[1] ** -0.5 * torch.empty_like(a[0]).uniform_(-1, 1, generator=generator)
 
     def learn(self, loss: Tensor) -> None:
         loss.backward()
@@ -2595,8 +2581,7 @@ def evaluate_documents(scorer: Scorer, prefix: str = "") -> Score:
     if prefix and path.is_file():
         scorer.earlier_seconds = ledger.resume(path)
     groups = document_passes(stream.document_starts, stream.document_stops, adapters.config)
-    costs = [sum(width for _, width in passes) for passes in groups]  # on all ranks the same
-    saved = time.perf_counter()
+    costs, saved = [sum(width for _, width in passes) for passes in groups], time.perf_counter()
     for index in np.flatnonzero(share_out(costs, world.size) == world.rank):
         if ledger.scored[groups[index][0][0].targets()].all():
             continue
@@ -2632,7 +2617,8 @@ def project_documents(scorer: Scorer) -> float:
     for width in widths * (1 + config.compile):
         rows = torch.randint(config.vocab_size, (config.ttt_batch_size, width + 1))
         begin, skip = time.perf_counter(), max(0, width - config.ttt_chunk_size)
-        adapters.learn(scorer.nats(rows.to(scorer.world.device), skip, adapters).sum())
+        x_BSD = scorer.states(rows := rows.to(scorer.world.device), skip, adapters)
+        adapters.learn(scorer.judge(x_BSD, rows[:, 1 + skip:], adapters).sum())
         scorer.world.synchronize()
         seconds[width] = time.perf_counter() - begin
     costs = [np.interp([width for _, width in passes], widths, list(seconds.values())).sum()
@@ -2683,11 +2669,6 @@ class Mixture:
         gain_N = np.log(chance_N) + kept_KN[0]
         return Mixed(gain_N, place_ON, cell_ONF, kind_N, parts_EN / chance_N)
 
-    def bet(self, found: Mixed) -> np.ndarray:
-        """Log odds of the mixture, one more than targets: each counts what came before it. So the
-        sum of all scores is, but for MIX_SHARE, no worse than that of the neural distribution."""
-        return self.odds + np.cumsum(np.append(0, found.gain))
-
     def learn(self, tokens: np.ndarray, found: Mixed, odds: float) -> None:
         """Takes up released tokens, of several with one place the last, and the odds after them."""
         run_ON = found.cell[..., 2] * (found.cell[..., 1] == tokens[1:])
@@ -2709,7 +2690,9 @@ def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.
         last = min(first + MIX_CHUNK, stop)
         found = mixture.score(contexts[first:last], stream.tokens[first + 1:last + 1],
                               kept_KT[:, first:last])  # 1. predict
-        odds = mixture.bet(found)
+        # Log odds of the mixture, one more than targets: each counts what came before it. So the
+        # sum of all scores is, but for MIX_SHARE, no worse than that of the neural distribution.
+        odds = mixture.odds + np.cumsum(np.append(0, found.gain))
         for target, row_KV in probes.items():
             if first <= target < last:
                 ids, before = np.arange(row_KV.shape[1]), odds[target - first]
@@ -2958,10 +2941,10 @@ def describe_config(config: Config, world: World) -> str:
         groups = count_parameters(GPT(config, sdpa_attend))
     lines += [f"{name}: {n} tensors, {count:,} parameters" for name, (n, count) in groups.items()]
     total, most = sum(count for _, count in groups.values()), config.artifact_cap_bytes
-    return "\n".join([
-        *lines, f"total: {total:,} parameters", f"batch: {world.size} ranks x {micro_steps} "
-        f"micro-steps x {sequences} sequences x {config.train_seq_len} tokens",
-        f"expected artifact: {estimate_artifact_bytes(config):,} of {most:,} bytes"])
+    lines += [f"total: {total:,} parameters", f"batch: {world.size} ranks x {micro_steps} "
+              f"micro-steps x {sequences} sequences x {config.train_seq_len} tokens",
+              f"expected artifact: {estimate_artifact_bytes(config):,} of {most:,} bytes"]
+    return "\n".join(lines)
 
 def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
     """One run from settings to result. Raises: GolfError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import Callable
 
@@ -118,7 +119,7 @@ def test_only_sampled_batches_wait_for_the_device(adapted: golf.Config, kind: st
             name=name, honest=getattr(torch.Tensor, name)))
     for owner, name in ((golf.Audit, "observe"), (golf.ScoreLedger, "commit"),
                         (golf.ScoreLedger, "released_nats"), (golf.LowRank, "reset"),
-                        (golf.Scorer, "nats")):
+                        (golf.Scorer, "states"), (golf.Scorer, "judge")):
         monkeypatch.setattr(owner, name, functools.partialmethod(
             lambda self, *inputs, honest: within(honest, self, *inputs),
             honest=getattr(owner, name)))
@@ -178,17 +179,15 @@ def test_update_before_score_in_sgd_is_caught(adapted: golf.Config, released: bo
 def test_gate_that_reads_the_target_is_caught(adapted: golf.Config, kind: str,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the target is even, another expert (here: half the states) speaks."""
-    honest = golf.Scorer.nats
+    honest = golf.Scorer.judge
 
-    def gated(scorer: golf.Scorer, rows: torch.Tensor, skip: int,
+    def gated(scorer: golf.Scorer, states: torch.Tensor, targets: torch.Tensor,
               adapter: golf.LowRank | None) -> torch.Tensor:
-        targets = rows[:, 1 + skip:]
-        logits = scorer.model.logits(0.5 * scorer.states(rows, skip, adapter), adapter)
-        other = scorer.model.target_nats(logits, targets.flatten().long()).view(targets.shape)
-        return torch.where(targets % 2 == 0, other, honest(scorer, rows, skip, adapter))
+        other = honest(scorer, 0.5 * states, targets, adapter)
+        return torch.where(targets % 2 == 0, other, honest(scorer, states, targets, adapter))
 
-    monkeypatch.setattr(golf.Scorer, "nats", gated)
-    assert "c1_causal" in failed(adapted, kind)
+    monkeypatch.setattr(golf.Scorer, "judge", gated)
+    assert "c2_normalised" in failed(adapted, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -288,9 +287,10 @@ def test_counts_of_a_chunk_before_its_score_are_caught(adapted: golf.Config,
 
 def test_odds_that_know_the_present_target_are_caught(adapted: golf.Config,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = golf.Mixture.bet
-    monkeypatch.setattr(golf.Mixture, "bet", lambda mixture, found: np.append(
-        honest(mixture, found)[1:], 0))
+    honest, mutant = inspect.getsource(golf.mix), dict(vars(golf))
+    assert honest.count("np.append(0, found.gain)") == 1
+    exec(honest.replace("np.append(0, found.gain)", "np.append(found.gain, 0)"), mutant)
+    monkeypatch.setattr(golf, "mix", mutant["mix"])
     assert failed(adapted, "mixer_documents", repeated()) & {"c1_causal", "c3_score_first"}
 
 
