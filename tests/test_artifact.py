@@ -31,7 +31,7 @@ CHECKSUM_BYTES = 16
 # The smallest models: with and without a loop, all shapes of skip rows.
 SMALL = golf.Config(quantiser="gptq", compressor="brotli", vocab_size=16, num_layers=2,
                     model_dim=8, num_heads=2, num_kv_heads=1, mlp_mult=2.0, rope_dims=2,
-                    xsa_last_n=1, num_loops=1, loop_start=0, loop_end=0,
+                    xsa_last_n=1, train_context="", num_loops=1, loop_start=0, loop_end=0,
                     train_seq_len=16, eval_seq_len=16, eval_stride=4, ttt_chunk_tokens=32,
                     ttt_chunk_size=8)
 

@@ -30,7 +30,7 @@ def shards_of(*lengths: int) -> list[np.ndarray]:
 
 
 def make_loader(*lengths: int, seed: int = 0) -> golf.TrainLoader:
-    config = golf.Config(vocab_size=65_535, train_seq_len=SEQ_LEN, seed=seed)
+    config = golf.Config(vocab_size=65_535, train_seq_len=SEQ_LEN, train_context="", seed=seed)
     return golf.TrainLoader(shards_of(*lengths), config)
 
 
@@ -152,7 +152,8 @@ def test_shortest_possible_shard_is_one_window() -> None:
 
 def test_bad_id_in_training_data_is_refused_when_read() -> None:
     tokens = np.array([1] * 40 + [384] + [1] * 40, dtype=np.uint16)
-    loader = golf.TrainLoader([tokens], golf.Config(vocab_size=384, train_seq_len=SEQ_LEN))
+    config = golf.Config(vocab_size=384, train_seq_len=SEQ_LEN, train_context="")
+    loader = golf.TrainLoader([tokens], config)
     with pytest.raises(golf.DataError, match=r"token id 384 .*VOCAB_SIZE \(384\)"):
         loader.read(0, len(loader.starts))
 

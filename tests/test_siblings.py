@@ -464,7 +464,8 @@ def shards_of(*lengths: int, first: int = 0) -> list[np.ndarray]:
 
 def loader_of(shards: list[np.ndarray], **settings: object) -> golf.TrainLoader:
     return golf.TrainLoader(shards, replace(golf.Config(vocab_size=65_535), **{
-        "train_seq_len": 16, "train_batch_tokens": 160, "train_order": "coprime", **settings}))
+        "train_seq_len": 16, "train_context": "", "train_batch_tokens": 160,
+        "train_order": "coprime", **settings}))
 
 
 def test_sequential_order_is_the_text_in_order() -> None:
