@@ -65,10 +65,12 @@ def test_result_has_the_promised_keys_and_rows(tiny_result: dict[str, object],
     assert isinstance(rows, list)
     for row in rows:
         assert {"name", "value", "unit", "floor", "ratio_to_floor"} <= row.keys()
-        # A backward pass is a difference of two timings, which may be noise on a busy machine.
-        assert row["value"] > 0 or row["name"].endswith("backward")
         assert math.isfinite(row["value"])
-        assert row["floor"] is None or (row["floor"] > 0 and row["ratio_to_floor"] > 0)
+        assert row["floor"] is None or row["floor"] > 0
+        # A backward pass is a difference of two timings, which may be noise on a busy machine.
+        if not row["name"].endswith("backward"):
+            assert row["value"] > 0
+            assert row["floor"] is None or row["ratio_to_floor"] > 0
     names = {row["name"] for row in rows}
     assert {"copy", "product head forward", "attention math backward", "looped micro-step",
             "optimizer step", "average", "loader", "solve", "sliding"} <= names
