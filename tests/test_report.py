@@ -435,6 +435,27 @@ def test_block_that_cannot_be_written_is_named_with_its_line(
     assert path.read_text() == before
 
 
+@pytest.mark.parametrize(("changes", "refused"), [
+    ({"config": {"max_wallclock_seconds": 0.0}}, ""),  # equal steps
+    ({"config": {"max_wallclock_seconds": 0.0}, "train": {"steps": 399}}, "max_wallclock_seconds"),
+    ({"train": {"steps": 399}}, ""),  # equal seconds
+    ({"source_sha256": "another"}, "source_sha256"),
+    ({"data": {"train_ends_sha256": "another"}}, "data.train_ends_sha256"),
+    ({"versions": {"attention_backend": "cudnn"}}, "attention_backend"),
+])
+def test_two_systems_are_compared_on_equal_terms_or_not_at_all(
+    logs: Path, capsys: pytest.CaptureFixture[str], changes: dict, refused: str
+) -> None:
+    other = json.loads((logs / f"{SEED_42}.json").read_text()) | {"run_id": "other"}
+    for key, value in changes.items():
+        other[key] = other[key] | value if isinstance(value, dict) else value
+    (logs / "other.json").write_text(json.dumps(other))
+    path = logs.parent / "README.md"
+    path.write_text(f"<!-- generated:versus {SEED_42} other -->\n<!-- /generated -->\n")
+    assert report.main(["readme", str(path)]) == bool(refused)
+    assert refused in capsys.readouterr().err
+
+
 def test_unclosed_blocks_are_errors(logs: Path) -> None:
     path = logs.parent / "README.md"
     for text in ("<!-- generated:runs -->\n", "<!-- generated:runs -->\n<!-- generated:runs -->\n"):

@@ -289,16 +289,21 @@ VERSUS = {
 
 
 def block_versus(sources: Sources, arguments: Sequence[str]) -> str:
-    """Two systems side by side, by equal seeds of one source on one kind of machine."""
+    """Two systems side by side, by equal seeds of one source on one kind of machine.
+
+    Both trained for equal seconds, or for equal steps.
+    """
     if len(arguments) != 2:
         raise BlockError("takes two groups of runs, each as RUN,RUN,...")
     groups = [[sources.run(name) for name in group.split(",")] for group in arguments]
+    both = [run for group in groups for run in group]
     # The tail that fills no sequence is scored by some presets and not by others: see the targets.
     for key in ("source_sha256", "data.train_ends_sha256", "data.tokenizer_sha256",
                 "data.val_documents", "hardware.gpu", "versions.attention_backend",
-                "config.max_wallclock_seconds", "config.train_batch_tokens",
-                "config.artifact_cap_bytes"):
-        _shared([run for group in groups for run in group], key)
+                "config.train_batch_tokens", "config.artifact_cap_bytes"):
+        _shared(both, key)
+    if len({run.get("train.steps") for run in both}) > 1:  # else equal steps are compared
+        _shared(both, "config.max_wallclock_seconds")
     seeds = [[run.seed for run in group] for group in groups]
     if seeds[0] != seeds[1]:
         raise BlockError(f"seeds {seeds[0]} against {seeds[1]}")
