@@ -1278,9 +1278,8 @@ class TrainState:
     """Where a run stands. With a checkpoint's tensors and the settings, it decides what follows."""
     facts: dict[str, object]  # settings, data, world and source, which must be equal
     step: int = 0
-    progress: float = 0.0
-    plan: int = 0
-    plan_step: int = 0  # with which that plan began; 0: it is the first
+    progress: float = -1.0  # of the last step, if there was one
+    plan_step: int = 0  # with which its plan began; 0: it is the first
     seconds: float = 0.0  # on the training clock
     period: int = 0  # of SWA_EVERY steps
     snapshots: int = 0  # in the average
@@ -1434,7 +1433,7 @@ class Trainer:
         self.clock.begin -= state.seconds
         if not state.trained:
             self.train(validate)
-        plan = depth_plans(config)[state.plan]
+        plan = plan_at(config, state.progress)
         hessians, seconds = self.calibrate(plan), self.clock.elapsed()
         log.put("clocks", training_seconds=seconds,
                 training_budget_seconds=config.max_wallclock_seconds)
@@ -1443,14 +1442,13 @@ class Trainer:
     def train(self, validate: Callable[..., None]) -> None:
         """The loop, until averaged weights, or after a signal a checkpoint, are on disk."""
         config, log, clock, world = self.config, self.log, self.clock, self.world
-        state, plans = self.state, depth_plans(config)
-        stream = batch_stream(self.loader, self.shape, world, state.step)
+        state, stream = self.state, batch_stream(self.loader, self.shape, world, self.state.step)
         saved, world.deferring = state.seconds, True
-        while True:
+        for step in range(state.step, config.iterations + 1):
             self.drain(2)  # the steps that the host runs ahead
-            step = state.step
             progress, stopped = clock.next_step(step, len(self.flight))
-            state.progress = progress = max(progress, state.progress)  # a resumed clock may lag
+            progress = max(progress, state.progress)  # a resumed clock may lag
+            plan, last_plan = (plan_at(config, at) for at in (progress, state.progress))
             if world.stopping or 0 < config.checkpoint_every <= clock.agreed - saved:
                 self.save()
                 saved = clock.agreed
@@ -1459,21 +1457,18 @@ class Trainer:
             if config.val_loss_every and (stopped or step % config.val_loss_every == 0):
                 self.drain(0)
                 with clock.paused():
-                    validate(step, plans[state.plan], stopped)
+                    validate(step, last_plan, stopped)
             if stopped:
                 break
-            plan = plan_at(config, progress)
-            if plan != plans[state.plan]:
-                state.plan, state.plan_step = plans.index(plan), step + 1
+            if plan != last_plan:
+                state.plan_step = step + 1
                 log.event("plan", step=step + 1, plan=plan.name, progress=progress)
-                log.line(f"layer_loop:enabled step:{step + 1} frac:{progress:.3f} "
-                         f"{plan.describe()}")
+                log.line(f"layer_loop:enabled step:{step+1} frac:{progress:.3f} {plan.describe()}")
             self.take_step(plan, progress, next(stream))
-            state.step += 1
+            state.step, state.progress = step + 1, progress
         stream.close()
         self.drain(0)
-        last_share = (config.averaging == "swa") / (state.snapshots + 1)
-        torch._foreach_lerp_(self.shadow, self.weights, last_share)
+        self.update_average((config.averaging == "swa") / (state.snapshots + 1))
         torch._foreach_copy_(self.weights, self.shadow)
         self.summarise(clock.elapsed())
         state.trained = True
@@ -1492,9 +1487,10 @@ class Trainer:
         log, state, begin = self.log, self.state, time.perf_counter()
         state.seconds, name = self.clock.elapsed(), f"step-{state.step:08}.ckpt"
         with self.clock.paused():
-            tensors = [*self.replicated(), *map(self.world.gather, self.optimizer.momenta)]
             if state.trained:
                 name, tensors = "weights.ckpt", self.weights
+            else:
+                tensors = [*self.replicated(), *map(self.world.gather, self.optimizer.momenta)]
             try:
                 if log.files:
                     state.write(log.folder / name, tensors)
@@ -1524,8 +1520,12 @@ class Trainer:
         self.flight.append((state.step + 1, plan, progress, scale, values,
                             self.optimizer.squares, begin, middle, self.mark()))
         in_swa = plan == depth_plans(config)[-1] and scale < config.swa_start_frac
-        share = state.average_share(config, at + 1, in_swa)  # numbered from one
-        torch._foreach_lerp_(self.shadow, self.weights, share)
+        self.update_average(state.average_share(config, at + 1, in_swa))  # numbered from one
+
+    def update_average(self, share: float) -> None:
+        """Gives the newest weights their share of the average."""
+        if share:  # between snapshots there is none
+            torch._foreach_lerp_(self.shadow, self.weights, share)
 
     def drain(self, most_in_flight: int) -> None:
         log, config = self.log, self.config
@@ -2280,7 +2280,7 @@ class Scorer:
         """Mean nats by which scores of these ranks are worse than those without learning were."""
         if not self.fixed:
             return 0.0
-        gap = float((ledger.nats - self.fixed.nats)[targets].sum())
+        gap = float((ledger.nats[targets] - self.fixed.nats[targets]).sum())
         gap, count = world.combine(torch.tensor([gap, len(targets)])).tolist()
         return gap / count
 
@@ -2310,11 +2310,13 @@ class Scorer:
         starts = torch.from_numpy(np.resize(windows.starts, (shape[0], 1)))
         index = starts.to(device, non_blocking=True) + torch.arange(shape[1] + 1, device=device)
         rows = self.tokens[index.clamp_(max=self.stream.num_targets)]
-        x_BSD = self.states(rows, windows.skip, adapter)
-        nats_KBS = self.judge(x_BSD, rows[:, 1 + windows.skip:], adapter)
+        nats_KBS = self.nats(rows, windows.skip, adapter)
         if self.audit:
             self.audit.observe(self, ledger, windows, rows, nats_KBS, adapter)
         return nats_KBS
+
+    def nats(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
+        return self.judge(self.states(rows, skip, adapter), rows[:, 1 + skip:], adapter)
 
     def judge(self, x_BSD: Tensor, target_BS: Tensor, adapter: LowRank | None) -> Tensor:
         """Nats of targets and what mixtures want, tempered copies or the entropy: (K, B, S)."""
@@ -2617,8 +2619,7 @@ def project_documents(scorer: Scorer) -> float:
     for width in widths * (1 + config.compile):
         rows = torch.randint(config.vocab_size, (config.ttt_batch_size, width + 1))
         begin, skip = time.perf_counter(), max(0, width - config.ttt_chunk_size)
-        x_BSD = scorer.states(rows := rows.to(scorer.world.device), skip, adapters)
-        adapters.learn(scorer.judge(x_BSD, rows[:, 1 + skip:], adapters).sum())
+        adapters.learn(scorer.nats(rows.to(scorer.world.device), skip, adapters).sum())
         scorer.world.synchronize()
         seconds[width] = time.perf_counter() - begin
     costs = [np.interp([width for _, width in passes], widths, list(seconds.values())).sum()
@@ -2690,8 +2691,7 @@ def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.
         last = min(first + MIX_CHUNK, stop)
         found = mixture.score(contexts[first:last], stream.tokens[first + 1:last + 1],
                               kept_KT[:, first:last])  # 1. predict
-        # Log odds of the mixture, one more than targets: each counts what came before it. So the
-        # sum of all scores is, but for MIX_SHARE, no worse than that of the neural distribution.
+        # One more than targets: each counts what came before it, so all lose MIX_SHARE at worst.
         odds = mixture.odds + np.cumsum(np.append(0, found.gain))
         for target, row_KV in probes.items():
             if first <= target < last:

@@ -119,7 +119,7 @@ def test_only_sampled_batches_wait_for_the_device(adapted: golf.Config, kind: st
             name=name, honest=getattr(torch.Tensor, name)))
     for owner, name in ((golf.Audit, "observe"), (golf.ScoreLedger, "commit"),
                         (golf.ScoreLedger, "released_nats"), (golf.LowRank, "reset"),
-                        (golf.Scorer, "states"), (golf.Scorer, "judge")):
+                        (golf.Scorer, "nats")):
         monkeypatch.setattr(owner, name, functools.partialmethod(
             lambda self, *inputs, honest: within(honest, self, *inputs),
             honest=getattr(owner, name)))
@@ -179,15 +179,17 @@ def test_update_before_score_in_sgd_is_caught(adapted: golf.Config, released: bo
 def test_gate_that_reads_the_target_is_caught(adapted: golf.Config, kind: str,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the target is even, another expert (here: half the states) speaks."""
-    honest = golf.Scorer.judge
+    honest = golf.Scorer.nats
 
-    def gated(scorer: golf.Scorer, states: torch.Tensor, targets: torch.Tensor,
+    def gated(scorer: golf.Scorer, rows: torch.Tensor, skip: int,
               adapter: golf.LowRank | None) -> torch.Tensor:
-        other = honest(scorer, 0.5 * states, targets, adapter)
-        return torch.where(targets % 2 == 0, other, honest(scorer, states, targets, adapter))
+        targets = rows[:, 1 + skip:]
+        logits = scorer.model.logits(0.5 * scorer.states(rows, skip, adapter), adapter)
+        other = scorer.model.target_nats(logits, targets.flatten().long()).view(targets.shape)
+        return torch.where(targets % 2 == 0, other, honest(scorer, rows, skip, adapter))
 
-    monkeypatch.setattr(golf.Scorer, "judge", gated)
-    assert "c2_normalised" in failed(adapted, kind)
+    monkeypatch.setattr(golf.Scorer, "nats", gated)
+    assert "c1_causal" in failed(adapted, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

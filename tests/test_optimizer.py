@@ -236,6 +236,6 @@ def test_average_follows_its_formula(config: golf.Config, log: SilentLog) -> Non
             for name, p in model.named_parameters():
                 p.add_(random_gradients(model, step, 0.1)[name])
                 shadow[name] = 0.75 * shadow[name] + 0.25 * p.double()
-        torch._foreach_lerp_(trainer.shadow, trainer.weights, 0.25)
+        trainer.update_average(0.25)
     for name, found in zip(shadow, trainer.shadow, strict=True):
         torch.testing.assert_close(found.double(), shadow[name], rtol=1e-5, atol=1e-6)

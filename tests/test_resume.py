@@ -96,7 +96,7 @@ def look(trainer: golf.Trainer) -> tuple[golf.TrainState, list[torch.Tensor], fl
     """Where a trainer stands, its weights, averages and moments, and the loss that is next."""
     tensors = [t.clone() for t in (*trainer.replicated(), *trainer.optimizer.momenta)]
     rows = trainer.loader.read(trainer.state.step * trainer.shape.sequences, 4)
-    loss = trainer.forward_backward(golf.depth_plans(trainer.config)[trainer.state.plan],
+    loss = trainer.forward_backward(golf.plan_at(trainer.config, trainer.state.progress),
                                     [torch.from_numpy(rows).to(trainer.world.device)])
     trainer.model.zero_grad()
     return trainer.state, tensors, float(loss)

@@ -437,19 +437,18 @@ def test_snapshots_are_averaged_with_equal_weights_and_the_final_weights() -> No
 
 
 @pytest.mark.parametrize("name", ["pr1453", "pr1395"])
-def test_averages_end_up_in_the_weights(build: MakeConfig, name: str,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_averages_end_up_in_the_weights(build: MakeConfig, name: str) -> None:
     config = build(name, ITERATIONS=5)
     trainer = golf.Trainer(config, golf.World(), SilentLog(config), golf.sdpa_attend)
     seen: list[tuple[Tensor, float]] = []
-    honest = torch._foreach_lerp_
+    honest = trainer.update_average
 
-    def update(shadow: list[Tensor], weights: list[Tensor], share: float) -> None:
+    def update(share: float) -> None:
         seen.append((trainer.model.embed.detach().clone(), share))
-        honest(shadow, weights, share)
+        honest(share)
 
     wanted = trainer.model.embed.detach().clone()
-    monkeypatch.setattr(torch, "_foreach_lerp_", update)
+    trainer.update_average = update  # type: ignore[method-assign]
     trainer.run(lambda *_: None)
     for weights, share in seen:
         wanted += share * (weights - wanted)

@@ -411,8 +411,7 @@ class Bench:
         optimizer = self.timer.median(step)
         self.add("optimizer step", optimizer,
                  least_bytes / copy + operations / self.ceilings.best_rate)
-        ema = self.timer.median(lambda: torch._foreach_lerp_(
-            trainer.shadow, trainer.weights, 1 - self.config.ema_decay))
+        ema = self.timer.median(lambda: trainer.update_average(1 - self.config.ema_decay))
         self.add("average", ema, 12 * total / copy)
         self.result["step_overhead_ms"] = 1e3 * (optimizer + ema)
 
