@@ -392,6 +392,32 @@ def block_speed(sources: Sources, arguments: Sequence[str]) -> str:
     return table([*header, "Unit", "Floor", "Ratio to floor"], body, left=1)
 
 
+def block_scaling(sources: Sources, arguments: Sequence[str]) -> str:
+    """Speed by number of GPUs, and whether ranks agree, from a file of tools/bench_ranks.py."""
+    if len(arguments) != 1:
+        raise BlockError("names no file of tools/bench_ranks.py")
+    content = read_mapping(sources.root / arguments[0])
+    body = []
+    for row in _rows(content, arguments[0]):
+        numbers = [as_number(row.get(name)) for name in (
+            "tok_s", "speed_up", "ms_per_step", "optimizer_ms", "collectives_ms", "overlapped")]
+        forms = ",.0f", ".3f", ".2f", ".2f", ".2f", ".0%"
+        body.append([f"{row.get('world_size')}", str(row.get("batch")), f"`{row.get('plan')}`",
+                     number_text(row.get("batch_tokens")),
+                     *(shown(n, form) for n, form in zip(numbers, forms, strict=True))])
+    header = ["Ranks", "Batch", "Plan", "Tokens a step", "Tok/s", "Speed-up", "Step, ms",
+              "Optimizer, ms", "Collectives, ms", "Overlapped"]
+    agreement = content.get("agreement")
+    lines = [f"* {row['world_size']} ranks: weights "
+             f"{'equal' if row['equal_weights'] else 'DIFFER'} on all ranks after "
+             f"{row['steps']} steps, whose losses are at most {row['loss_gap']:.1e} from those of "
+             f"one rank (mean {row['mean_loss_gap']:.1e})."
+             for row in (agreement if isinstance(agreement, list) else [])
+             if isinstance(row, dict) and row.get("world_size") != 1]
+    return "\n".join([f"{content.get('gpu')}, `{content.get('preset')}`:\n",
+                      table(header, body, left=3), "", *lines]).rstrip()
+
+
 def _rows(content: Mapping[str, Json], name: str) -> list[dict[str, Json]]:
     """List of mappings under `rows`. Raises: BlockError naming the file if there are none."""
     rows = content.get("rows")
@@ -527,6 +553,7 @@ BLOCKS: dict[str, Callable[[Sources, Sequence[str]], str]] = {
     "recipe": block_recipe,
     "bytes": block_bytes,
     "speed": block_speed,
+    "scaling": block_scaling,
     "curve": block_curve,
     "plot": block_plot,
     "path": block_path,

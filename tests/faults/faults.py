@@ -3,8 +3,8 @@
     python tests/faults/faults.py              all; the table goes to docs/FAULTS.md (make faults)
     python tests/faults/faults.py --only ranks --moments 2 --mutations 300 --out /tmp/faults.md
 
-Everything runs on CPU with a toy corpus. "Lost" are bytes that were in a log before the fault and
-are not afterwards.
+Everything runs with a toy corpus, on GPUs where there are some (two for `--only ranks`). "Lost"
+are bytes that were in a log before the fault and are not afterwards.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import mutate  # noqa: E402
+import torch  # noqa: E402
 import toy  # noqa: E402
 
 PROGRAM = ROOT / "train_gpt.py"
@@ -67,13 +68,14 @@ class Run:
         """Checkpoint files, oldest first."""
         return sorted((self.folder / "runs" / "toy").glob("*.ckpt"))
 
-    def start(self, limit: Limit | None = None, **settings: object) -> subprocess.Popen[str]:
-        """Starts the program; its words go to files."""
+    def start(self, limit: Limit | None = None, command: Sequence[str] = (),
+              **settings: object) -> subprocess.Popen[str]:
+        """Starts the program, or what starts it; its words go to files."""
         env = toy.quiet_environment(**self.env, **{k: str(v) for k, v in settings.items()})
         name = f"console{env.get('RANK', '')}.txt"
         with (self.folder / name).open("a") as console:
-            return subprocess.Popen([sys.executable, str(PROGRAM)], env=env, stdout=console,
-                                    stderr=console, text=True, preexec_fn=limit)
+            return subprocess.Popen(command or [sys.executable, str(PROGRAM)], env=env,
+                                    stdout=console, stderr=console, text=True, preexec_fn=limit)
 
     def finish(self, limit: Limit | None = None, **settings: object) -> int:
         """Runs to the end; the exit code."""
@@ -244,14 +246,21 @@ class Suite:
         twin = self.fresh("ranks-twin", CHECKPOINT_EVERY=0)
         if any(self.finish_ranks(twin)):
             raise RuntimeError(twin.words(0) + twin.words(1))
+        training, evaluation = "\n12/24", "artifact_bytes ="
         cases = (
-            ("one of two ranks killed: the other ends, says why once", signal.SIGKILL, {1}),
-            ("one of two ranks told to stop: both stop with one checkpoint", signal.SIGTERM, {75}),
-            ("one of two ranks stuck: RANK_TIMEOUT_SECONDS end the other", signal.SIGSTOP, {1}))
-        for fault, number, codes in cases:
-            row, run = self.row(fault), self.fresh(f"ranks-{number.name}", RANK_TIMEOUT_SECONDS=8)
+            ("one of two ranks killed: the other ends, says why once", signal.SIGKILL, {1},
+             training),
+            ("one of two ranks told to stop: both stop with one checkpoint", signal.SIGTERM, {75},
+             training),
+            ("one of two ranks stuck: RANK_TIMEOUT_SECONDS end the other", signal.SIGSTOP, {1},
+             training),
+            ("one of two ranks killed in evaluation: likewise, and only that is repeated",
+             signal.SIGKILL, {1}, evaluation))
+        for number_of_case, (fault, number, codes, words_before) in enumerate(cases):
+            row = self.row(fault)
+            run = self.fresh(f"ranks-{number_of_case}", RANK_TIMEOUT_SECONDS=8)
             processes = self.start_ranks(run)
-            run.wait_for("\n12/24", 0)
+            run.wait_for(words_before, 0)
             processes[1].send_signal(number)
             begin = time.monotonic()
             code = processes[0].wait(timeout=LIMIT_SECONDS)
@@ -264,6 +273,24 @@ class Suite:
             row.add(code in codes and once and not any(self.finish_ranks(run, RESUME="auto"))
                     and run.outcome() == twin.outcome(), run.lost(before))
             row.note = f"the other rank ended after {seconds:.1f} s"
+        self.launcher(twin)
+
+    def launcher(self, twin: Run) -> None:
+        """SIGTERM to torchrun, which passes it on; resumed under torchrun, too."""
+        row = self.row("SIGTERM to torchrun of two ranks: a checkpoint, then RESUME=auto")
+        run = self.fresh("ranks-launcher")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   "--nproc_per_node=2", str(PROGRAM)]
+        process = run.start(command=command)
+        run.wait_for("\n12/24")
+        process.send_signal(signal.SIGTERM)
+        begin = time.monotonic()
+        code = process.wait(timeout=LIMIT_SECONDS)
+        row.note = f"torchrun ended after {time.monotonic() - begin:.1f} s with code {code}"
+        before, saved = run.logs(), bool(run.checkpoints)
+        again = run.start(command=command, RESUME="auto").wait(timeout=LIMIT_SECONDS)
+        row.add(code != 0 and saved and again == 0 and run.outcome() == twin.outcome(),
+                run.lost(before))
 
     def start_ranks(self, run: Run, **settings: object) -> list[subprocess.Popen[str]]:
         """Starts two ranks on this machine."""
@@ -343,17 +370,20 @@ def main() -> int:
             if options.only in ("", name):
                 stage()
                 print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
+    gpus = torch.cuda.device_count()
+    device = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else "a CPU"
     table, minutes = suite.table(), (time.monotonic() - begin) / 60
     with suppress(FileExistsError):
         options.out.parent.mkdir(parents=True)
-    options.out.write_text(HEADER.format(minutes=minutes, seed=options.seed) + table + "\n")
+    header = HEADER.format(minutes=minutes, seed=options.seed, device=device)
+    options.out.write_text(f"{header}{table}\n")
     print(f"{table}\n{minutes:.1f} minutes; {options.out}")
     return int(any(r.survived < r.tried for r in suite.rows))
 
 
 HEADER = """# Faults
 
-Written by `make faults` (seed {seed}, {minutes:.0f} minutes on a CPU). Every fault hits the real
+Written by `make faults` (seed {seed}, {minutes:.0f} minutes on {device}). Every fault hits the real
 program as a subprocess with a toy model. *Survived* means: the program ended as documented, and
 where a run is resumed, its artifact and all its scores equal those of a run without faults to the
 last bit. *Bytes lost* were in a log before the fault and are not afterwards.

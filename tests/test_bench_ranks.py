@@ -1,0 +1,53 @@
+"""tools/bench_ranks.py: world sizes side by side, over gloo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from toy import tiny_env
+
+from tools import bench_ranks, readme_blocks
+
+
+def test_two_ranks_beside_one(data_dir: Path, tmp_path: Path,
+                              monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in tiny_env(data_dir, tmp_path, OMP_NUM_THREADS=1).items():
+        monkeypatch.setenv(name, value)
+    assert bench_ranks.main(["--sizes", "1,2", "--losses", "4", "--repeats", "2"]) == 0
+    path, = (tmp_path / "logs").glob("scaling_cpu_*.json")
+    content = json.loads(path.read_text())
+    rows = {(r["world_size"], r["batch"], r["plan"]): r for r in content["rows"]}
+    assert len(rows) == 2 * 2 * 2
+    for size, kind, plan in rows:
+        row = rows[size, kind, plan]
+        assert row["batch_tokens"] == 384 * (2 if kind == "global" else size)
+        assert row["micro_steps"] == row["batch_tokens"] // 384 // size
+        assert row["tok_s"] == pytest.approx(1e3 * row["batch_tokens"] / row["ms_per_step"])
+        assert row["speed_up"] == row["tok_s"] / rows[1, kind, plan]["tok_s"]
+    one, two = content["agreement"]
+    assert one["equal_weights"] and two["equal_weights"]
+    assert two["loss_gap"] < 1e-3
+    assert len(set(content["losses"]["2"])) == 4
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- generated:scaling logs/{path.name} -->\n<!-- /generated -->\n")
+    text, _ = readme_blocks.regenerate(page)
+    assert "2 ranks: weights equal on all ranks after 4 steps" in text
+    assert text.count("`looped`") == 4
+
+
+def test_a_failing_rank_is_an_error_with_its_reason(data_dir: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    env = tiny_env(data_dir, tmp_path, OMP_NUM_THREADS=1, ATTENTION="fa3")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(bench_ranks.golf.GolfError, match=r"1 ranks.*ATTENTION=fa3"):
+        bench_ranks.main(["--sizes", "1"])
+
+
+@pytest.mark.parametrize(("some", "others", "length"), [
+    ([(0, 4)], [(1, 2), (3, 9)], 2), ([(0, 4), (5, 6)], [(0, 3), (2, 10)], 5), ([(0, 1)], [], 0)])
+def test_overlap(some: list[bench_ranks.Interval], others: list[bench_ranks.Interval],
+                 length: float) -> None:
+    assert bench_ranks.overlapped_seconds(some, others) == length

@@ -1,0 +1,275 @@
+#!/usr/bin/env python3
+"""How training scales over the GPUs of this machine, and whether its ranks agree.
+
+    PRESET=pr1493 python tools/bench_ranks.py                1, 2, 4 and 8 ranks, as GPUs allow
+    PRESET=demo python tools/bench_ranks.py --sizes 1,2      ranks of one CPU, over gloo
+
+Every world size starts under torchrun and trains the first steps of one run, always of the same
+global batch, then times steps of that batch and of one whose share of a rank is that of a single
+rank. Settings come from the environment, as for train_gpt.py; MICRO_BATCH_TOKENS is the share.
+Tokens are those of the configured dataset where it is there, else random.
+
+Speed-up is against one rank with the same kind of batch. Collectives are NCCL's kernels on the
+device, and overlapped is their share during which another kernel ran; on a CPU neither is known.
+Equal weights: the SHA-256 of all parameters after those first steps is the same on all ranks. Loss
+gap: the largest difference of a step's loss from that of one rank.
+
+Writes LOG_DIR/scaling_<gpu>_<date>.json. Exit status: 0 done, 1 it could not run, 2 bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_gpt as golf
+from tools import bench
+
+WORLD_SIZES = 1, 2, 4, 8
+Interval = tuple[float, float]
+Facts = dict[str, object]
+
+
+def overlapped_seconds(some: Sequence[Interval], others: Sequence[Interval]) -> float:
+    """Length of `some` during which one of `others` ran. Example: (0, 4) and (1, 2), (3, 9) -> 2"""
+    merged: list[list[float]] = []
+    for begin, end in sorted(others):
+        if merged and begin <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], end)
+        else:
+            merged.append([begin, end])
+    return sum(max(0.0, min(end, last) - max(begin, first))
+               for begin, end in some for first, last in merged)
+
+
+class RankBench:
+    """One rank of one world size."""
+
+    def __init__(self, config: golf.Config, world: golf.World, repeats: int) -> None:
+        self.config, self.world, self.repeats = config, world, repeats
+        self.attend = golf.choose_attention(config.attention, world.device).attend
+
+    def trainer(self, batch_tokens: int) -> golf.Trainer:
+        """A trainer at its start."""
+        config = replace(self.config, train_batch_tokens=batch_tokens)
+        return golf.Trainer(config, self.world, bench.silent_log(config), self.attend)
+
+    def first_losses(self, trainer: golf.Trainer, steps: int) -> list[float]:
+        """Losses of the first steps, means over the whole batch; the loop begins halfway."""
+        stream, found = golf.batch_stream(trainer.loader, trainer.shape, self.world), list[Tensor]()
+        for step in range(steps):
+            plan = golf.depth_plans(self.config)[step >= steps / 2]
+            found.append(trainer.forward_backward(plan, next(stream)))
+            trainer.optimizer.step(step, 1.0)
+        stream.close()
+        return (self.world.combine(torch.stack(found)) / self.world.size).tolist()
+
+    def equal_weights(self, trainer: golf.Trainer) -> bool:
+        """Whether all ranks hold the same parameters to the bit."""
+        content = b"".join(p.detach().cpu().numpy().tobytes() for p in trainer.model.parameters())
+        number = float(int(golf.digest(content)[:12], 16))  # exact in float64
+        least, most = (self.world.combine(torch.tensor(number, dtype=torch.float64), operation)
+                       for operation in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
+        return bool(least == most)
+
+    def step(self, trainer: golf.Trainer, plan: golf.DepthPlan, rows: list[Tensor]) -> list[object]:
+        """One step that changes no weight; when its parts began and the last one ended."""
+        marks: list[object] = [trainer.mark()]
+        trainer.forward_backward(plan, rows)
+        marks.append(trainer.mark())
+        trainer.optimizer.step(0, 0.0)
+        marks.append(trainer.mark())
+        trainer.update_average(1 - self.config.ema_decay)
+        return [*marks, trainer.mark()]
+
+    def time_plan(self, trainer: golf.Trainer, plan: golf.DepthPlan) -> Facts:
+        """Milliseconds of a step and of its parts: medians, of all ranks the slowest."""
+        stream = golf.batch_stream(trainer.loader, trainer.shape, self.world)
+        rows, parts = next(stream), list[list[float]]()
+        stream.close()
+        for _ in range(3):
+            self.step(trainer, plan, rows)
+        self.world.synchronize()
+        steps = [self.step(trainer, plan, rows) for _ in range(self.repeats)]
+        self.world.synchronize()
+        for marks in steps:
+            pairs = [*itertools.pairwise(marks), (marks[0], marks[-1])]
+            parts.append([a.elapsed_time(b) if self.world.is_cuda  # type: ignore[attr-defined]
+                          else 1e3 * (b - a) for a, b in pairs])  # type: ignore[operator]
+        mine = torch.tensor([statistics.median(part) for part in zip(*parts, strict=True)])
+        names = "micro_ms", "optimizer_ms", "average_ms", "ms_per_step"
+        slowest = self.world.combine(mine, dist.ReduceOp.MAX).tolist()
+        return dict(zip(names, slowest, strict=True)) | self.collectives(trainer, plan, rows)
+
+    def collectives(self, trainer: golf.Trainer, plan: golf.DepthPlan, rows: list[Tensor]) -> Facts:
+        """Milliseconds of NCCL's kernels in a step of this rank, and their overlapped share."""
+        if not self.world.is_cuda:
+            return {}
+        count = 3
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            for _ in range(count):
+                self.step(trainer, plan, rows)
+            self.world.synchronize()
+        kernels = [(event.name, (event.time_range.start, event.time_range.end))
+                   for event in profiler.events() or ()
+                   if event.device_type == torch.autograd.DeviceType.CUDA]
+        nccl = [span for name, span in kernels if "nccl" in name.lower()]
+        others = [span for name, span in kernels if "nccl" not in name.lower()]
+        total = sum(end - begin for begin, end in nccl)
+        return {"collectives_ms": total / count / 1e3,
+                "overlapped": overlapped_seconds(nccl, others) / total if total else 0.0}
+
+    def measure(self, batches: Sequence[int], losses: int) -> Facts:
+        """Everything of this world size; the largest batch is the one that all sizes share."""
+        trainer = self.trainer(max(batches))
+        found: Facts = {"world_size": self.world.size, "batch_tokens": max(batches),
+                        "losses": self.first_losses(trainer, losses),
+                        "equal_weights": self.equal_weights(trainer), "timings": []}
+        for tokens in batches:
+            trainer = self.trainer(tokens)
+            for plan in golf.depth_plans(self.config):
+                facts = self.time_plan(trainer, plan)
+                found["timings"] += [{"batch_tokens": tokens, "plan": plan.name,  # type: ignore[operator]
+                                      "micro_steps": trainer.shape.micro_steps, **facts}]
+        return found
+
+
+def rank_main(options: argparse.Namespace) -> None:
+    """One process under torchrun; rank 0 writes what was measured."""
+    config, world = golf.Config.from_env(os.environ), golf.World.from_env(os.environ)
+    torch.set_float32_matmul_precision("high")
+    with world.process_group(config.rank_timeout_seconds):
+        found = RankBench(config, world, options.repeats).measure(options.batches, options.losses)
+        if world.is_main:
+            options.rank_of.write_text(json.dumps(found))
+
+
+def launch(size: int, batches: Sequence[int], options: argparse.Namespace, folder: Path,
+           config: golf.Config) -> Facts:
+    """The measurements of one world size. Raises: GolfError with the last line of a failure."""
+    out = folder / f"{size}.json"
+    env = {**os.environ, "DATA_PATH": str(config.dataset_dir)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={size}", __file__, "--rank-of", str(out), "--batches",
+               ",".join(map(str, batches)), "--repeats", str(options.repeats),
+               "--losses", str(options.losses)]
+    answer = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if answer.returncode or not out.is_file():
+        reasons = [line for line in answer.stderr.splitlines() if line.startswith("error:")]
+        raise golf.GolfError(f"{size} ranks: {(reasons or answer.stderr.splitlines()[-1:])[:1]}")
+    return json.loads(out.read_text())
+
+
+def rows_of(found: Sequence[Facts], share: int, most: int) -> list[Facts]:
+    """A row for each world size, kind of batch and plan, with its speed-up over one rank."""
+    rows: list[Facts] = []
+    for facts in found:
+        size = int(facts["world_size"])  # type: ignore[call-overload]
+        for kind, tokens in (("per rank", share * size), ("global", share * most)):
+            for timing in facts["timings"]:  # type: ignore[attr-defined]
+                if timing["batch_tokens"] == tokens:
+                    rate = tokens / timing["ms_per_step"] * 1e3
+                    rows.append({"world_size": size, "batch": kind, **timing, "tok_s": rate})
+    alone = {(row["batch"], row["plan"]): row["tok_s"] for row in rows if row["world_size"] == 1}
+    for row in rows:
+        if base := alone.get((row["batch"], row["plan"])):
+            row["speed_up"] = row["tok_s"] / base  # type: ignore[operator]
+            row["efficiency"] = row["speed_up"] / row["world_size"]  # type: ignore[operator]
+    return rows
+
+
+def agreement_of(found: Sequence[Facts]) -> list[Facts]:
+    """For each world size: equal weights, and how far its losses are from those of the first."""
+    first = found[0]["losses"]
+    return [{"world_size": facts["world_size"], "equal_weights": facts["equal_weights"],
+             "loss_gap": max(abs(a - b) for a, b in zip(facts["losses"], first, strict=True)),  # type: ignore[call-overload]
+             "mean_loss_gap": abs(math.fsum(facts["losses"]) - math.fsum(first))  # type: ignore[arg-type]
+             / len(first), "last_loss": facts["losses"][-1],  # type: ignore[index, arg-type]
+             "steps": len(first)} for facts in found]  # type: ignore[arg-type]
+
+
+def table(rows: Sequence[Facts], agreement: Sequence[Facts]) -> str:
+    """Both as text."""
+    lines = [f"{'ranks':>5}  {'batch':<9}{'plan':<10}{'ms a step':>10}{'tok/s':>12}{'speed-up':>9}"
+             f"{'optimizer':>10}{'collectives':>12}"]
+    for row in rows:
+        cells = [row.get(name, math.nan) for name in
+                 ("ms_per_step", "tok_s", "speed_up", "optimizer_ms", "collectives_ms")]
+        ms, rate, speed_up, optimizer, collectives = cells
+        lines.append(f"{row['world_size']:>5}  {row['batch']:<9}{row['plan']:<10}{ms:>10.2f}"
+                     f"{rate:>12,.0f}{speed_up:>9.3f}{optimizer:>10.2f}{collectives:>12.2f}")
+    lines += [f"{row['world_size']} ranks: equal weights {row['equal_weights']}, losses of "
+              f"{row['steps']} steps within {row['loss_gap']:.2e} of one rank" for row in agreement]
+    return "\n".join(lines)
+
+
+def integers(text: str) -> list[int]:
+    """The numbers between commas."""
+    return [int(part) for part in text.split(",")]
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=integers, metavar="N,...",
+                        help="world sizes, 1 first; default: those of 1, 2, 4, 8 that GPUs allow")
+    parser.add_argument("--losses", type=int, default=50, metavar="STEPS", help="to compare")
+    parser.add_argument("--repeats", type=int, default=15, metavar="STEPS", help="to time")
+    parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--batches", type=integers, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures all world sizes, prints the table and writes the file; the exit status."""
+    options = parse_arguments(arguments)
+    if options.rank_of:
+        rank_main(options)
+        return 0
+    config, gpus = golf.Config.from_env(os.environ), torch.cuda.device_count()
+    sizes = options.sizes or [size for size in WORLD_SIZES if size <= max(gpus, 1)]
+    share = config.micro_batch_tokens // config.train_seq_len * config.train_seq_len
+    most, found = max(sizes), list[Facts]()
+    with tempfile.TemporaryDirectory() as name:
+        config, data = bench.with_tokens(config, Path(name))
+        for size in sizes:
+            batches = sorted({share * size, share * most})
+            found.append(launch(size, batches, options, Path(name), config))
+    rows, agreement = rows_of(found, share, most), agreement_of(found)
+    facts = golf.environment_facts(golf.World.from_env({}))
+    gpu = torch.cuda.get_device_name() if gpus else "cpu"
+    result = {"gpu": gpu, **facts, "preset": config.preset, "differs": config.differs(),
+              "source_sha256": golf.digest(golf.program_source()), "data": data,
+              "config_hash": config.config_hash, "rows": rows, "agreement": agreement,
+              "losses": {str(f["world_size"]): f["losses"] for f in found}}
+    stem = f"scaling_{gpu.lower().replace(' ', '-')}_{time.strftime('%Y-%m-%d')}"
+    path = Path(config.log_dir, f"{stem}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    golf.write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+    print(f"{table(rows, agreement)}\nresult: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except golf.GolfError as problem:
+        sys.exit(f"error: {problem}")
