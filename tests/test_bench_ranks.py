@@ -16,7 +16,7 @@ def test_two_ranks_beside_one(data_dir: Path, tmp_path: Path,
     for name, value in tiny_env(data_dir, tmp_path, OMP_NUM_THREADS=1).items():
         monkeypatch.setenv(name, value)
     assert bench_ranks.main(["--sizes", "1,2", "--losses", "4", "--repeats", "2"]) == 0
-    path, = (tmp_path / "logs").glob("scaling_cpu_*.json")
+    path, = (tmp_path / "logs").glob("bench_ranks_cpu_*.json")
     content = json.loads(path.read_text())
     rows = {(r["world_size"], r["batch"], r["plan"]): r for r in content["rows"]}
     assert len(rows) == 2 * 2 * 2

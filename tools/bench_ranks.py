@@ -14,7 +14,7 @@ device, and overlapped is their share during which another kernel ran; on a CPU 
 Equal weights: the SHA-256 of all parameters after those first steps is the same on all ranks. Loss
 gap: the largest difference of a step's loss from that of one rank.
 
-Writes LOG_DIR/scaling_<gpu>_<date>.json. Exit status: 0 done, 1 it could not run, 2 bad arguments.
+Writes LOG_DIR/bench_ranks_<gpu>_<date>.json. Exit status: 0 done, 1 it could not run, 2 bad arguments.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
               "source_sha256": golf.digest(golf.program_source()), "data": data,
               "config_hash": config.config_hash, "rows": rows, "agreement": agreement,
               "losses": {str(f["world_size"]): f["losses"] for f in found}}
-    stem = f"scaling_{gpu.lower().replace(' ', '-')}_{time.strftime('%Y-%m-%d')}"
+    stem = f"bench_ranks_{gpu.lower().replace(' ', '-')}_{time.strftime('%Y-%m-%d')}"
     path = Path(config.log_dir, f"{stem}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     golf.write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())

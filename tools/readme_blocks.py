@@ -12,6 +12,7 @@ their path from its folder.
     recipe JSON         what tools/bench_recipe.py found: gain, noise and price by technique
     bytes RUN           where the bytes of the cap go
     speed BENCH_JSON... name, value, unit, floor, ratio
+    scaling RANKS_JSON  what tools/bench_ranks.py found: speed by number of ranks, agreement
     curve CURVE_JSON    quantiser curve, with docs/quantiser_curve.svg
     adaptation JSON     what learning from documents gains, by the seconds that it takes
     plot RUN...         docs/loss.svg
