@@ -14,7 +14,8 @@ device, and overlapped is their share during which another kernel ran; on a CPU 
 Equal weights: the SHA-256 of all parameters after those first steps is the same on all ranks. Loss
 gap: the largest difference of a step's loss from that of one rank.
 
-Writes LOG_DIR/bench_ranks_<gpu>_<date>.json. Exit status: 0 done, 1 it could not run, 2 bad arguments.
+Writes LOG_DIR/bench_ranks_<gpu>_<date>.json. Exit status: 0 done, 1 it could not run, 2 bad
+arguments.
 """
 
 from __future__ import annotations
