@@ -62,6 +62,24 @@ def test_of_one_pair_the_noise_is_unknown_and_of_none_everything(
         trainer.parent / "recipe" / "recipe.md").read_text()
 
 
+def test_runs_of_equal_steps_take_their_times_from_others(
+        trainer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    variant = ["--seeds", "1,2", "--variant", "rate: MATRIX_LR=0.02/0.022"]
+    times = tmp_path / "times.json"
+    times.write_text(json.dumps({"rows": [
+        {"technique": "rate", "ms per step": 91.25, "slower": 0.02}, {"technique": "other"}]}))
+    assert bench(trainer, *variant, "--steps", "3", "--times", str(times)) == 0
+    out = trainer.parent / "recipe"
+    row, = json.loads((out / "recipe.json").read_text())["rows"]
+    assert (row["ms per step"], row["slower"]) == (91.25, 0.02)
+    settings = [json.loads(line).get("settings", {})
+                for line in (out / "ledger.jsonl").read_text().splitlines()]
+    assert {(s["ITERATIONS"], s["MAX_WALLCLOCK_SECONDS"]) for s in settings if s} == {("3", "0")}
+    times.write_text("[]")
+    assert bench(trainer, *variant, "--times", str(times)) == 2
+    assert f"--times {times}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("leave_out", [False, True])
 def test_sides_of_a_pair_differ_in_the_technique_alone(leave_out: bool) -> None:
     techniques = bench_recipe.choose(None, ["mine: BETA2=0.99/0.95 MIN_LR=0.2/0"])

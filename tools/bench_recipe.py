@@ -4,12 +4,16 @@
     python tools/bench_recipe.py --seeds 42,314                   each technique added to none
     python tools/bench_recipe.py --seeds 42 --leave-out           each taken away from all
     python tools/bench_recipe.py --variant "rate: MATRIX_LR=.028/.022" --only "" --seconds 60
+    python tools/bench_recipe.py --seeds 42,314,999 --leave-out --steps 600 --gpus 0,0,0 --nproc 1
 
 A technique is a text `name: SETTING=with/without`, with several settings if need be. Runs, their
 ledger and further options (--nproc, --gpus, --trainer, --packed, ...) are those of tools/sweep.py:
 what is complete is not run again, and all GPUs are used. The table goes to `<out>/recipe.md`, its
 numbers to `<out>/recipe.json`. A gain is positive where the technique lowers BPB; its noise is the
 standard error over pairs, of one pair unknown.
+
+Runs of equal steps can share a GPU: what one of them waits for, another uses. Their times mean
+nothing then; --times takes those columns from the recipe.json of runs that had a GPU each.
 
 Exit status: that of the sweep; 2 bad arguments."""
 
@@ -34,7 +38,7 @@ from tools import runs, sweep, welch
 TECHNIQUES = (
     "leaky slope: LEAKY_SLOPE=0.3/0.5", "smear gate: SMEAR_GATE=1/0",
     "attention gate: ATTN_GATE=0.5/0",
-    "two lanes: RESIDUAL=two_lane_both/parallel", "momentum: MUON_MOMENTUM=0.97/0.99",
+    "short rows early: TRAIN_CONTEXT=0.35:512,0.7:1024/", "momentum: MUON_MOMENTUM=0.97/0.99",
     "polar express: MUON_BACKEND=polar_express/newton_schulz", "rate floor: MIN_LR=0.1/0")
 
 # One GPU's share of a full run's batch; what a full run counts in steps keeps its share of the run.
@@ -132,6 +136,21 @@ def compare(pairs: dict[str, list[sweep.Run]], ledger: sweep.Ledger,
     return rows
 
 
+TIMES = "ms per step", "slower"
+
+
+def take_times(rows: Sequence[dict[str, object]], path: Path | None) -> None:
+    """Replaces the times of rows by those in another file, by technique. Raises: SweepError."""
+    if path is None:
+        return
+    try:
+        other = {row["technique"]: row for row in json.loads(path.read_text())["rows"]}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise sweep.SweepError(f"--times {path}: no recipe.json: {error!r}") from None
+    for row in rows:
+        row |= {name: other.get(row["technique"], {}).get(name) for name in TIMES}
+
+
 def table(rows: Sequence[dict[str, object]]) -> str:
     """The rows as Markdown; gains in thousandths of a bit per byte."""
     def show(value: object, form: str, factor: float = 1.0) -> str:
@@ -154,6 +173,8 @@ def build_parser() -> argparse.ArgumentParser:
                                      allow_abbrev=False)
     parser.add_argument("--seeds", default="42", help="comma-separated; every one is a pair")
     parser.add_argument("--seconds", type=float, default=150.0, help="of training, of every run")
+    parser.add_argument("--steps", type=int, default=0, metavar="N", help="of every run, instead")
+    parser.add_argument("--times", type=Path, metavar="JSON", help="take times from there")
     parser.add_argument("--out", type=Path, default=Path("runs/recipe"), help="folder of the runs")
     parser.add_argument("--only", help="names of built-in techniques; default: all")
     parser.add_argument("--variant", action="append", default=[], help="a technique of your own")
@@ -171,7 +192,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         names = sweep.setting_names() - set(sweep.RESERVED)
         common = {name: value for name, value in os.environ.items() if name in names}
-        common |= {**COMMON, "MAX_WALLCLOCK_SECONDS": f"{options.seconds:g}"}
+        common |= {**COMMON, "MAX_WALLCLOCK_SECONDS": f"{options.seconds * (not options.steps):g}"}
+        common |= {"ITERATIONS": str(options.steps)} if options.steps else {}
         common |= {name: ",".join(values)
                    for name, values in map(sweep.parse_axis, options.common)}
         costs = {name: cost_of(commit) for name, _, commit in
@@ -187,6 +209,7 @@ def main(arguments: Sequence[str]) -> int:
         status = sweep.run_sweep(plan, settings)
         ledger = sweep.Ledger(settings.out / "ledger.jsonl")
         rows = compare(pairs, ledger, costs, options.leave_out)
+        take_times(rows, options.times)
     except sweep.SweepError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
