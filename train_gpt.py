@@ -115,6 +115,7 @@ class Config:
     residual: Literal["parallel", "two_lane_drop", "two_lane_attn", "two_lane_both"] = "parallel"
     parallel_residual_start: int = within(7, -1, 256)  # -1: every block is serial
     max_skips: int = within(256, 0, 256)  # U-Net skips, from the middle outwards
+    leaky_slope: float = within(0.3, 0, 1)  # of the activation below zero, before it is squared
     smear_gate: bool = True  # a gated share of the token before joins each embedding
     attn_gate: float = within(0.5, 0, 100)  # slope of the gate of each head's output; 0: none
     ve_layers: str = ""  # blocks to whose values a narrow embedding is added
@@ -253,7 +254,7 @@ NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_
               "tokenizer_path checkpoint_every rank_timeout_seconds max_quant_gap_bpb")
 
 # Published steps to the recurrence are shares of the run here; SCHEDULE_STEPS does it to others.
-FORMER: dict = dict(smear_gate=False, attn_gate=0.0, min_lr=0.0, train_context="",
+FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, attn_gate=0.0, min_lr=0.0, train_context="",
                     muon_momentum=0.99, muon_backend="newton_schulz", gptq_reserve_seconds=12.0)
 PLAIN = FORMER | dict(
     quantiser="gptq", compressor="brotli", gptq_damp=0.01, gptq_calibration_batches=64,
@@ -827,6 +828,7 @@ class BlockWeights(NamedTuple):
     resid_mix: Tensor  # 2, D
     q_gain: Tensor  # H
     norm_scale: Tensor  # 0-D
+    slope: float  # of the activation below zero
     gate: Tensor | None = None  # H, GATE_WIDTH; of the output of attention
 
 class Stream(NamedTuple):
@@ -914,7 +916,7 @@ def run_block(stream: Stream, w: BlockWeights, form: str, rotary: Tensor, attend
         other = mix_skip(lane, stream.skip) if form.startswith("two_lane_both") else lane
     if not form.startswith("parallel"):
         z = rms_norm(other) * norm_scale
-    hidden_BTF = F.leaky_relu(linear(z, w.up, "up", tap), 0.5).square()
+    hidden_BTF = F.leaky_relu(linear(z, w.up, "up", tap), w.slope).square()
     other = other + linear(hidden_BTF, w.down, "down", tap)
     return (after, other) if stream.lane else (other,)
 
@@ -1018,7 +1020,7 @@ class GPT(nn.Module):
         # Unbound once: backward through an index per visit would build a full-size gradient each.
         matrices = [p.to(self.dtype).unbind() for p in (self.qkv, out, self.up, down)]
         vectors = [p.unbind() for p in (self.resid_mix, self.q_gain, self.norm_scale)]
-        columns: list = [*matrices, *vectors]
+        columns: list = [*matrices, *vectors, [self.config.leaky_slope] * len(out)]
         columns += [self.config.attn_gate * p for p in self.named("attn_gate").values()]
         return [BlockWeights(*parts) for parts in zip(*columns, strict=True)]
 
@@ -1817,7 +1819,7 @@ LevelTables = tuple[np.ndarray, np.ndarray]
 MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
                   "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "parallel_residual_start",
                   "logit_softcap", "num_loops", "loop_start", "loop_end", "residual", "max_skips",
-                  "ve_layers", "num_value_embeds", "prog_depth", "cross_repeat",
+                  "ve_layers", "num_value_embeds", "prog_depth", "cross_repeat", "leaky_slope",
                   "smear_gate", "attn_gate")
 
 def codec_of(config: Config) -> str:
