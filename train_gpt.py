@@ -116,6 +116,7 @@ class Config:
     parallel_residual_start: int = within(7, -1, 256)  # -1: every block is serial
     max_skips: int = within(256, 0, 256)  # U-Net skips, from the middle outwards
     leaky_slope: float = within(0.3, 0, 1)  # of the activation below zero, before it is squared
+    smear_gate: bool = True  # a gated share of the token before joins each embedding
     attn_gate: float = within(0.5, 0, 100)  # slope of the gate of each head's output; 0: none
     ve_layers: str = ""  # blocks to whose values a narrow embedding is added
     num_value_embeds: int = within(0, 0, 8)  # full tables, scaled anew for every visit
@@ -253,7 +254,7 @@ NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_
               "tokenizer_path checkpoint_every rank_timeout_seconds max_quant_gap_bpb")
 
 # Published steps to the recurrence are shares of the run here; SCHEDULE_STEPS does it to others.
-FORMER: dict = dict(leaky_slope=0.5, attn_gate=0.0, min_lr=0.0, train_context="",
+FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, attn_gate=0.0, min_lr=0.0, train_context="",
                     muon_momentum=0.99, muon_backend="newton_schulz", gptq_reserve_seconds=12.0)
 PLAIN = FORMER | dict(
     quantiser="gptq", compressor="brotli", gptq_damp=0.01, gptq_calibration_batches=64,
@@ -919,9 +920,15 @@ def run_block(stream: Stream, w: BlockWeights, form: str, rotary: Tensor, attend
     other = other + linear(hidden_BTF, w.down, "down", tap)
     return (after, other) if stream.lane else (other,)
 
-def embed_tokens(ids_BT: Tensor, embed_VD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normalised embeddings in the compute type."""
-    return rms_norm(F.embedding(ids_BT, embed_VD).to(dtype))
+def embed_tokens(ids_BT: Tensor, embed_VD: Tensor, dtype: torch.dtype,
+                 smear: Sequence[Tensor] = ()) -> Tensor:
+    """Normalised embeddings in the compute type, each first smeared into its document's next."""
+    x_BTD = F.embedding(ids_BT, embed_VD).to(dtype)
+    if smear:
+        scale, gate_1I = smear
+        share_BT1 = scale.to(dtype) * gate_share(x_BTD, gate_1I) * (ids_BT != BOS_ID)[..., None]
+        x_BTD = x_BTD + share_BT1 * F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
+    return rms_norm(x_BTD)
 
 def softcapped_nll(logits_NV: Tensor, target_N: Tensor, cap: float) -> Tensor:
     """Negative log-likelihood in nats, float32 (N,), of logits squashed to (-cap, cap)."""
@@ -954,6 +961,8 @@ class GPT(nn.Module):
         for name, value in {
                 "skip_weights": ones(skips, D), "skip_gates": zeros(skips, D),
                 "lane_mix": torch.full((int(config.residual != "parallel"),), 0.5),
+                "smear_scale": zeros(int(config.smear_gate)),
+                "smear_gate": zeros(int(config.smear_gate), reads),
                 "attn_gate": zeros(L * (config.attn_gate > 0), config.num_heads, reads),
                 "ve_table": zeros(one, V, VALUE_EMBED_DIM),
                 "ve_proj": zeros(one, config.kv_dim, VALUE_EMBED_DIM),
@@ -1027,7 +1036,8 @@ class GPT(nn.Module):
         scales, repeats = map(self.rows, ("visit_scales", "cross_repeat_scales"))
         embedder, runner, norm = ((embed_tokens, block_runner or run_block, rms_norm) if adapter
                                   else (self.embed_tokens, self.run_block, self.norm))
-        x = x0 = embedder(ids_BT, self.embed, self.dtype)
+        x = x0 = embedder(ids_BT, self.embed, self.dtype,
+                          [*self.named("smear_scale", "smear_gate").values()])
         values: dict[int, tuple[Tensor, ...]] = {}
         shared, *own = self.rows("ve_scale") or [x0]
         for table, w_OI in zip(self.rows("ve_table"), self.rows("ve_proj"), strict=True):
@@ -1810,7 +1820,7 @@ MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_
                   "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "parallel_residual_start",
                   "logit_softcap", "num_loops", "loop_start", "loop_end", "residual", "max_skips",
                   "ve_layers", "num_value_embeds", "prog_depth", "cross_repeat", "leaky_slope",
-                  "attn_gate")
+                  "smear_gate", "attn_gate")
 
 def codec_of(config: Config) -> str:
     """The coder of levels in use. Raises: ConfigError if time would go into a model without it."""
