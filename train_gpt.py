@@ -117,6 +117,7 @@ class Config:
     max_skips: int = within(256, 0, 256)  # U-Net skips, from the middle outwards
     leaky_slope: float = within(0.3, 0, 1)  # of the activation below zero, before it is squared
     smear_gate: bool = True  # a gated share of the token before joins each embedding
+    attn_gate: float = within(0.5, 0, 100)  # slope of the gate of each head's output; 0: none
     ve_layers: str = ""  # blocks to whose values a narrow embedding is added
     num_value_embeds: int = within(0, 0, 8)  # full tables, scaled anew for every visit
     logit_softcap: float = within(30.0, 1, 40)  # exp(-2 * 40) is a float32
@@ -253,7 +254,7 @@ NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_
               "tokenizer_path checkpoint_every rank_timeout_seconds max_quant_gap_bpb")
 
 # Published steps to the recurrence are shares of the run here; SCHEDULE_STEPS does it to others.
-FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, min_lr=0.0, train_context="",
+FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, attn_gate=0.0, min_lr=0.0, train_context="",
                     muon_momentum=0.99, muon_backend="newton_schulz", gptq_reserve_seconds=12.0)
 PLAIN = FORMER | dict(
     quantiser="gptq", compressor="brotli", gptq_damp=0.01, gptq_calibration_batches=64,
@@ -828,6 +829,7 @@ class BlockWeights(NamedTuple):
     q_gain: Tensor  # H
     norm_scale: Tensor  # 0-D
     slope: float  # of the activation below zero
+    gate: Tensor | None = None  # H, GATE_WIDTH; of the output of attention
 
 class Stream(NamedTuple):
     """What enters a block: the residual stream, the embedding, and what joins them there."""
@@ -885,6 +887,8 @@ def attention(x_BTD: Tensor, w: BlockWeights, form: str, rotary: Tensor, attend:
     y_BTHK = attend(*padded)[..., :width]
     if form.endswith("xsa"):
         y_BTHK = exclude_self(y_BTHK, v_BTGK)
+    if w.gate is not None:
+        y_BTHK = y_BTHK * gate_share(x_BTD, w.gate)[..., None]
     return linear(y_BTHK.flatten(2), w.out, "out", tap)
 
 def gate_share(x_BTD: Tensor, gate_GI: Tensor) -> Tensor:
@@ -959,6 +963,7 @@ class GPT(nn.Module):
                 "lane_mix": torch.full((int(config.residual != "parallel"),), 0.5),
                 "smear_scale": zeros(int(config.smear_gate)),
                 "smear_gate": zeros(int(config.smear_gate), reads),
+                "attn_gate": zeros(L * (config.attn_gate > 0), config.num_heads, reads),
                 "ve_table": zeros(one, V, VALUE_EMBED_DIM),
                 "ve_proj": zeros(one, config.kv_dim, VALUE_EMBED_DIM),
                 "ve_scale": torch.tensor([[0.1]] * one + [[1.0]] * ve),  # of all, of each
@@ -1016,6 +1021,7 @@ class GPT(nn.Module):
         matrices = [p.to(self.dtype).unbind() for p in (self.qkv, out, self.up, down)]
         vectors = [p.unbind() for p in (self.resid_mix, self.q_gain, self.norm_scale)]
         columns: list = [*matrices, *vectors, [self.config.leaky_slope] * len(out)]
+        columns += [self.config.attn_gate * p for p in self.named("attn_gate").values()]
         return [BlockWeights(*parts) for parts in zip(*columns, strict=True)]
 
     def rows(self, name: str) -> Sequence[Tensor]:
@@ -1073,7 +1079,7 @@ class GPT(nn.Module):
 def count_parameters(model: GPT) -> dict[str, tuple[int, int]]:
     """(tensors, parameters) per optimizer group, counted as the published systems' tensors."""
     vectors = model.vectors("ve_proj")
-    blocks = ("attn_scale", "mlp_scale", "resid_mix", "q_gain")
+    blocks = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "attn_gate")
     groups = {"embedding": [*model.named(*TABLES).values()],
               "matrix": [w for m in model.matrices() for w in m.parameter[:, m.rows]],
               "vector": [t for name, v in vectors.items() for t in (v if name in blocks else [v])]}
@@ -1814,7 +1820,7 @@ MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_
                   "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "parallel_residual_start",
                   "logit_softcap", "num_loops", "loop_start", "loop_end", "residual", "max_skips",
                   "ve_layers", "num_value_embeds", "prog_depth", "cross_repeat", "leaky_slope",
-                  "smear_gate")
+                  "smear_gate", "attn_gate")
 
 def codec_of(config: Config) -> str:
     """The coder of levels in use. Raises: ConfigError if time would go into a model without it."""
