@@ -97,6 +97,7 @@ class Config:
     tokenizer_path: str = ""  # SentencePiece model; default: likewise
     vocab_size: int = within(8192, 8, 65_535)
     train_seq_len: int = within(2048, 8, 1 << 20)  # tokens per training window
+    train_context: str = "0.35:512,0.7:1024"  # progress:tokens,...; until then rows are shorter
     train_batch_tokens: int = within(786_432, 8, 1 << 30)  # per optimizer step, all ranks
     micro_batch_tokens: int = within(98_304, 8, 1 << 20)  # most in one forward pass of one rank
     train_order: Literal["shuffled", "coprime", "sequential"] = "shuffled"  # of windows
@@ -236,6 +237,8 @@ class Config:
         c.tokenizer_path or f"{c.data_dir}/tokenizers/fineweb_{c.vocab_size}_bpe.model"))
     depth_schedule = property(lambda c: stages(  # passes through the loop segment
         "prog_depth", c.prog_depth or f"{c.enable_looping_at}:1,1:{c.num_loops + 1}"))
+    context_schedule = property(lambda c: stages(  # tokens of a row
+        "train_context", f"{c.train_context},1:{c.train_seq_len}".lstrip(",")))
     config_hash = property(lambda c: digest(json.dumps(c.method(), sort_keys=True))[:16])
 
     def method(self) -> dict[str, object]:
@@ -251,7 +254,7 @@ NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_
               "tokenizer_path checkpoint_every rank_timeout_seconds max_quant_gap_bpb")
 
 # Published steps to the recurrence are shares of the run here; SCHEDULE_STEPS does it to others.
-FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, attn_gate=0.0, min_lr=0.0,
+FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, attn_gate=0.0, min_lr=0.0, train_context="",
                     muon_momentum=0.99, muon_backend="newton_schulz", gptq_reserve_seconds=12.0)
 PLAIN = FORMER | dict(
     quantiser="gptq", compressor="brotli", gptq_damp=0.01, gptq_calibration_batches=64,
@@ -348,6 +351,9 @@ def check_consistency(c: Config) -> None:
             ("prog_depth", rises.min() >= 0 and most in dict(c.depth_schedule).values(),
              f"progress:passes,... that rise, to NUM_LOOPS ({c.num_loops}) + 1 passes, and from "
              f"{least} on for CROSS_REPEAT={c.cross_repeat:d}"),
+            ("train_context", np.diff([(0, 8), *c.context_schedule], axis=0).min() >= 0
+             and not any(c.train_seq_len % tokens for _, tokens in c.context_schedule),
+             f"progress:tokens,... that rise, divisors of {c.train_seq_len} from 8 on"),
             ("ve_layers", {*c.ve_blocks} <= {*range(c.num_layers)},
              f"blocks below NUM_LAYERS ({c.num_layers})"),
             ("gptq_calibration_batches", c.gptq_calibration_batches or c.quantiser == "nearest",
@@ -1371,13 +1377,14 @@ class Trainer:
         self.shadow = [p.clone() for p in self.weights]  # their moving average
         self.flight: deque[tuple] = deque()  # steps whose numbers may not be on the host yet
         self.micro_seconds: dict[str, list[float]] = {}
-        self.last_loss, self.skipped = math.nan, -1
+        self.last_loss, self.skipped, self.context = math.nan, -1, config.train_seq_len
 
     def forward_backward(self, plan: DepthPlan, batches: Sequence[Tensor]) -> Tensor:
         """Accumulates gradients over micro-batches; this rank's mean loss, 0-D on the device."""
         losses = []
         for rows in batches:
-            losses.append(self.model(rows[:, :-1], rows[:, 1:], plan).mean())
+            pair = (t.reshape(-1, self.context) for t in (rows[:, :-1], rows[:, 1:]))
+            losses.append(self.model(*pair, plan).mean())
             (losses[-1] / len(batches)).backward()
         return torch.stack(losses).detach().mean()
 
@@ -1386,7 +1393,8 @@ class Trainer:
         config = self.config
         rows = torch.randint(config.vocab_size, (self.shape.sequences, config.train_seq_len + 1),
                              dtype=torch.int32, device=self.world.device)
-        for plan in depth_plans(config):
+        for at in sorted({0.0, *dict(config.depth_schedule + config.context_schedule)} - {1.0}):
+            plan, self.context = plan_at(config, at), value_at(config.context_schedule, at)
             begin = time.perf_counter()
             for _ in range(config.warmup_steps):
                 self.forward_backward(plan, [rows])
@@ -1394,7 +1402,7 @@ class Trainer:
             self.world.synchronize()
             seconds = time.perf_counter() - begin
             self.log.event("phase", name=f"warm_up {plan.name}", seconds=seconds)
-            self.log.line(f"warm_up {plan.name}: {seconds:.1f}s")
+            self.log.line(f"warm_up {plan.name}, rows of {self.context}: {seconds:.1f}s")
         torch._foreach_copy_(self.weights, self.shadow)  # which are the first ones yet
         torch._foreach_zero_([*self.optimizer.moments(), *self.optimizer.momenta])
         for _ in range(2):  # the second is warm
@@ -1504,6 +1512,7 @@ class Trainer:
         config, state = self.config, self.state
         at = config.schedule_steps * progress or state.step  # the step that settings in steps mean
         scale, begin = lr_scale(config, at, progress), self.mark()
+        self.context = value_at(config.context_schedule, progress)
         with torch._dynamo.config.patch(error_on_recompile=True):  # the error names the guard
             loss = self.forward_backward(plan, batches)
         middle = self.mark()
