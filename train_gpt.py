@@ -136,6 +136,7 @@ class Config:
     muon_momentum: float = within(0.97, 0, 0.9999)
     muon_momentum_warmup_start: float = within(0.92, 0, 0.9999)
     muon_momentum_warmup_steps: int = within(1500, 1, 10**7)
+    muon_backend: Literal["newton_schulz", "polar_express"] = "polar_express"
     muon_backend_steps: int = within(5, 1, 20)  # its iterations
     muon_row_normalize: bool = True
     muon_wd: float = within(0.095, 0, 10)
@@ -254,7 +255,7 @@ NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_
 
 # Published steps to the recurrence are shares of the run here; SCHEDULE_STEPS does it to others.
 FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, attn_gate=0.0, min_lr=0.0, train_context="",
-                    muon_momentum=0.99, gptq_reserve_seconds=12.0)
+                    muon_momentum=0.99, muon_backend="newton_schulz", gptq_reserve_seconds=12.0)
 PLAIN = FORMER | dict(
     quantiser="gptq", compressor="brotli", gptq_damp=0.01, gptq_calibration_batches=64,
     sliding_window_enabled=True, ttt_mode="sgd", mixer="off", val_tail=False)
@@ -1174,14 +1175,16 @@ def muon_momentum(step: float, config: Config) -> float:
 
 # Coefficients of x, x^3 and x^5 in each iteration, the last ones for all that follow. Sources:
 # Muon (Jordan et al. 2024), Polar Express (Amsel et al. 2025).
-QUINTIC = 3.4445, -4.7750, 2.0315
+QUINTICS = {"newton_schulz": [(3.4445, -4.7750, 2.0315)], "polar_express": [
+    (8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
+    (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232)]}
 
-def orthogonalise(update_MRC: Tensor, iterations: int) -> Tensor:
+def orthogonalise(update_MRC: Tensor, iterations: int, backend: str = "newton_schulz") -> Tensor:
     """Matrices made nearly orthogonal by odd polynomials of their singular values."""
     x = update_MRC.bfloat16()
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for number in range(iterations):
-        a, b, c = QUINTIC
+        a, b, c = QUINTICS[backend][:number + 1][-1]
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
@@ -1213,7 +1216,7 @@ class MatrixGroup:
         if config.muon_row_normalize:  # the rows of a tall matrix lie as columns here
             columns, rows = (torch.linalg.vector_norm(update, dim=d, keepdim=True) for d in (1, 2))
             update = update / torch.where(self.tall_M11, columns, rows).clamp_min(1e-7)
-        update = orthogonalise(update, config.muon_backend_steps)
+        update = orthogonalise(update, config.muon_backend_steps, config.muon_backend)
         parts = self.world.gather(update).split(self.counts)[:-1]
         for matrix, tall, part in zip(self.matrices, self.tall, parts, strict=True):
             w = matrix.parameter.data[:, matrix.rows]
