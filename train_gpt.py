@@ -153,6 +153,7 @@ class Config:
     warmdown_frac: float = within(0.72, 0.001, 1)  # last share of progress with falling rate
     warmdown_iters: int = within(0, 0, 10**7)  # instead, in steps of the mean time so far
     schedule_steps: int = within(0, 0, 10**7)  # settings in steps are shares of so many; 0: steps
+    min_lr: float = within(0.1, 0, 1)  # floor of the learning-rate scale
     warmup_steps: int = within(20, 1, 1000)  # untimed micro-steps per plan, on random tokens
     averaging: Literal["ema", "ema_warm", "swa"] = "ema"  # warm: decay at most (s + 1) / (s + 10)
     ema_decay: float = within(0.9965, 0, 0.9999)  # per optimizer step
@@ -253,7 +254,7 @@ NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_
               "tokenizer_path checkpoint_every rank_timeout_seconds max_quant_gap_bpb")
 
 # Published steps to the recurrence are shares of the run here; SCHEDULE_STEPS does it to others.
-FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, attn_gate=0.0, train_context="",
+FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, attn_gate=0.0, min_lr=0.0, train_context="",
                     muon_momentum=0.99, muon_backend="newton_schulz", gptq_reserve_seconds=12.0)
 PLAIN = FORMER | dict(
     quantiser="gptq", compressor="brotli", gptq_damp=0.01, gptq_calibration_batches=64,
@@ -1165,7 +1166,7 @@ def maybe_compile(function: Callable, config: Config) -> Callable:
 def lr_scale(config: Config, step: float, progress: float) -> float:
     """1, then linear down to the floor over a share of the run, or steps as long as until now."""
     iters = config.warmdown_iters * progress / max(step, 1)
-    return max(0.0, min(1.0, (1 - progress) / max(iters or config.warmdown_frac, 1e-9)))
+    return max(config.min_lr, min(1.0, (1 - progress) / max(iters or config.warmdown_frac, 1e-9)))
 
 def muon_momentum(step: float, config: Config) -> float:
     """Linear ramp from the warm-up start to the final momentum."""
