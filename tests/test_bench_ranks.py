@@ -46,8 +46,15 @@ def test_a_failing_rank_is_an_error_with_its_reason(data_dir: Path, tmp_path: Pa
         bench_ranks.main(["--sizes", "1"])
 
 
+def test_sizes_begin_with_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench_ranks.main(["--sizes", "2,4"])
+    assert ended.value.code == 2
+    assert "1 comes first" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("some", "others", "length"), [
     ([(0, 4)], [(1, 2), (3, 9)], 2), ([(0, 4), (5, 6)], [(0, 3), (2, 10)], 5), ([(0, 1)], [], 0)])
 def test_overlap(some: list[bench_ranks.Interval], others: list[bench_ranks.Interval],
                  length: float) -> None:
-    assert bench_ranks.overlapped_seconds(some, others) == length
+    assert bench_ranks.overlapped_length(some, others) == length

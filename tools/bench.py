@@ -591,15 +591,20 @@ class Bench:
         return "\n".join(lines)
 
     def save(self, folder: Path) -> Path:
-        """Writes the result and returns where; an earlier one stays."""
-        name = f"bench_{self.gpu.lower().replace(' ', '-')}_{time.strftime('%Y-%m-%d')}"
-        path, number = folder / f"{name}.json", 2
-        while path.exists():
-            path, number = folder / f"{name}-{number}.json", number + 1
-        folder.mkdir(parents=True, exist_ok=True)
+        """Writes the result and returns where."""
         self.result["rows"] = [row._asdict() for row in self.rows]
-        golf.write_atomically(path, (json.dumps(self.result, indent=1) + "\n").encode())
-        return path
+        return write_new(folder, f"bench_{self.gpu}", self.result)
+
+
+def write_new(folder: Path, what: str, result: dict[str, object]) -> Path:
+    """Writes a result under a name of today and returns where; an earlier file stays."""
+    name = f"{what.lower().replace(' ', '-')}_{time.strftime('%Y-%m-%d')}"
+    path, number = folder / f"{name}.json", 2
+    while path.exists():
+        path, number = folder / f"{name}-{number}.json", number + 1
+    folder.mkdir(parents=True, exist_ok=True)
+    golf.write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+    return path
 
 
 # ==================================================================================================

@@ -23,16 +23,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -45,10 +44,33 @@ from tools import bench
 
 WORLD_SIZES = 1, 2, 4, 8
 Interval = tuple[float, float]
-Facts = dict[str, object]
+Mark = torch.cuda.Event | float
 
 
-def overlapped_seconds(some: Sequence[Interval], others: Sequence[Interval]) -> float:
+class Timing(NamedTuple):
+    """One kind of step at one world size: medians in milliseconds, of all ranks the slowest."""
+
+    batch_tokens: int  # of all ranks
+    plan: str
+    micro_steps: int
+    micro_ms: float
+    optimizer_ms: float
+    average_ms: float
+    ms_per_step: float
+    collectives_ms: float | None = None  # of rank 0
+    overlapped: float | None = None  # share of them
+
+
+class Measured(NamedTuple):
+    """One world size."""
+
+    world_size: int
+    losses: list[float]  # of the first steps
+    equal_weights: bool  # of all ranks after them
+    timings: list[Timing]
+
+
+def overlapped_length(some: Sequence[Interval], others: Sequence[Interval]) -> float:
     """Length of `some` during which one of `others` ran. Example: (0, 4) and (1, 2), (3, 9) -> 2"""
     merged: list[list[float]] = []
     for begin, end in sorted(others):
@@ -90,9 +112,9 @@ class RankBench:
                        for operation in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
         return bool(least == most)
 
-    def step(self, trainer: golf.Trainer, plan: golf.DepthPlan, rows: list[Tensor]) -> list[object]:
+    def step(self, trainer: golf.Trainer, plan: golf.DepthPlan, rows: list[Tensor]) -> list[Mark]:
         """One step that changes no weight; when its parts began and the last one ended."""
-        marks: list[object] = [trainer.mark()]
+        marks = [trainer.mark()]
         trainer.forward_backward(plan, rows)
         marks.append(trainer.mark())
         trainer.optimizer.step(0, 0.0)
@@ -100,8 +122,8 @@ class RankBench:
         trainer.update_average(1 - self.config.ema_decay)
         return [*marks, trainer.mark()]
 
-    def time_plan(self, trainer: golf.Trainer, plan: golf.DepthPlan) -> Facts:
-        """Milliseconds of a step and of its parts: medians, of all ranks the slowest."""
+    def time_plan(self, trainer: golf.Trainer, plan: golf.DepthPlan) -> Timing:
+        """Steps of one plan, warm."""
         stream = golf.batch_stream(trainer.loader, trainer.shape, self.world)
         rows, parts = next(stream), list[list[float]]()
         stream.close()
@@ -112,44 +134,48 @@ class RankBench:
         self.world.synchronize()
         for marks in steps:
             pairs = [*itertools.pairwise(marks), (marks[0], marks[-1])]
-            parts.append([a.elapsed_time(b) if self.world.is_cuda  # type: ignore[attr-defined]
-                          else 1e3 * (b - a) for a, b in pairs])  # type: ignore[operator]
+            parts.append([milliseconds(*pair) for pair in pairs])
         mine = torch.tensor([statistics.median(part) for part in zip(*parts, strict=True)])
-        names = "micro_ms", "optimizer_ms", "average_ms", "ms_per_step"
-        slowest = self.world.combine(mine, dist.ReduceOp.MAX).tolist()
-        return dict(zip(names, slowest, strict=True)) | self.collectives(trainer, plan, rows)
+        micro, optimizer, average, whole = self.world.combine(mine, dist.ReduceOp.MAX).tolist()
+        collectives, overlapped = self.collectives(trainer, plan, rows)
+        return Timing(trainer.config.train_batch_tokens, plan.name, trainer.shape.micro_steps,
+                      micro, optimizer, average, whole, collectives, overlapped)
 
-    def collectives(self, trainer: golf.Trainer, plan: golf.DepthPlan, rows: list[Tensor]) -> Facts:
+    def collectives(self, trainer: golf.Trainer, plan: golf.DepthPlan,
+                    rows: list[Tensor]) -> tuple[float | None, float | None]:
         """Milliseconds of NCCL's kernels in a step of this rank, and their overlapped share."""
-        if not self.world.is_cuda:
-            return {}
+        if not self.world.is_cuda or self.world.size == 1:
+            return None, None
         count = 3
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             for _ in range(count):
                 self.step(trainer, plan, rows)
             self.world.synchronize()
-        kernels = [(event.name, (event.time_range.start, event.time_range.end))
-                   for event in profiler.events() or ()
-                   if event.device_type == torch.autograd.DeviceType.CUDA]
-        nccl = [span for name, span in kernels if "nccl" in name.lower()]
-        others = [span for name, span in kernels if "nccl" not in name.lower()]
-        total = sum(end - begin for begin, end in nccl)
-        return {"collectives_ms": total / count / 1e3,
-                "overlapped": overlapped_seconds(nccl, others) / total if total else 0.0}
+        spans: dict[bool, list[Interval]] = {True: [], False: []}
+        for event in profiler.events() or ():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                span = event.time_range.start, event.time_range.end  # in microseconds
+                spans["nccl" in event.name.lower()].append(span)
+        total = sum(end - begin for begin, end in spans[True])
+        share = overlapped_length(spans[True], spans[False]) / total if total else 0.0
+        return total / count / 1e3, share
 
-    def measure(self, batches: Sequence[int], losses: int) -> Facts:
+    def measure(self, batches: Sequence[int], losses: int) -> Measured:
         """Everything of this world size; the largest batch is the one that all sizes share."""
         trainer = self.trainer(max(batches))
-        found: Facts = {"world_size": self.world.size, "batch_tokens": max(batches),
-                        "losses": self.first_losses(trainer, losses),
-                        "equal_weights": self.equal_weights(trainer), "timings": []}
+        first, equal = self.first_losses(trainer, losses), self.equal_weights(trainer)
+        timings = []
         for tokens in batches:
             trainer = self.trainer(tokens)
-            for plan in golf.depth_plans(self.config):
-                facts = self.time_plan(trainer, plan)
-                found["timings"] += [{"batch_tokens": tokens, "plan": plan.name,  # type: ignore[operator]
-                                      "micro_steps": trainer.shape.micro_steps, **facts}]
-        return found
+            timings += [self.time_plan(trainer, plan) for plan in golf.depth_plans(self.config)]
+        return Measured(self.world.size, first, equal, timings)
+
+
+def milliseconds(begin: Mark, end: Mark) -> float:
+    """Between two marks of a trainer."""
+    if isinstance(begin, float) or isinstance(end, float):
+        return 1e3 * (float(end) - float(begin))  # type: ignore[arg-type] # both are
+    return begin.elapsed_time(end)
 
 
 def rank_main(options: argparse.Namespace) -> None:
@@ -159,11 +185,12 @@ def rank_main(options: argparse.Namespace) -> None:
     with world.process_group(config.rank_timeout_seconds):
         found = RankBench(config, world, options.repeats).measure(options.batches, options.losses)
         if world.is_main:
-            options.rank_of.write_text(json.dumps(found))
+            timings = [timing._asdict() for timing in found.timings]
+            options.rank_of.write_text(json.dumps({**found._asdict(), "timings": timings}))
 
 
 def launch(size: int, batches: Sequence[int], options: argparse.Namespace, folder: Path,
-           config: golf.Config) -> Facts:
+           config: golf.Config) -> Measured:
     """The measurements of one world size. Raises: GolfError with the last line of a failure."""
     out = folder / f"{size}.json"
     env = {**os.environ, "DATA_PATH": str(config.dataset_dir)}
@@ -175,43 +202,44 @@ def launch(size: int, batches: Sequence[int], options: argparse.Namespace, folde
     if answer.returncode or not out.is_file():
         reasons = [line for line in answer.stderr.splitlines() if line.startswith("error:")]
         raise golf.GolfError(f"{size} ranks: {(reasons or answer.stderr.splitlines()[-1:])[:1]}")
-    return json.loads(out.read_text())
+    content = json.loads(out.read_text())
+    return Measured(**{**content, "timings": [Timing(**timing) for timing in content["timings"]]})
 
 
-def rows_of(found: Sequence[Facts], share: int, most: int) -> list[Facts]:
+def rows_of(found: Sequence[Measured], share: int, most: int) -> list[dict[str, object]]:
     """A row for each world size, kind of batch and plan, with its speed-up over one rank."""
-    rows: list[Facts] = []
-    for facts in found:
-        size = int(facts["world_size"])  # type: ignore[call-overload]
+    rates: dict[tuple[int, str, str], float] = {}
+    rows: list[dict[str, object]] = []
+    for size, _, _, timings in found:
         for kind, tokens in (("per rank", share * size), ("global", share * most)):
-            for timing in facts["timings"]:  # type: ignore[attr-defined]
-                if timing["batch_tokens"] == tokens:
-                    rate = tokens / timing["ms_per_step"] * 1e3
-                    rows.append({"world_size": size, "batch": kind, **timing, "tok_s": rate})
-    alone = {(row["batch"], row["plan"]): row["tok_s"] for row in rows if row["world_size"] == 1}
-    for row in rows:
-        if base := alone.get((row["batch"], row["plan"])):
-            row["speed_up"] = row["tok_s"] / base  # type: ignore[operator]
-            row["efficiency"] = row["speed_up"] / row["world_size"]  # type: ignore[operator]
+            for timing in timings:
+                if timing.batch_tokens != tokens:
+                    continue
+                rate = rates[size, kind, timing.plan] = 1e3 * tokens / timing.ms_per_step
+                known = {k: v for k, v in timing._asdict().items() if v is not None}
+                rows.append({"world_size": size, "batch": kind, **known, "tok_s": rate})
+                if alone := rates.get((1, kind, timing.plan)):
+                    rows[-1] |= {"speed_up": rate / alone, "efficiency": rate / alone / size}
     return rows
 
 
-def agreement_of(found: Sequence[Facts]) -> list[Facts]:
+def agreement_of(found: Sequence[Measured]) -> list[dict[str, object]]:
     """For each world size: equal weights, and how far its losses are from those of the first."""
-    first = found[0]["losses"]
-    return [{"world_size": facts["world_size"], "equal_weights": facts["equal_weights"],
-             "loss_gap": max(abs(a - b) for a, b in zip(facts["losses"], first, strict=True)),  # type: ignore[call-overload]
-             "mean_loss_gap": abs(math.fsum(facts["losses"]) - math.fsum(first))  # type: ignore[arg-type]
-             / len(first), "last_loss": facts["losses"][-1],  # type: ignore[index, arg-type]
-             "steps": len(first)} for facts in found]  # type: ignore[arg-type]
+    rows: list[dict[str, object]] = []
+    for size, losses, equal, _ in found:
+        gaps = [a - b for a, b in zip(losses, found[0].losses, strict=True)]
+        rows.append({"world_size": size, "equal_weights": equal, "steps": len(losses),
+                     "loss_gap": max(map(abs, gaps)), "mean_loss_gap": abs(sum(gaps)) / len(gaps),
+                     "last_loss": losses[-1]})
+    return rows
 
 
-def table(rows: Sequence[Facts], agreement: Sequence[Facts]) -> str:
+def table(rows: Sequence[dict[str, object]], agreement: Sequence[dict[str, object]]) -> str:
     """Both as text."""
     lines = [f"{'ranks':>5}  {'batch':<9}{'plan':<10}{'ms a step':>10}{'tok/s':>12}{'speed-up':>9}"
              f"{'optimizer':>10}{'collectives':>12}"]
     for row in rows:
-        cells = [row.get(name, math.nan) for name in
+        cells = [row.get(name, float("nan")) for name in
                  ("ms_per_step", "tok_s", "speed_up", "optimizer_ms", "collectives_ms")]
         ms, rate, speed_up, optimizer, collectives = cells
         lines.append(f"{row['world_size']:>5}  {row['batch']:<9}{row['plan']:<10}{ms:>10.2f}"
@@ -236,7 +264,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=15, metavar="STEPS", help="to time")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--batches", type=integers, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.sizes and options.sizes[0] != 1:
+        parser.error(f"--sizes {options.sizes}: 1 comes first, the others are compared with it")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -248,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config, gpus = golf.Config.from_env(os.environ), torch.cuda.device_count()
     sizes = options.sizes or [size for size in WORLD_SIZES if size <= max(gpus, 1)]
     share = config.micro_batch_tokens // config.train_seq_len * config.train_seq_len
-    most, found = max(sizes), list[Facts]()
+    most, found = max(sizes), list[Measured]()
     with tempfile.TemporaryDirectory() as name:
         config, data = bench.with_tokens(config, Path(name))
         for size in sizes:
@@ -260,11 +291,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = {"gpu": gpu, **facts, "preset": config.preset, "differs": config.differs(),
               "source_sha256": golf.digest(golf.program_source()), "data": data,
               "config_hash": config.config_hash, "rows": rows, "agreement": agreement,
-              "losses": {str(f["world_size"]): f["losses"] for f in found}}
-    stem = f"bench_ranks_{gpu.lower().replace(' ', '-')}_{time.strftime('%Y-%m-%d')}"
-    path = Path(config.log_dir, f"{stem}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    golf.write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+              "losses": {str(measured.world_size): measured.losses for measured in found}}
+    path = bench.write_new(Path(config.log_dir), f"bench_ranks_{gpu}", result)
     print(f"{table(rows, agreement)}\nresult: {path}")
     return 0
 
