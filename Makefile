@@ -19,7 +19,8 @@ JOBS ?= 2
 python := $(VENV)/bin/python
 # module=requirement: installed only where the module cannot be found
 run_modules := torch='$(TORCH)' numpy=numpy sentencepiece=sentencepiece brotli='brotli>=1.2'
-dev_modules := pytest=pytest xdist=pytest-xdist hypothesis=hypothesis ruff=ruff mypy=mypy constriction=constriction
+dev_modules := pytest=pytest xdist=pytest-xdist hypothesis=hypothesis ruff=ruff mypy=mypy constriction=constriction \
+               huggingface_hub=huggingface_hub zstandard=zstandard
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,3p' Makefile
