@@ -125,6 +125,8 @@ def test_cost_is_what_a_commit_added(tmp_path: Path, monkeypatch: pytest.MonkeyP
     lines, packed = bench_recipe.cost_of("HEAD")
     assert lines == 11
     assert 20 < packed < 300
+    row = {"technique": "x", "pairs": 0, "lines": lines, "packed bytes": packed}
+    assert f"| x | 0 | - ± - | - ± - | - (-) | {lines} | {packed} |" in bench_recipe.table([row])
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:

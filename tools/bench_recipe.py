@@ -163,7 +163,8 @@ def table(rows: Sequence[dict[str, object]]) -> str:
                  f"{show(row.get(f'{column} noise'), '.2f', 1e3)}" for column in SCORES]
         speed = f"{show(row.get('ms per step'), '.1f')} ({show(row.get('slower'), '+.1%')})"
         lines.append(" | ".join([f"| {row['technique']}", str(row["pairs"]), *gains, speed,
-                                 show(row["lines"], "d"), show(row["packed bytes"], "d")]) + " |")
+                                 show(row["lines"], ".0f"), show(row["packed bytes"], ".0f")])
+                     + " |")
     return "\n".join(lines) + "\n"
 
 
