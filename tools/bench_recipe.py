@@ -193,8 +193,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         names = sweep.setting_names() - set(sweep.RESERVED)
         common = {name: value for name, value in os.environ.items() if name in names}
-        common |= {**COMMON, "MAX_WALLCLOCK_SECONDS": f"{options.seconds * (not options.steps):g}"}
-        common |= {"ITERATIONS": str(options.steps)} if options.steps else {}
+        common |= COMMON
+        if options.steps:  # progress is then counted in steps
+            common |= {"ITERATIONS": str(options.steps), "MAX_WALLCLOCK_SECONDS": "0"}
+        else:
+            common["MAX_WALLCLOCK_SECONDS"] = f"{options.seconds:g}"
         common |= {name: ",".join(values)
                    for name, values in map(sweep.parse_axis, options.common)}
         costs = {name: cost_of(commit) for name, _, commit in
