@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from toy import tiny_env
+from toy import MakeConfig, tiny_env
 
+import train_gpt as golf
 from tools import bench_ranks, readme_blocks
 
 
@@ -42,8 +43,20 @@ def test_a_failing_rank_is_an_error_with_its_reason(data_dir: Path, tmp_path: Pa
     env = tiny_env(data_dir, tmp_path, OMP_NUM_THREADS=1, ATTENTION="fa3")
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(bench_ranks.golf.GolfError, match=r"1 ranks.*ATTENTION=fa3"):
+    with pytest.raises(golf.GolfError, match=r"1 ranks.*ATTENTION=fa3"):
         bench_ranks.main(["--sizes", "1"])
+
+
+@pytest.mark.parametrize("loops", [
+    {"NUM_LOOPS": 0}, {"NUM_LOOPS": 2, "PROG_DEPTH": "0.3:1,0.6:2,1:3"}])
+def test_losses_go_through_all_plans_however_many(make_config: MakeConfig,
+                                                  loops: dict[str, object]) -> None:
+    config = make_config(**loops)
+    measured = bench_ranks.RankBench(config, golf.World(), 1).measure([384], 4)
+    plans = [plan.name for plan in golf.depth_plans(config)]
+    assert [timing.plan for timing in measured.timings] == plans
+    assert len(plans) == (3 if loops["NUM_LOOPS"] else 1)
+    assert len(measured.losses) == 4
 
 
 def test_sizes_begin_with_one(capsys: pytest.CaptureFixture[str]) -> None:

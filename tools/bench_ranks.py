@@ -95,10 +95,10 @@ class RankBench:
         return golf.Trainer(config, self.world, bench.silent_log(config), self.attend)
 
     def first_losses(self, trainer: golf.Trainer, steps: int) -> list[float]:
-        """Losses of the first steps, means over the whole batch; the loop begins halfway."""
+        """Losses of the first steps, means over the whole batch, through all plans of a run."""
         stream, found = golf.batch_stream(trainer.loader, trainer.shape, self.world), list[Tensor]()
         for step in range(steps):
-            plan = golf.depth_plans(self.config)[step >= steps / 2]
+            plan = golf.plan_at(self.config, step / steps)
             found.append(trainer.forward_backward(plan, next(stream)))
             trainer.optimizer.step(step, 1.0)
         stream.close()
@@ -166,7 +166,7 @@ class RankBench:
         first, equal = self.first_losses(trainer, losses), self.equal_weights(trainer)
         timings = []
         for tokens in batches:
-            trainer = self.trainer(tokens)
+            trainer = self.trainer(tokens)  # fresh: weights that learned draw more power
             timings += [self.time_plan(trainer, plan) for plan in golf.depth_plans(self.config)]
         return Measured(self.world.size, first, equal, timings)
 

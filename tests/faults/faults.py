@@ -375,7 +375,9 @@ def main() -> int:
     table, minutes = suite.table(), (time.monotonic() - begin) / 60
     with suppress(FileExistsError):
         options.out.parent.mkdir(parents=True)
-    header = HEADER.format(minutes=minutes, seed=options.seed, device=device)
+    part = f"python tests/faults/faults.py --only {options.only}"
+    header = HEADER.format(command=part if options.only else "make faults", minutes=minutes,
+                           seed=options.seed, device=device)
     options.out.write_text(f"{header}{table}\n")
     print(f"{table}\n{minutes:.1f} minutes; {options.out}")
     return int(any(r.survived < r.tried for r in suite.rows))
@@ -383,7 +385,7 @@ def main() -> int:
 
 HEADER = """# Faults
 
-Written by `make faults` (seed {seed}, {minutes:.0f} minutes on {device}). Every fault hits the real
+Written by `{command}` (seed {seed}, {minutes:.0f} minutes on {device}). Every fault hits the real
 program as a subprocess with a toy model. *Survived* means: the program ended as documented, and
 where a run is resumed, its artifact and all its scores equal those of a run without faults to the
 last bit. *Bytes lost* were in a log before the fault and are not afterwards.
