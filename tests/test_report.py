@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import sys
 import threading
 import xml.etree.ElementTree as ElementTree
@@ -454,6 +455,8 @@ def test_two_systems_are_compared_on_equal_terms_or_not_at_all(
     path.write_text(f"<!-- generated:versus {SEED_42} other -->\n<!-- /generated -->\n")
     assert report.main(["readme", str(path)]) == bool(refused)
     assert refused in capsys.readouterr().err
+    if not refused:  # the speed of runs of equal steps is not compared: they may share a GPU
+        assert ("Step, ms" in path.read_text()) == ("train" in changes)
 
 
 def test_unclosed_blocks_are_errors(logs: Path) -> None:
@@ -462,6 +465,13 @@ def test_unclosed_blocks_are_errors(logs: Path) -> None:
         path.write_text(text)
         with pytest.raises(readme_blocks.BlockError, match="is not closed"):
             readme_blocks.regenerate(path)
+
+
+def test_links_of_this_repository_lead_somewhere() -> None:
+    root = Path(__file__).resolve().parent.parent
+    for page in (root / "README.md", *(root / "docs").glob("*.md")):
+        links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text() if page.is_file() else "")
+        assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_readme_of_this_repository_is_what_the_logs_give() -> None:

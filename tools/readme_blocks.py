@@ -118,8 +118,10 @@ def machine(run: Run) -> str:
 
 
 def log_link(run: Run, text: str) -> str:
-    """Link to the text log of a run."""
-    return f"[{text}](logs/{run.run_id}.txt)"
+    """Link from the README to the text log of a run, which may lie in a folder of the logs."""
+    path = run.files["result"].with_name(f"{run.run_id}.txt")
+    logs = next(folder for folder in path.parents if folder.name == "logs")
+    return f"[{text}]({path.relative_to(logs.parent).as_posix()})"
 
 
 def _shared(runs: Sequence[Run], key: str) -> str:
@@ -292,7 +294,7 @@ VERSUS = {
 def block_versus(sources: Sources, arguments: Sequence[str]) -> str:
     """Two systems side by side, by equal seeds of one source on one kind of machine.
 
-    Both trained for equal seconds, or for equal steps.
+    Both trained for equal seconds, or for equal steps: then their speed is no part of it.
     """
     if len(arguments) != 2:
         raise BlockError("takes two groups of runs, each as RUN,RUN,...")
@@ -303,13 +305,16 @@ def block_versus(sources: Sources, arguments: Sequence[str]) -> str:
                 "data.val_documents", "hardware.gpu", "versions.attention_backend",
                 "config.train_batch_tokens", "config.artifact_cap_bytes"):
         _shared(both, key)
-    if len({run.get("train.steps") for run in both}) > 1:  # else equal steps are compared
+    equal_steps = len({run.get("train.steps") for run in both}) == 1
+    if not equal_steps:
         _shared(both, "config.max_wallclock_seconds")
     seeds = [[run.seed for run in group] for group in groups]
     if seeds[0] != seeds[1]:
         raise BlockError(f"seeds {seeds[0]} against {seeds[1]}")
     rows = []
     for label, (key, form) in VERSUS.items():
+        if equal_steps and key == "train.ms_per_step":  # such runs may have shared a GPU
+            continue
         first, second = ([_mean([run], key) for run in group] for group in groups)
         test, gap = welch.paired(first, second), welch.mean(first) - welch.mean(second)
         noise = f" ± {format(test.standard_error, form)}" if test else ""
