@@ -213,6 +213,19 @@ def test_missing_and_broken_runs_are_named(tmp_path: Path) -> None:
         runs.load_run("list", tmp_path)
 
 
+def test_a_run_is_told_by_what_its_file_holds_not_by_its_name(tmp_path: Path) -> None:
+    names = ["bench_a", "manifest-1", "recipe-all-seed42", "submission", "z"]
+    for name in names:
+        synthetic.write_run(tmp_path, synthetic.result(run_id=name))
+    for name, content in (("bench_cpu", {"rows": []}), ("curve", {"run_id": "z", "rows": []}),
+                          ("manifest", {"status": "complete"})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert [run.run_id for run in runs.find_runs(tmp_path)] == names
+    (tmp_path / "cut.json").write_text('{"run_id": ')
+    with pytest.raises(runs.RunError, match=r"cut\.json: not JSON"):
+        runs.find_runs(tmp_path)
+
+
 # --------------------------------------------------------------------------------------- damage
 
 

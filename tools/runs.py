@@ -28,8 +28,9 @@ from typing import NamedTuple, TypeAlias
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 
 LOG_SUFFIXES = (".txt", ".log", ".out")
-# Names of JSON files that are no result begin so.
-NOT_A_RUN = ("adaptation_curve", "bench_", "quantiser_curve", "recipe", "submission", "manifest")
+# Names of files that tools write beside runs begin so; `is_result` is sure.
+NOT_A_RUN = ("adaptation_curve", "bench_", "quantiser_curve", "recipe.", "recipe_", "submission",
+             "manifest")
 PARTS = ("code", "model", "total")
 CAP_BYTES = 16_000_000
 MAX_RESULT_BYTES = 256 * 2**20  # a result is kilobytes; anything near this is not one of ours
@@ -245,11 +246,11 @@ def load_run(name: str | Path, logs: Path = Path("logs")) -> Run:
 
 
 def find_runs(logs: Path) -> list[Run]:
-    """Every run with a result file in a folder, oldest first by its `started`, then by name."""
-    found = []
-    for path in sorted(logs.glob("*.json")):
-        if not path.name.startswith(NOT_A_RUN):
-            found.append(load_run(path))
+    """Every run with a result file in a folder, oldest first by its `started`, then by name.
+
+    Raises: RunError naming a file that is not a JSON mapping.
+    """
+    found = [load_run(path) for path in sorted(logs.glob("*.json")) if is_result(path)]
     return sorted(found, key=lambda run: (run.text("started") or "", run.run_id))
 
 
@@ -284,6 +285,11 @@ def read_json(path: Path) -> dict[str, Json]:
     if not isinstance(tree, dict):
         raise RunError(f"{path}: a {type(tree).__name__}, not a mapping")
     return tree
+
+
+def is_result(path: Path) -> bool:
+    """Whether a JSON file names a run and how it ended. Raises: RunError if it is no mapping."""
+    return {"run_id", "status"} <= read_json(path).keys()
 
 
 def read_result(path: Path) -> Run:
