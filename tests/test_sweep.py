@@ -342,6 +342,16 @@ def test_detached_sweep_that_cannot_start_says_so(trainer: Path) -> None:
     assert refused.returncode == 2 and "another trainer" in refused.stderr
 
 
+def test_score_that_is_no_number_counts_in_no_mean_and_comes_last(tmp_path: Path) -> None:
+    book = sweep.Ledger(tmp_path / "ledger.jsonl")
+    for seed, score in enumerate((math.nan, 1.25, 1.75)):
+        for row in ({"event": "start"}, {"event": "end", "status": "complete", "val_bpb": score}):
+            book.add(key=str(seed), label=f"seed{seed}", **row)
+    lines = sweep.table(book).splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["seed1", "seed2", "seed0"]
+    assert "mean 1.50000" in lines[-1] and "n 2" in lines[-1]
+
+
 # ---- curves ----
 
 
@@ -406,6 +416,8 @@ def test_progress_tells_step_loss_and_time_left(trainer: Path) -> None:
     text = sweep.progress_line([active], [], pending=1, slots=1)
     assert "seed1 step 5 loss 3.2500 50%" in text and "about 30m" in text
     assert "about 2h" in sweep.progress_line([active], [4000.0], pending=1, slots=1)
+    sweep.take_event(active, {"event": "train", "step": 6, "train_loss": math.nan})
+    assert active.stage == "step 6"
     sweep.take_event(active, {"event": "eval", "label": "sliding", "val_bpb": 1.25})
     text = sweep.progress_line([active], [], pending=1, slots=1)
     assert "seed1 sliding 1.2500 BPB" in text and "about" not in text

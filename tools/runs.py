@@ -196,7 +196,7 @@ def assign(tree: dict[str, Json], key: str, value: Json) -> None:
     tree[last] = value
 
 
-def as_number(value: Json) -> float | None:
+def as_number(value: object) -> float | None:
     """The value as a finite float; None for booleans, text, NaN and infinities."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

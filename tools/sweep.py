@@ -47,6 +47,8 @@ from typing import IO, NamedTuple
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from tools.runs import as_number
+
 OURS = REPOSITORY / "train_gpt.py"
 RESERVED = ("RUN_ID", "LOG_DIR", "RUN_DIR")  # the sweep chooses these so that runs cannot collide
 WORLD_SIZES = (8, 6, 4, 3, 2, 1)  # what train_gpt.py accepts, largest first
@@ -218,11 +220,6 @@ def parse_event(line: bytes) -> Event | None:
     return None
 
 
-def number(value: object) -> float | None:
-    """`value` as a float when it is a number (truth values are not)."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
 def took_effect(asked: str, actual: object) -> bool:
     """Whether the text of a variable and the value in a run's configuration say the same."""
     if isinstance(actual, bool):
@@ -271,10 +268,11 @@ class Curve:
         if event.get("event") not in ("train", "val"):
             return
         kind = "train" if event["event"] == "train" else f"val {event.get('label', '')}".strip()
-        step = number(event.get("step"))
-        loss = number(event.get("train_loss" if kind == "train" else "val_loss"))
-        if step is not None and loss is not None:
-            self.points.setdefault(kind, []).append((step, loss))
+        step = as_number(event.get("step"))
+        loss = event.get("train_loss" if kind == "train" else "val_loss")
+        # `as_number` would drop the losses of a run that diverged, and they are why it should end.
+        if step is not None and isinstance(loss, int | float):
+            self.points.setdefault(kind, []).append((step, float(loss)))
 
     def at(self, kind: str, step: float) -> float | None:
         """Loss at a step, on the line between its two neighbours; None outside the curve."""
@@ -505,13 +503,14 @@ def read_events(active: Active) -> None:
 def take_event(active: Active, event: Event) -> None:
     """Takes in one event; a setting that did not take effect is the verdict."""
     active.curve.add(event)
-    kind, score = event.get("event"), number(event.get("val_bpb"))
+    kind, score = event.get("event"), as_number(event.get("val_bpb"))
     if kind == "train":
         active.last_train = event
-        share, loss = number(event.get("progress")), number(event.get("train_loss"))
+        share, loss = as_number(event.get("progress")), as_number(event.get("train_loss"))
         active.promised = active.seconds / share if share else None
-        words = [f"step {event.get('step')}"] + [f"loss {loss:.4f}"] * (loss is not None)
-        active.stage = " ".join([*words, *[f"{share:.0%}"] * (share is not None)])
+        words = [f"step {event.get('step')}", "" if loss is None else f"loss {loss:.4f}",
+                 "" if share is None else f"{share:.0%}"]
+        active.stage = " ".join(filter(None, words))
     elif kind in ("artifact", "eval"):    # training no longer tells how long the rest takes
         active.stage = f"{event.get('label')} {score:.4f} BPB" if score else "artifact written"
         active.promised = None
@@ -710,11 +709,12 @@ def table(ledger: Ledger) -> str:
         open_again = end is not None and end.get("run_id") != start.get("run_id")
         lost: Event = {"status": "running or lost"}
         rows.append((start, lost if end is None or open_again else end))
-    rows.sort(key=lambda pair: (number(pair[1].get("val_bpb")) or math.inf, str(pair[0]["label"])))
+    rows.sort(key=lambda pair: (as_number(pair[1].get("val_bpb")) or math.inf,
+                                str(pair[0]["label"])))
     lines = [f"{'run':<44} {'status':<16} {'val_bpb':>9} {'steps':>7} {'bytes':>11} {'seconds':>8}"]
     groups: dict[str, list[float]] = {}
     for start, end in rows:
-        score = number(end.get("val_bpb"))
+        score = as_number(end.get("val_bpb"))
         lines.append(
             f"{start['label']!s:<44} {end['status']!s:<16} {f'{score:.5f}' if score else '-':>9} "
             f"{end.get('steps') or '-'!s:>7} {end.get('total_bytes') or '-'!s:>11} "
