@@ -271,6 +271,24 @@ def test_ledger_with_a_truncated_last_line_is_read_and_stays_readable(trainer: P
     assert len(sweep.Ledger(path).rows) == 6  # of each: plan, start, end
 
 
+@pytest.mark.parametrize("row", [
+    {"event": "start", "label": "seed1"}, {"event": "start", "key": 1, "label": "seed1"},
+    {"event": "plan"}, {"event": "plan", "seeds": ["x"]}, {"event": "plan", "seeds": 1},
+    {"event": "end", "key": "k"}, {"event": "end", "key": "k", "status": "complete"},
+])
+def test_damaged_row_of_a_ledger_is_passed_over_and_counted(
+    trainer: Path, row: dict, capsys: pytest.CaptureFixture,
+) -> None:
+    assert run(trainer, "--seeds", "1") == 0
+    path = trainer.parent / "sweep" / "ledger.jsonl"
+    path.write_text(path.read_text() + json.dumps(row) + "\n")
+    assert run(trainer, "--seeds", "1,2") == 0
+    assert sweep.main(["--out", str(path.parent), "--status"]) == 0
+    assert capsys.readouterr().err == f"{path}: 1 damaged row(s) passed over\n" * 2
+    book = sweep.Ledger(path)
+    assert (len(book.rows), book.seeds(), len(book.results())) == (6, [1, 2], 2)
+
+
 def test_only_one_sweep_works_in_a_folder(trainer: Path, capsys: pytest.CaptureFixture) -> None:
     with sweep.exclusive(trainer.parent / "sweep"):
         assert run(trainer, "--seeds", "1") == 2

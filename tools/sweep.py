@@ -336,12 +336,27 @@ def load_curve(path: Path) -> Curve:
 # ----------------------------------------------------------------------------------------------
 # The ledger
 # ----------------------------------------------------------------------------------------------
+def is_whole(row: Event) -> bool:
+    """Whether a row of a ledger holds what the ledger reads from it."""
+    seeds = row.get("seeds")
+    if row.get("event") == "plan":
+        return isinstance(seeds, list) and all(re.fullmatch(r"\d+", str(seed)) for seed in seeds)
+    complete = ["result"] if row.get("status") == "complete" else []
+    needed = {"start": ["key", "label"], "end": ["key", "status", *complete]}
+    return all(isinstance(row.get(name), str) for name in needed.get(str(row.get("event")), []))
+
+
 class Ledger:
-    """`ledger.jsonl`: one line per start and per end of a run, synced to disk at once."""
+    """`ledger.jsonl`: one line per start and per end of a run, synced to disk at once.
+
+    Damaged rows are passed over and counted on stderr.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows = EventTail(path).read()
+        rows = EventTail(path).read()
+        self.path, self.rows = path, [row for row in rows if is_whole(row)]
+        if damaged := len(rows) - len(self.rows):
+            print(f"{path}: {damaged} damaged row(s) passed over", file=sys.stderr)
         # A line that a crash cut short gets its newline, so that the next one stays readable.
         if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             with path.open("ab") as file:
