@@ -444,15 +444,31 @@ def test_progress_tells_step_loss_and_time_left(trainer: Path) -> None:
 @pytest.mark.parametrize("arguments", [
     [], ["--seeds", "x"], ["--seeds", "1", "--nproc", "5"], ["--seeds", "1", "--window", "0"],
     ["--seeds", "1", "--trainer", "none.py"], ["--seeds", "1", "--reference", "none.jsonl"],
-    ["--status"],
+    ["--status"], ["--seeds", "1", "--poll-seconds", "-1"],
+    ["--seeds", "1", "--report-seconds", "nan"], ["--seeds", "1", "--run-timeout", "nan"],
+    ["--seeds", "1", "--tolerance", "nan"],
 ])
 def test_bad_arguments_exit_2_with_one_line(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture,
 ) -> None:
     trainer = [] if "--trainer" in arguments else ["--trainer", __file__]
-    assert sweep.main([*arguments, *trainer, "--out", str(tmp_path / "none")]) == 2
+    out = tmp_path / "none"
+    assert sweep.main([*arguments, *trainer, "--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("detach", [[], ["--detach"]])
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_folder_that_cannot_be_made_exits_2_with_one_line(
+    trainer: Path, name: str, detach: list[str], capsys: pytest.CaptureFixture,
+) -> None:
+    (trainer.parent / "file").touch()
+    assert run(trainer, "--seeds", "1", "--out", str(trainer.parent / name), *detach) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --out {trainer.parent / name}: no folder")
+    assert error.count("\n") == 1
 
 
 # ---- with the real trainer ----

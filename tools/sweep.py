@@ -819,8 +819,9 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     trainer = pack_into(arguments.out) if arguments.packed else arguments.trainer
     if not trainer.is_file():
         raise SweepError(f"--trainer {trainer}: no such file")
-    for name, least in (("window", 1), ("max_failures", 1), ("run_timeout", 0), ("tolerance", 0)):
-        if getattr(arguments, name) < least:
+    for name, least in (("window", 1), ("max_failures", 1), ("run_timeout", 0), ("tolerance", 0),
+                        ("poll_seconds", 0), ("report_seconds", 0)):
+        if not getattr(arguments, name) >= least:  # which holds for NaN too
             option = name.replace("_", "-")
             raise SweepError(f"--{option} {getattr(arguments, name)}: at least {least}")
     patience = None
@@ -855,10 +856,14 @@ def planned(arguments: argparse.Namespace) -> list[Run]:
 def exclusive(out: Path) -> Iterator[IO[str]]:
     """The lock of a sweep folder, held until the block ends and no run that inherited it is alive.
 
-    Raises: SweepError when somebody else holds it.
+    Raises: SweepError when somebody else holds it, or there can be no such folder.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("w", encoding="utf-8") as file:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / "lock").open("w", encoding="utf-8")
+    except OSError as error:
+        raise SweepError(f"--out {out}: no folder to write to: {error.strerror}") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
