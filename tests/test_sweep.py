@@ -444,7 +444,7 @@ def test_progress_tells_step_loss_and_time_left(trainer: Path) -> None:
 @pytest.mark.parametrize("arguments", [
     [], ["--seeds", "x"], ["--seeds", "1", "--nproc", "5"], ["--seeds", "1", "--window", "0"],
     ["--seeds", "1", "--trainer", "none.py"], ["--seeds", "1", "--reference", "none.jsonl"],
-    ["--status"], ["--seeds", "1", "--poll-seconds", "-1"],
+    ["--seeds", "1", "--packed"], ["--status"], ["--seeds", "1", "--poll-seconds", "-1"],
     ["--seeds", "1", "--report-seconds", "nan"], ["--seeds", "1", "--run-timeout", "nan"],
     ["--seeds", "1", "--tolerance", "nan"],
 ])
@@ -502,12 +502,18 @@ def test_packed_program_runs_from_the_folder_of_the_sweep(
     assert sweep.main(command) == 0
     program = tmp_path / "s" / "train_gpt.py"
     assert f"PRESET=demo SEED=1 {sys.executable} -u {program}" in capsys.readouterr().out
+    assert sweep.main([*command[:-1], "--window", "0"]) == 2
+    assert not program.parent.exists()
+    monkeypatch.setattr(sweep.Sweep, "execute", lambda _: 0)
+    assert sweep.main(command[:-1]) == 0
     shown = subprocess.run([sys.executable, str(program)], env={**os.environ, "PRINT_CONFIG": "1"},
                            capture_output=True, text=True, timeout=120, check=True)
     assert "PRESET=demo" in shown.stdout
     program.write_bytes(program.read_bytes() + b" ")
-    assert sweep.main(command) == 2
-    assert "an earlier version of the program" in capsys.readouterr().err
+    capsys.readouterr()
+    for more in ([], ["--detach"]):
+        assert sweep.main([*command[:-1], *more]) == 2
+        assert "an earlier version of the program" in capsys.readouterr().err
 
 
 @pytest.mark.slow

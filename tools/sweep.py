@@ -441,6 +441,12 @@ class Settings(NamedTuple):
     max_failures: int
     poll_seconds: float
     report_seconds: float
+    packed: bool  # the trainer is written when runs start
+
+    @property
+    def ours(self) -> bool:
+        """Whether our program is the trainer, packed or not."""
+        return self.packed or self.trainer == OURS
 
 
 @dataclass
@@ -790,21 +796,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def pack_into(out: Path) -> Path:
-    """Our program, packed, in the folder of a sweep.
-
-    Raises: SweepError when another one lies there, whose runs would not compare.
-    """
-    import train_gpt
-
-    path, program = out / "train_gpt.py", train_gpt.packed_program()
-    if path.is_file() and path.read_bytes() != program:
-        raise SweepError(f"{path}: an earlier version of the program; give a new --out")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(program)
-    return path
-
-
 def settings_from(arguments: argparse.Namespace) -> Settings:
     """How to run, with defaults that depend on this machine filled in.
 
@@ -816,9 +807,13 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     if processes not in WORLD_SIZES:
         sizes = ", ".join(map(str, sorted(WORLD_SIZES)))
         raise SweepError(f"--nproc {processes}: world sizes are {sizes}")
-    trainer = pack_into(arguments.out) if arguments.packed else arguments.trainer
+    trainer = arguments.trainer
+    if arguments.packed and trainer.resolve() != OURS:
+        raise SweepError(f"--trainer {trainer}: --packed runs {OURS}, no other program")
     if not trainer.is_file():
         raise SweepError(f"--trainer {trainer}: no such file")
+    if arguments.packed:
+        trainer = arguments.out / OURS.name
     for name, least in (("window", 1), ("max_failures", 1), ("run_timeout", 0), ("tolerance", 0),
                         ("poll_seconds", 0), ("report_seconds", 0)):
         if not getattr(arguments, name) >= least:  # which holds for NaN too
@@ -832,24 +827,36 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     return Settings(
         arguments.out.resolve(), trainer.resolve(), processes, gpu_slots(gpus, processes),
         patience, arguments.run_timeout, arguments.max_failures, arguments.poll_seconds,
-        arguments.report_seconds)
+        arguments.report_seconds, arguments.packed)
 
 
-def planned(arguments: argparse.Namespace) -> list[Run]:
+def planned(arguments: argparse.Namespace, settings: Settings) -> list[Run]:
     """The runs that the command line asks for.
 
-    Where our program is the trainer, packed or not, the shell's own settings are made explicit and
-    it checks all.
+    Where our program is the trainer, the shell's own settings are made explicit and it checks all.
     """
     axes = parse_axes(arguments.seeds, arguments.assignments)
     if not axes:
         raise SweepError("nothing to run: give --seeds, --set, or both")
-    if not arguments.packed and arguments.trainer.resolve() != OURS:
+    if not settings.ours:
         return plan_runs(axes, {})
     known = setting_names() - set(RESERVED)
     runs = plan_runs(axes, {name: value for name, value in os.environ.items() if name in known})
     check_settings(runs)
     return runs
+
+
+def pack_into(path: Path) -> None:
+    """Writes our program, packed.
+
+    Raises: SweepError when another one lies there, whose runs would not compare.
+    """
+    import train_gpt
+
+    program = train_gpt.packed_program()
+    if path.is_file() and path.read_bytes() != program:
+        raise SweepError(f"{path}: an earlier version of the program; give a new --out")
+    path.write_bytes(program)
 
 
 @contextlib.contextmanager
@@ -877,6 +884,8 @@ def detach(arguments: Sequence[str], settings: Settings) -> int:
     log = settings.out / "sweep.log"
     with exclusive(settings.out), log.open("ab") as output:
         start = output.tell()
+        if settings.packed:
+            pack_into(settings.trainer)
     with log.open("ab") as output:
         words = [word for word in arguments if word != "--detach"]
         process = subprocess.Popen(
@@ -914,6 +923,8 @@ def interruptible() -> Iterator[None]:
 def run_sweep(plan: list[Run], settings: Settings) -> int:
     """Exit status of the whole sweep, its table printed."""
     with interruptible(), exclusive(settings.out) as lock:
+        if settings.packed:
+            pack_into(settings.trainer)
         ledger = Ledger(settings.out / "ledger.jsonl")
         sweep = Sweep(plan, settings, ledger, lock)
         ledger.check_trainer(sweep.digest)
@@ -933,7 +944,7 @@ def main(arguments: Sequence[str]) -> int:
             print(table(Ledger(options.out.resolve() / "ledger.jsonl")))
             return 0
         settings = settings_from(options)
-        plan = planned(options)
+        plan = planned(options, settings)
         if options.dry_run:
             for run in plan:
                 words = [f"{name}={shlex.quote(value)}" for name, value in run.settings.items()]
