@@ -77,14 +77,14 @@ def ends(trainer: Path) -> dict[str, str]:
 @pytest.mark.parametrize(("text", "expected"), [
     ("MATRIX_LR=.022,.026", ("MATRIX_LR", [".022", ".026"])),
     ("LOOP_LAYERS=3,4;4,5", ("LOOP_LAYERS", ["3,4", "4,5"])),
-    ("LOOP_LAYERS=3,4;", ("LOOP_LAYERS", ["3,4"])),
+    ("LOOP_LAYERS=3,4;", ("LOOP_LAYERS", ["3,4"])), ("SEED=07,10", ("SEED", ["7", "10"])),
 ])
 def test_axis_is_a_name_and_its_values(text: str, expected: tuple[str, list[str]]) -> None:
     assert sweep.parse_axis(text) == expected
 
 
 @pytest.mark.parametrize(
-    "text", ["MATRIX_LR", "matrix_lr=1", "A=", "A=1,,2", "A=1,1", "RUN_ID=x", "A=;"])
+    "text", ["MATRIX_LR", "matrix_lr=1", "A=", "A=1,,2", "A=1,1", "RUN_ID=x", "A=;", "SEED=1,01"])
 def test_bad_axis_is_refused_with_its_text(text: str) -> None:
     with pytest.raises(sweep.SweepError, match=text.split("=")[0]):
         sweep.parse_axis(text)
@@ -479,7 +479,10 @@ def test_settings_that_the_trainer_refuses_start_nothing(
 ) -> None:
     out = tmp_path / "sweep"
     for assignment, words in (("MATRIX_LR=.02,99", "must be between"),
-                              ("MATRIX_LRR=.02", "did you mean MATRIX_LR?")):
+                              ("MATRIX_LRR=.02", "did you mean MATRIX_LR?"),
+                              ("NOPE=3", "nope3-seed1: NOPE is no setting of train_gpt.py"),
+                              ("MATRIX_LR=.02,0.02", "matrix_lr0.02-seed1: the same settings as "
+                               "matrix_lr.02-seed1")):
         assert sweep.main(["--out", str(out), "--seeds", "1", "--set", assignment]) == 2
         assert words in capsys.readouterr().err
     assert not out.exists()

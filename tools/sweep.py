@@ -74,7 +74,7 @@ class Run(NamedTuple):
 def parse_axis(text: str) -> tuple[str, list[str]]:
     """Variable name and its values from `NAME=a,b`.
 
-    With a semicolon anywhere, only semicolons separate values.
+    With a semicolon anywhere, only semicolons separate values. Seeds lose leading zeros.
     Example: LOOP_LAYERS=3,4;4,5 -> ("LOOP_LAYERS", ["3,4", "4,5"])
     Raises: SweepError for anything else.
     """
@@ -84,6 +84,8 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
     parts = [part.strip() for part in values.split(";" if ";" in values else ",")]
     if ";" in values:
         parts = [part for part in parts if part]
+    if name == "SEED":
+        parts = [str(int(part)) if re.fullmatch(r"\d+", part) else part for part in parts]
     if name in RESERVED:
         raise SweepError(f"--set {name}: the sweep chooses {name} itself, one per run")
     if not parts or "" in parts or len(set(parts)) != len(parts):
@@ -134,17 +136,23 @@ def setting_names() -> set[str]:
 
 
 def check_settings(runs: Sequence[Run]) -> None:
-    """Nothing, when train_gpt.py accepts each run's settings.
+    """Nothing, when train_gpt.py knows and accepts each run's settings and no two runs are equal.
 
-    Raises: SweepError with train_gpt's own message, before anything is started.
+    Raises: SweepError, where it can with train_gpt's own message, before anything is started.
     """
     import train_gpt
 
+    labels: dict[train_gpt.Config, str] = {}
     for run in runs:
         try:
-            train_gpt.Config.from_env({**os.environ, **run.settings})
+            config = train_gpt.Config.from_env({**os.environ, **run.settings})
         except train_gpt.GolfError as error:
             raise SweepError(f"{run.label}: {error}") from error
+        if unknown := sorted(run.settings.keys() - setting_names()):
+            raise SweepError(f"{run.label}: {unknown[0]} is no setting of {OURS.name}")
+        if config in labels:
+            raise SweepError(f"{run.label}: the same settings as {labels[config]}")
+        labels[config] = run.label
 
 
 # ----------------------------------------------------------------------------------------------
