@@ -80,6 +80,24 @@ def test_runs_of_equal_steps_take_their_times_from_others(
     assert f"--times {times}" in capsys.readouterr().err
 
 
+def test_dry_run_and_status_start_nothing(
+        trainer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--seeds", "1", "--variant", "rate: MATRIX_LR=0.02/0.022"]
+    assert bench(trainer, *arguments, "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [f"MATRIX_LR={rate}" in line for line, rate in zip(lines, ("0.022", "0.02"),
+                                                             strict=True)] == [True, True]
+    assert not (trainer.parent / "recipe").exists()
+    assert bench(trainer, *arguments, "--status") == 2
+    assert "no ledger there" in capsys.readouterr().err
+    assert bench(trainer, *arguments) == 0
+    capsys.readouterr()
+    (trainer.parent / "recipe" / "recipe.md").unlink()
+    assert bench(trainer, *arguments, "--status") == 0
+    assert "rate-seed1 " in capsys.readouterr().out
+    assert not (trainer.parent / "recipe" / "recipe.md").exists()
+
+
 @pytest.mark.parametrize("leave_out", [False, True])
 def test_sides_of_a_pair_differ_in_the_technique_alone(leave_out: bool) -> None:
     techniques = bench_recipe.choose(None, ["mine: BETA2=0.99/0.95 MIN_LR=0.2/0"])
@@ -105,13 +123,21 @@ def test_built_in_techniques_can_be_chosen_and_name_values_of_the_record() -> No
             golf.Config.from_env(side)
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--variant", "no settings"], ["--variant", "x: MATRIX_LR=1"], ["--only", "unheard of"],
-    ["--set", "MATRIX_LR"], ["--cost", "x=no-such-commit"], ["--seeds", "a"]])
-def test_bad_arguments_exit_2_with_one_line(trainer: Path, capsys: pytest.CaptureFixture[str],
-                                            arguments: list[str]) -> None:
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--variant", "no settings"], "--variant 'no settings': expected"),
+    (["--variant", "x: MATRIX_LR=1"], "--variant 'x: MATRIX_LR=1': expected"),
+    (["--only", "unheard of"], "--only unheard of: one of leaky slope, "),
+    (["--set", "MATRIX_LR"], "--set MATRIX_LR: expected"),
+    (["--cost", "x=no-such-commit"], "--cost no-such-commit: fatal: "),
+    (["--seeds", "a"], "SEED=a: a whole number"),
+    (["--detach"], "--detach: "),
+])
+def test_bad_arguments_exit_2_with_one_line(
+        trainer: Path, capsys: pytest.CaptureFixture[str], arguments: list[str],
+        message: str) -> None:
     assert bench(trainer, *arguments) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not (trainer.parent / "recipe").exists()
 
 
 def test_cost_is_what_a_commit_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

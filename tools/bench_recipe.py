@@ -7,10 +7,10 @@
     python tools/bench_recipe.py --seeds 42,314,999 --leave-out --steps 600 --gpus 0,0,0 --nproc 1
 
 A technique is a text `name: SETTING=with/without`, with several settings if need be. Runs, their
-ledger and further options (--nproc, --gpus, --trainer, --packed, ...) are those of tools/sweep.py:
-what is complete is not run again, and all GPUs are used. The table goes to `<out>/recipe.md`, its
-numbers to `<out>/recipe.json`. A gain is positive where the technique lowers BPB; its noise is the
-standard error over pairs, of one pair unknown.
+ledger and further options (--nproc, --gpus, --trainer, --packed, --dry-run, --status, ...; not
+--detach) are those of tools/sweep.py: what is complete is not run again, and all GPUs are used. The
+table goes to `<out>/recipe.md`, its numbers to `<out>/recipe.json`. A gain is positive where the
+technique lowers BPB; its noise is the standard error over pairs, of one pair unknown.
 
 Runs of equal steps can share a GPU: what one of them waits for, another uses. Their times mean
 nothing then; --times takes those columns from the recipe.json of runs that had a GPU each.
@@ -191,6 +191,11 @@ def main(arguments: Sequence[str]) -> int:
     """Exit status; see the module's text."""
     options, further = build_parser().parse_known_args(arguments)
     try:
+        of_sweep = sweep.build_parser().parse_args(["--out", str(options.out), *further])
+        if of_sweep.detach:
+            raise sweep.SweepError("--detach: the table is written here, after the last run")
+        if of_sweep.status:
+            return sweep.show_status(of_sweep.out)
         names = sweep.setting_names() - set(sweep.RESERVED)
         common = {name: value for name, value in os.environ.items() if name in names}
         common |= COMMON
@@ -206,10 +211,11 @@ def main(arguments: Sequence[str]) -> int:
                            options.leave_out)
         # A seed's base first: every pair is whole before the next seed's.
         plan = [run for group in zip(*pairs.values(), strict=True) for run in group]
-        settings = sweep.settings_from(
-            sweep.build_parser().parse_args(["--out", str(options.out), *further]))
-        if settings.trainer == sweep.OURS:
+        settings = sweep.settings_from(of_sweep)
+        if settings.ours:
             sweep.check_settings(plan)
+        if of_sweep.dry_run:
+            return sweep.show_plan(plan, settings)
         status = sweep.run_sweep(plan, settings)
         ledger = sweep.Ledger(settings.out / "ledger.jsonl")
         rows = compare(pairs, ledger, costs, options.leave_out)

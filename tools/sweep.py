@@ -942,22 +942,32 @@ def run_sweep(plan: list[Run], settings: Settings) -> int:
     return status
 
 
+def show_status(out: Path) -> int:
+    """Prints the table of a folder's ledger. Raises: SweepError when there is none."""
+    if not (out / "ledger.jsonl").is_file():
+        raise SweepError(f"--out {out}: no ledger there")
+    print(table(Ledger(out.resolve() / "ledger.jsonl")))
+    return 0
+
+
+def show_plan(plan: Sequence[Run], settings: Settings) -> int:
+    """Prints the runs with their commands."""
+    for run in plan:
+        words = [f"{name}={shlex.quote(value)}" for name, value in run.settings.items()]
+        print(" ".join([*words, *launch_command(settings.trainer, settings.processes)]))
+    return 0
+
+
 def main(arguments: Sequence[str]) -> int:
     """Exit status; see the module's text."""
     options = build_parser().parse_args(arguments)
     try:
         if options.status:
-            if not (options.out / "ledger.jsonl").is_file():
-                raise SweepError(f"--out {options.out}: no ledger there")
-            print(table(Ledger(options.out.resolve() / "ledger.jsonl")))
-            return 0
+            return show_status(options.out)
         settings = settings_from(options)
         plan = planned(options, settings)
         if options.dry_run:
-            for run in plan:
-                words = [f"{name}={shlex.quote(value)}" for name, value in run.settings.items()]
-                print(" ".join([*words, *launch_command(settings.trainer, settings.processes)]))
-            return 0
+            return show_plan(plan, settings)
         return detach(arguments, settings) if options.detach else run_sweep(plan, settings)
     except SweepError as error:
         print(f"error: {error}", file=sys.stderr)
