@@ -75,9 +75,14 @@ def test_runs_of_equal_steps_take_their_times_from_others(
     settings = [json.loads(line).get("settings", {})
                 for line in (out / "ledger.jsonl").read_text().splitlines()]
     assert {(s["ITERATIONS"], s["MAX_WALLCLOCK_SECONDS"]) for s in settings if s} == {("3", "0")}
-    times.write_text("[]")
-    assert bench(trainer, *variant, "--times", str(times)) == 2
-    assert f"--times {times}" in capsys.readouterr().err
+    before = (out / "ledger.jsonl").read_bytes()
+    for text, words in (("[]", "a list, not a mapping"), ("{", "not JSON"),
+                        ('{"rows": [{"name": 1}]}', "holds no row of a technique")):
+        times.write_text(text)
+        assert bench(trainer, *variant, "--times", str(times)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --times {times}: {words}") and error.count("\n") == 1
+    assert (out / "ledger.jsonl").read_bytes() == before
 
 
 def test_dry_run_and_status_start_nothing(
@@ -128,7 +133,12 @@ def test_built_in_techniques_can_be_chosen_and_name_values_of_the_record() -> No
     (["--variant", "x: MATRIX_LR=1"], "--variant 'x: MATRIX_LR=1': expected"),
     (["--only", "unheard of"], "--only unheard of: one of leaky slope, "),
     (["--set", "MATRIX_LR"], "--set MATRIX_LR: expected"),
-    (["--cost", "x=no-such-commit"], "--cost no-such-commit: fatal: "),
+    (["--variant", "x: MIN_LR=0/1", "--cost", "x=no-such-commit"],
+     "--cost no-such-commit: fatal: "),
+    (["--variant", "x: MIN_LR=0/1", "--cost", "y=HEAD"],
+     "--cost y=HEAD: expected NAME=COMMIT, NAME one of x"),
+    (["--variant", "x: MIN_LR=0/1", "--cost", "x"], "--cost x: expected NAME=COMMIT"),
+    (["--times", "none.json"], "--times none.json: No such file or directory"),
     (["--seeds", "a"], "SEED=a: a whole number"),
     (["--detach"], "--detach: "),
 ])
@@ -136,7 +146,8 @@ def test_bad_arguments_exit_2_with_one_line(
         trainer: Path, capsys: pytest.CaptureFixture[str], arguments: list[str],
         message: str) -> None:
     assert bench(trainer, *arguments) == 2
-    assert capsys.readouterr().err.startswith(f"error: {message}")
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
     assert not (trainer.parent / "recipe").exists()
 
 

@@ -44,6 +44,7 @@ TECHNIQUES = (
 # One GPU's share of a full run's batch; what a full run counts in steps keeps its share of the run.
 COMMON = {"TRAIN_BATCH_TOKENS": "98304", "SCHEDULE_STEPS": "4500", "VAL_LOSS_EVERY": "0"}
 SCORES = {"gain": "val_bpb", "pre-quantisation": "bpb.averaged"}  # by column
+TIMES = "ms per step", "slower"
 
 
 class Technique(NamedTuple):
@@ -94,12 +95,24 @@ def plan_pairs(techniques: Sequence[Technique], seeds: str, common: dict[str, st
                         base | (t.absent if leave_out else t.present)) for t in techniques}
 
 
+def costs_of(texts: Sequence[str], names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """What techniques cost, from `NAME=COMMIT`. Raises: SweepError, also for other names."""
+    costs = {}
+    for text in texts:
+        name, _, commit = text.rpartition("=")
+        if name not in names:
+            raise sweep.SweepError(f"--cost {text}: expected NAME=COMMIT, NAME one of "
+                                   + ", ".join(names))
+        costs[name] = cost_of(commit)
+    return costs
+
+
 def cost_of(commit: str) -> tuple[int, int]:
     """Lines and packed bytes that a commit added to train_gpt.py. Raises: SweepError."""
     answers = [subprocess.run(["git", "show", f"{commit}{back}:train_gpt.py"], cwd=REPOSITORY,
                               capture_output=True, text=True, check=False) for back in ("~1", "")]
     if error := answers[0].stderr + answers[1].stderr:
-        raise sweep.SweepError(f"--cost {commit}: {error.strip()}")
+        raise sweep.SweepError(f"--cost {commit}: {error.splitlines()[0]}")
     (lines, packed), (more_lines, more_packed) = (
         (len(a.stdout.splitlines()), len(golf.pack_program(a.stdout))) for a in answers)
     return more_lines - lines, more_packed - packed
@@ -136,19 +149,15 @@ def compare(pairs: dict[str, list[sweep.Run]], ledger: sweep.Ledger,
     return rows
 
 
-TIMES = "ms per step", "slower"
-
-
-def take_times(rows: Sequence[dict[str, object]], path: Path | None) -> None:
-    """Replaces the times of rows by those in another file, by technique. Raises: SweepError."""
-    if path is None:
-        return
+def read_times(path: Path) -> dict[str, dict[str, runs.Json]]:
+    """The rows of a recipe.json by technique. Raises: SweepError if it holds none."""
     try:
-        other = {row["technique"]: row for row in json.loads(path.read_text())["rows"]}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise sweep.SweepError(f"--times {path}: no recipe.json: {error!r}") from None
-    for row in rows:
-        row |= {name: other.get(row["technique"], {}).get(name) for name in TIMES}
+        rows = runs.read_result(path).rows("rows")
+    except runs.RunError as error:
+        raise sweep.SweepError(f"--times {error}") from error
+    if not (times := {str(row["technique"]): row for row in rows if "technique" in row}):
+        raise sweep.SweepError(f"--times {path}: holds no row of a technique")
+    return times
 
 
 def table(rows: Sequence[dict[str, object]]) -> str:
@@ -205,10 +214,10 @@ def main(arguments: Sequence[str]) -> int:
             common["MAX_WALLCLOCK_SECONDS"] = f"{options.seconds:g}"
         common |= {name: ",".join(values)
                    for name, values in map(sweep.parse_axis, options.common)}
-        costs = {name: cost_of(commit) for name, _, commit in
-                 (text.rpartition("=") for text in options.cost)}
-        pairs = plan_pairs(choose(options.only, options.variant), options.seeds, common,
-                           options.leave_out)
+        techniques = choose(options.only, options.variant)
+        costs = costs_of(options.cost, [technique.name for technique in techniques])
+        times = read_times(options.times) if options.times else {}
+        pairs = plan_pairs(techniques, options.seeds, common, options.leave_out)
         # A seed's base first: every pair is whole before the next seed's.
         plan = [run for group in zip(*pairs.values(), strict=True) for run in group]
         settings = sweep.settings_from(of_sweep)
@@ -219,7 +228,8 @@ def main(arguments: Sequence[str]) -> int:
         status = sweep.run_sweep(plan, settings)
         ledger = sweep.Ledger(settings.out / "ledger.jsonl")
         rows = compare(pairs, ledger, costs, options.leave_out)
-        take_times(rows, options.times)
+        for row in rows if times else []:
+            row |= {name: times.get(str(row["technique"]), {}).get(name) for name in TIMES}
     except sweep.SweepError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
