@@ -12,9 +12,11 @@ from test_sweep import trainer as trainer  # a fixture
 
 from tools import bench_recipe, sweep
 
+# What it is passed, it records.
 SCORED = TRAINER.replace('"val_loss": 2.5,', (
     '"val_loss": 2.5, "bpb": {"averaged": 1 + config["matrix_lr"] / 2},')).replace(
-    '"train": {"steps": steps}', '"train": {"steps": steps, "ms_per_step": 100 + config["seed"]}')
+    '"train": {"steps": steps}', '"train": {"steps": steps, "ms_per_step": 100 + config["seed"]}'
+).replace("config = {", "config = {**{name.lower(): value for name, value in env.items()}, ")
 
 
 def bench(trainer: Path, *arguments: str) -> int:
@@ -23,13 +25,6 @@ def bench(trainer: Path, *arguments: str) -> int:
     return bench_recipe.main([
         "--out", out, "--only", "", "--trainer", str(trainer), "--gpus", "", "--nproc", "1",
         "--poll-seconds", "0.02", *arguments])
-
-
-@pytest.fixture(autouse=True)
-def few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small trainer records two settings, and the sweep compares all that it passes."""
-    monkeypatch.setattr(bench_recipe, "COMMON", {})
-    monkeypatch.setattr(sweep, "unlike", lambda config, settings: [])
 
 
 @pytest.mark.parametrize("mode", [[], ["--leave-out"]])
@@ -85,6 +80,37 @@ def test_runs_of_equal_steps_take_their_times_from_others(
     assert (out / "ledger.jsonl").read_bytes() == before
 
 
+def test_setting_without_effect_is_no_pair(
+        trainer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_IGNORES", "val_loss_every")
+    assert bench(trainer, "--only", "smear gate") == 3
+    row = json.loads((trainer.parent / "recipe" / "ledger.jsonl").read_text().splitlines()[-1])
+    assert (row["status"], row["reason"]) == (
+        "mismatch", "VAL_LOSS_EVERY=0 was asked for, 0.5 was used")
+
+
+def test_command_line_is_over_the_shell_and_the_shell_over_what_all_runs_have(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("TRAIN_BATCH_TOKENS", "8192"), ("VAL_LOSS_EVERY", "7"), ("SEED", "1"),
+                        ("MAX_WALLCLOCK_SECONDS", "9"), ("ITERATIONS", "5")):
+        monkeypatch.setenv(name, value)
+    options = bench_recipe.build_parser().parse_args(["--set", "VAL_LOSS_EVERY=9"])
+    common = bench_recipe.common_settings(options)
+    assert "SEED" not in common and common.items() >= {
+        "TRAIN_BATCH_TOKENS": "8192", "SCHEDULE_STEPS": "4500", "VAL_LOSS_EVERY": "9",
+        "MAX_WALLCLOCK_SECONDS": "150", "ITERATIONS": "5"}.items()
+
+
+def test_built_in_techniques_run_with_their_settings(trainer: Path) -> None:
+    assert bench(trainer, "--seeds", "1", "--only", "smear gate, short rows early") == 0
+    rows = [json.loads(line)
+            for line in (trainer.parent / "recipe" / "ledger.jsonl").read_text().splitlines()]
+    started = {row["label"]: row["settings"] for row in rows if row["event"] == "start"}
+    assert [(s["SMEAR_GATE"], s["TRAIN_CONTEXT"]) for s in started.values()] == [
+        ("0", ""), ("1", ""), ("0", "0.35:512,0.7:1024")]
+    assert all(settings.items() >= bench_recipe.COMMON.items() for settings in started.values())
+
+
 def test_dry_run_and_status_start_nothing(
         trainer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--seeds", "1", "--variant", "rate: MATRIX_LR=0.02/0.022"]
@@ -132,7 +158,11 @@ def test_built_in_techniques_can_be_chosen_and_name_values_of_the_record() -> No
     (["--variant", "no settings"], "--variant 'no settings': expected"),
     (["--variant", "x: MATRIX_LR=1"], "--variant 'x: MATRIX_LR=1': expected"),
     (["--only", "unheard of"], "--only unheard of: one of leaky slope, "),
+    (["--variant", "momentum: MIN_LR=0/1"], "--variant momentum: another technique"),
+    (["--variant", "x: MIN_LR=0/1", "--variant", "x: MIN_LR=0/0.1"], "--variant x: another"),
     (["--set", "MATRIX_LR"], "--set MATRIX_LR: expected"),
+    (["--set", "ITERATIONS=3"], "--set ITERATIONS: give --seeds, --steps or --seconds"),
+    (["--out", __file__], f"--out {__file__}: no folder to write to: "),
     (["--variant", "x: MIN_LR=0/1", "--cost", "x=no-such-commit"],
      "--cost no-such-commit: fatal: "),
     (["--variant", "x: MIN_LR=0/1", "--cost", "y=HEAD"],

@@ -72,7 +72,29 @@ def choose(only: str | None, variants: Sequence[str]) -> list[Technique]:
     names = list(known) if only is None else [name.strip() for name in only.split(",") if name]
     if unknown := [name for name in names if name not in known]:
         raise sweep.SweepError(f"--only {unknown[0]}: one of {', '.join(known)}")
-    return [known[name] for name in names] + [parse_technique(text) for text in variants]
+    given = [parse_technique(text) for text in variants]
+    taken = [*known, *(technique.name for technique in given)]
+    if twice := [technique.name for technique in given if taken.count(technique.name) > 1]:
+        raise sweep.SweepError(f"--variant {twice[0]}: another technique has this name")
+    return [known[name] for name in names] + given
+
+
+def common_settings(options: argparse.Namespace) -> dict[str, str]:
+    """Settings of all runs: COMMON, over it the shell's, over them those of the command line.
+
+    Raises: SweepError.
+    """
+    names = sweep.setting_names() - {*sweep.RESERVED, "SEED"}
+    common = COMMON | {name: value for name, value in os.environ.items() if name in names}
+    if options.steps:  # progress is then counted in steps
+        common |= {"ITERATIONS": str(options.steps), "MAX_WALLCLOCK_SECONDS": "0"}
+    else:
+        common["MAX_WALLCLOCK_SECONDS"] = f"{options.seconds:g}"
+    given = {name: ",".join(values) for name, values in map(sweep.parse_axis, options.common)}
+    for name in ("SEED", "ITERATIONS", "MAX_WALLCLOCK_SECONDS"):
+        if name in given:
+            raise sweep.SweepError(f"--set {name}: give --seeds, --steps or --seconds instead")
+    return common | given
 
 
 def plan_pairs(techniques: Sequence[Technique], seeds: str, common: dict[str, str],
@@ -189,7 +211,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", help="names of built-in techniques; default: all")
     parser.add_argument("--variant", action="append", default=[], help="a technique of your own")
     parser.add_argument("--set", action="append", default=[], dest="common", metavar="NAME=VALUE",
-                        help="a setting of all runs")
+                        help="a setting of all runs, over the shell's; these are over "
+                             + " ".join(f"{name}={value}" for name, value in COMMON.items()))
     parser.add_argument("--leave-out", action="store_true", help="take each away from all")
     parser.add_argument("--cost", action="append", default=[], metavar="NAME=COMMIT",
                         help="the commit that brought a technique: its lines and packed bytes")
@@ -205,15 +228,7 @@ def main(arguments: Sequence[str]) -> int:
             raise sweep.SweepError("--detach: the table is written here, after the last run")
         if of_sweep.status:
             return sweep.show_status(of_sweep.out)
-        names = sweep.setting_names() - set(sweep.RESERVED)
-        common = {name: value for name, value in os.environ.items() if name in names}
-        common |= COMMON
-        if options.steps:  # progress is then counted in steps
-            common |= {"ITERATIONS": str(options.steps), "MAX_WALLCLOCK_SECONDS": "0"}
-        else:
-            common["MAX_WALLCLOCK_SECONDS"] = f"{options.seconds:g}"
-        common |= {name: ",".join(values)
-                   for name, values in map(sweep.parse_axis, options.common)}
+        common = common_settings(options)
         techniques = choose(options.only, options.variant)
         costs = costs_of(options.cost, [technique.name for technique in techniques])
         times = read_times(options.times) if options.times else {}
