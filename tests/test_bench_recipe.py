@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from test_sweep import TRAINER
 from test_sweep import trainer as trainer  # a fixture
 
-from tools import bench_recipe, sweep
+from tools import bench_recipe, readme_blocks, sweep
 
 # What it is passed, it records.
 SCORED = TRAINER.replace('"val_loss": 2.5,', (
@@ -78,6 +79,40 @@ def test_runs_of_equal_steps_take_their_times_from_others(
         error = capsys.readouterr().err
         assert error.startswith(f"error: --times {times}: {words}") and error.count("\n") == 1
     assert (out / "ledger.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(("mode", "sentence"), [
+    (["--seconds", "60"], "Runs of 60 s in steps of 98,304 tokens, seeds 1, 2, each with one "
+     "technique against runs with none; also `SCHEDULE_STEPS=4500`, `VAL_LOSS_EVERY=0`."),
+    (["--steps", "1450", "--leave-out", "--set", "EMA_DECAY=0.99"],
+     "Runs of 1,450 steps of 98,304 tokens, seeds 1, 2, each without one technique against runs "
+     "with all; also `EMA_DECAY=0.99`, `SCHEDULE_STEPS=4500`, `VAL_LOSS_EVERY=0`."),
+])
+def test_file_says_which_runs_were_compared_and_readme_says_it_in_words(
+        trainer: Path, monkeypatch: pytest.MonkeyPatch, mode: list[str], sentence: str) -> None:
+    monkeypatch.setenv("DATA_PATH", "somewhere")
+    assert bench(trainer, "--seeds", "1,2", "--variant", "rate: MATRIX_LR=0.02/0.022", *mode) == 0
+    path = trainer.parent / "recipe" / "recipe.json"
+    content = json.loads(path.read_text())
+    assert content["source_sha256"] == hashlib.sha256(trainer.read_bytes()).hexdigest()
+    assert (content["seeds"], content["settings"]["DATA_PATH"]) == ([1, 2], "somewhere")
+    for pair in content["rows"][0]["runs"]:
+        rates = [json.loads(next(path.parent.glob(f"*/logs/{run_id}.json")).read_text())["config"][
+            "matrix_lr"] for run_id in pair]
+        assert rates == [0.02, 0.022]
+    sources = readme_blocks.Sources(trainer.parent)
+    text = readme_blocks.block_recipe(sources, ["recipe/recipe.json"])
+    assert text.startswith(sentence + "\n\n| Technique |")
+    path.write_text(json.dumps({"rows": content["rows"]}))
+    assert readme_blocks.block_recipe(sources, ["recipe/recipe.json"]).startswith("| Technique |")
+
+
+@pytest.mark.parametrize("row", [{"pairs": 1}, {"technique": "x"}, {"technique": "x", "pairs": ""}])
+def test_readme_refuses_a_row_without_technique_or_pairs(
+        tmp_path: Path, row: dict[str, object]) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps({"rows": [row]}))
+    with pytest.raises(readme_blocks.BlockError, match=r"recipe\.json: a row lacks"):
+        readme_blocks.block_recipe(readme_blocks.Sources(tmp_path), ["recipe.json"])
 
 
 def test_setting_without_effect_is_no_pair(

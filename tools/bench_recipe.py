@@ -142,7 +142,10 @@ def cost_of(commit: str) -> tuple[int, int]:
 
 def compare(pairs: dict[str, list[sweep.Run]], ledger: sweep.Ledger,
             costs: dict[str, tuple[int, int]], leave_out: bool) -> list[dict[str, object]]:
-    """A row for each technique: gains, their noise and the price, over pairs that are complete."""
+    """A row for each technique: gains, their noise and the price, over pairs that are complete.
+
+    Their runs are named with it first, without it second.
+    """
     def read(run: sweep.Run) -> runs.Run | None:
         end = ledger.last_end(run.key)
         whole = end is not None and end.get("status") == "complete"
@@ -152,7 +155,8 @@ def compare(pairs: dict[str, list[sweep.Run]], ledger: sweep.Ledger,
     for name in [*pairs][1:]:
         both = [(read(a), read(b)) for a, b in zip(pairs[""], pairs[name], strict=True)]
         with_without = [(a, b) if leave_out else (b, a) for a, b in both if a and b]
-        row: dict[str, object] = {"technique": name, "pairs": len(with_without)}
+        row: dict[str, object] = {"technique": name, "pairs": len(with_without),
+                                  "runs": [(a.run_id, b.run_id) for a, b in with_without]}
         for column, key in {**SCORES, "ms per step": "train.ms_per_step"}.items():
             values = [(x, y) for a, b in with_without
                       if (x := a.number(key)) is not None and (y := b.number(key)) is not None]
@@ -249,7 +253,13 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     (settings.out / "recipe.md").write_text(table(rows))
-    (settings.out / "recipe.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    digests = [row["trainer_sha256"] for row in ledger.rows if "trainer_sha256" in row]
+    content = {
+        "packed_sha256" if settings.packed else "source_sha256": digests[0] if digests else None,
+        "seeds": [int(run.settings["SEED"]) for run in pairs[""]], "leave_out": options.leave_out,
+        **({"steps": options.steps} if options.steps else {"seconds": options.seconds}),
+        "settings": common, "rows": rows}
+    (settings.out / "recipe.json").write_text(json.dumps(content, indent=1) + "\n")
     print(table(rows), end="")
     return status
 

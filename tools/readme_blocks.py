@@ -333,9 +333,12 @@ def block_recipe(sources: Sources, arguments: Sequence[str]) -> str:
     """Techniques by pairs of runs with and without them."""
     if not arguments:
         raise BlockError("names no file of tools/bench_recipe.py")
-    rows = []
-    for row in _rows(read_mapping(sources.root / arguments[0]), arguments[0]):
-        cells = [str(row.get("technique")), str(row.get("pairs"))]
+    content, rows = read_mapping(sources.root / arguments[0]), []
+    for row in _rows(content, arguments[0]):
+        technique, pairs = row.get("technique"), as_number(row.get("pairs"))
+        if not isinstance(technique, str) or pairs is None:
+            raise BlockError(f"{arguments[0]}: a row lacks its technique or its number of pairs")
+        cells = [technique, f"{pairs:.0f}"]
         for column in ("gain", "pre-quantisation"):
             gain, noise = as_number(row.get(column)), as_number(row.get(f"{column} noise"))
             cells.append(shown(gain, "+.4f") + (f" ± {noise:.4f}" if noise is not None else ""))
@@ -344,7 +347,25 @@ def block_recipe(sources: Sources, arguments: Sequence[str]) -> str:
         cells += [shown(as_number(row.get(key)), ",.0f", "") for key in ("lines", "packed bytes")]
         rows.append(cells)
     header = ["Technique", "Pairs", "Gain, BPB", "Before quantisation", "Step, ms", "Slower"]
-    return table([*header, "Lines", "Packed bytes"], rows)
+    return recipe_runs(content) + table([*header, "Lines", "Packed bytes"], rows)
+
+
+def recipe_runs(content: Mapping[str, Json]) -> str:
+    """One sentence on the runs that techniques are compared by; empty if the file lacks a part."""
+    seeds, settings = content.get("seeds"), content.get("settings")
+    steps, seconds = as_number(content.get("steps")), as_number(content.get("seconds"))
+    if not isinstance(seeds, list) or not isinstance(settings, dict) or not (steps or seconds):
+        return ""
+    length = f"{steps:,.0f} steps" if steps else f"{seconds:g} s in steps"
+    tokens = str(settings.get("TRAIN_BATCH_TOKENS"))
+    batch = f" of {int(tokens):,} tokens" if tokens.isdecimal() else ""
+    sides = "without one technique against runs with all" if content.get("leave_out") else (
+        "with one technique against runs with none")
+    told = "ITERATIONS", "MAX_WALLCLOCK_SECONDS", "TRAIN_BATCH_TOKENS"
+    also = ", ".join(f"`{name}={value}`" for name, value in sorted(settings.items())
+                     if name not in told and not name.endswith(("_DIR", "_PATH")))
+    return (f"Runs of {length}{batch}, seeds {', '.join(map(str, seeds))}, each {sides}"
+            f"{also and f'; also {also}'}.\n\n")
 
 
 def block_adaptation(sources: Sources, arguments: Sequence[str]) -> str:
