@@ -216,6 +216,21 @@ def test_bad_arguments_exit_2_with_one_line(
     assert not (trainer.parent / "recipe").exists()
 
 
+@pytest.mark.parametrize("packed", [[], ["--packed"]])
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--set", "NOPE=1"], "none-seed42: NOPE is no setting of train_gpt.py"),
+    (["--variant", "x: MIN_LR=.0/0"], "x-seed42: the same settings as none-seed42"),
+])
+def test_settings_that_our_program_refuses_start_nothing(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str,
+        packed: list[str]) -> None:
+    out = tmp_path / "recipe"
+    assert bench_recipe.main(["--out", str(out), "--only", "", "--gpus", "", *arguments,
+                              *packed]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert not out.exists()
+
+
 def test_cost_is_what_a_commit_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_recipe, "REPOSITORY", tmp_path)
     texts = [f"print({'q' * number!r}, {number ** 9})\n" for number in range(12)]
