@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -248,6 +249,27 @@ def test_one_run_per_gpu(trainer: Path) -> None:
     assert run(trainer, "--seeds", "1,2,3,4", gpus="0,3") == 0
     results = (trainer.parent / "sweep").glob("*/logs/*.json")
     assert {json.loads(path.read_text())["gpus"] for path in results} == {"0", "3"}
+
+
+def test_a_gpu_named_twice_is_refilled_while_its_other_run_goes_on(
+    trainer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(planned: sweep.Run, attempt: int, slot: str | None, *_: object) -> SimpleNamespace:
+        return SimpleNamespace(slot=slot, run_id=planned.label, process=SimpleNamespace(pid=1))
+
+    monkeypatch.setattr(sweep, "start_run", start)
+    options = ["--trainer", str(trainer), "--gpus", "0,0,1", "--nproc", "1", "--out", str(tmp_path)]
+    settings = sweep.settings_from(sweep.build_parser().parse_args(options))
+    plan = sweep.plan_runs(sweep.parse_axes("1,2,3,4,5", []), {})
+    with (tmp_path / "lock").open("w") as lock:
+        running = sweep.Sweep(plan, settings, sweep.Ledger(tmp_path / "ledger.jsonl"), lock)
+        running.fill_slots()
+        assert [active.slot for active in running.active] == ["0", "0", "1"]
+        del running.active[0]
+        running.fill_slots()
+        running.fill_slots()
+    assert [active.slot for active in running.active] == ["0", "1", "0"]
+    assert len(running.pending) == 1
 
 
 def test_run_that_hangs_is_ended(trainer: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -637,9 +638,9 @@ class Sweep:
 
     def fill_slots(self) -> None:
         """Starts pending runs on free slots."""
-        busy = [active.slot for active in self.active]
-        free = [slot for slot in self.settings.slots if slot not in busy]
-        for slot in free[:len(self.pending)]:
+        busy = Counter(active.slot for active in self.active)
+        free = Counter(self.settings.slots) - busy  # a GPU is there as often as it was named
+        for slot in list(free.elements())[:len(self.pending)]:
             run = self.pending.pop(0)
             attempt = self.ledger.attempts(run.key) + 1
             active = start_run(run, attempt, slot, self.settings, self.lock)
