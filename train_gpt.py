@@ -1192,12 +1192,11 @@ def orthogonalise(update_MRC: Tensor, iterations: int, backend: str = "newton_sc
 class MatrixGroup:
     """All matrices of one shape, laid wide, in one stack padded to a multiple of the world size."""
     def __init__(self, matrices: Sequence[Matrix], world: World) -> None:
-        self.matrices, self.world = matrices, world
         views = [m.parameter.data[:, m.rows] for m in matrices]
+        self.matrices, self.world, self.views = matrices, world, views
         # Tall ones lie on their side: both MLP matrices share a stack, and ranks get equal work.
         self.tall = [v.shape[1] > v.shape[2] for v in views]
-        counts = [*map(len, views)]
-        self.counts = [*counts, -sum(counts) % world.size]  # the last are padding
+        self.counts = [*map(len, views), -sum(map(len, views)) % world.size]  # the last are padding
         tall_M = torch.tensor([*self.tall, False]).repeat_interleave(torch.tensor(self.counts))
         self.tall_M11 = tall_M.chunk(world.size)[world.rank].view(-1, 1, 1).to(views[0].device)
         self.momentum = views[0].new_zeros(len(self.tall_M11), *sorted(views[0].shape[1:]))
@@ -1218,8 +1217,7 @@ class MatrixGroup:
             update = update / torch.where(self.tall_M11, columns, rows).clamp_min(1e-7)
         update = orthogonalise(update, config.muon_backend_steps, config.muon_backend)
         parts = self.world.gather(update).split(self.counts)[:-1]
-        for matrix, tall, part in zip(self.matrices, self.tall, parts, strict=True):
-            w = matrix.parameter.data[:, matrix.rows]
+        for w, tall, part in zip(self.views, self.tall, parts, strict=True):
             scale = lr * math.sqrt(max(1.0, w.shape[1] / w.shape[2]))
             w.mul_(1 - lr * config.muon_wd).sub_(scale * (part.mT if tall else part).float())
 
@@ -2214,8 +2212,7 @@ class ScoreLedger:
 
     def released(self, first: int, last: int) -> np.ndarray:
         """Inputs and targets `first` to `last`. Raises: LegalityError unless scored once each."""
-        counts = torch.from_numpy(self.scored[first:last].copy())
-        self.world.combine(counts)
+        counts = self.world.combine(torch.tensor(self.scored[first:last]))
         if (counts != 1).any():
             raise LegalityError(f"{(counts == 0).sum()} targets between {first} and {last} are not "
                                 f"scored, {(counts > 1).sum()} by two ranks")
@@ -2667,8 +2664,7 @@ class Mixture:
             kind_N[run_N > 0] = order
         parts_EN = (self.credit / self.credit.sum(axis=0))[:, kind_N] * experts
         chance_N = parts_EN.sum(axis=0)
-        gain_N = np.log(chance_N) + kept_KN[0]
-        return Mixed(gain_N, place_ON, cell_ONF, kind_N, parts_EN / chance_N)
+        return Mixed(np.log(chance_N) + kept_KN[0], place_ON, cell_ONF, kind_N, parts_EN / chance_N)
 
     def learn(self, tokens: np.ndarray, found: Mixed, odds: float) -> None:
         """Takes up released tokens, of several with one place the last, and the odds after them."""
