@@ -2087,6 +2087,9 @@ exec(compile(s, "<train_gpt>", "exec"))
 NAMED = {ast.Name: "id", ast.arg: "arg", ast.FunctionDef: "name", ast.ClassDef: "name",
          ast.ExceptHandler: "name", ast.alias: "name"}  # nodes of a syntax tree that hold names
 
+SIGNS = re.compile(  # a text, which stays as it is, or a sign between spaces
+    r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(?<=\S) ?([-+*/%@&|^=<>!,:]+) ?""")
+
 def strip_source(source: str) -> str:
     """The same program without what only people read, or only packing needs, under short names.
     The fields of Config keep their types, which are read."""
@@ -2104,7 +2107,8 @@ def strip_source(source: str) -> str:
         used = names_in(tree, read=True).keys()
         unused = {name for n in tree.body if not used & (own := definitions(n)) for name in own}
     shorten_names(tree)
-    return re.sub("^ +", lambda indent: indent[0][::4], ast.unparse(tree), flags=re.M) + "\n"
+    text = SIGNS.sub(lambda found: found[1] or found[2], ast.unparse(tree))
+    return re.sub("^ +", lambda indent: indent[0][::4], text, flags=re.M) + "\n"
 
 def named_nodes(scope: ast.AST) -> Iterator[tuple[typing.Any, str]]:
     """The nodes that hold a name, in the order of the text, and the names."""

@@ -111,7 +111,7 @@ def defined(node: ast.stmt) -> set[str]:
             if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
-PACKER = {"pack_program", "strip_source", "shorten_names", "PACKED_STUB"}
+PACKER = {"pack_program", "strip_source", "SIGNS", "shorten_names", "PACKED_STUB"}
 
 
 def test_only_what_nothing_needs_is_left_out(packed: bytes, program: Path) -> None:
@@ -173,7 +173,7 @@ def test_other_pythons_strip_to_the_same_text(version: str, program: Path) -> No
     """Runs the packer's own statements alone: another Python has no torch here."""
     packer = [node for node in ast.parse(PROGRAM.read_text()).body
               if isinstance(node, ast.FunctionDef | ast.Assign)
-              and defined(node) & {"NAMED", "strip_source", "named_nodes", "names_in",
+              and defined(node) & {"NAMED", "SIGNS", "strip_source", "named_nodes", "names_in",
                                    "definitions", "rename", "shorten_names"}]
     text = "\n".join(["from __future__ import annotations", "import ast, re, sys",
                       "from collections import Counter", *map(ast.unparse, packer),
