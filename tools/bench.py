@@ -42,6 +42,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt as golf
+from tools.command import exit_status, last_error
 from tools.prepare_data import write_shard
 
 # Dense bf16 operations a second, from the data sheets.
@@ -678,7 +679,7 @@ def measure_startup(config: golf.Config, cache: Path) -> dict[str, float]:
         begin = time.time()
         answer = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if answer.returncode:
-            raise golf.GolfError(f"start-up failed: {answer.stderr.strip().splitlines()[-1:]}")
+            raise golf.GolfError(f"start-up failed: {last_error(answer.stderr)}")
         seconds[name] = round(float(answer.stdout.split()[-1]) - begin, 2)
     return seconds
 
@@ -785,6 +786,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints the table and writes the file; the exit status."""
     options = parse_arguments(arguments)
     config = golf.Config.from_env(os.environ)
+    Path(config.log_dir).mkdir(parents=True, exist_ok=True)  # or its error, before minutes of work
     world = golf.World.from_env({})
     torch.set_float32_matmul_precision("high")
     with tempfile.TemporaryDirectory() as name, world.process_group():
@@ -815,7 +817,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except golf.GolfError as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(exit_status(main, golf.GolfError))

@@ -58,6 +58,7 @@ import numpy as np
 import sentencepiece
 
 from tools import caseops
+from tools.command import number_between
 from train_gpt import (
     BOS_ID,
     SHARD_HEADER_INTS,
@@ -76,7 +77,6 @@ from train_gpt import (
 )
 
 Item = TypeVar("Item")
-Number = TypeVar("Number", int, float)
 
 TRAIN, VAL, SIDECAR = "train", "val", "val_bytes"
 SHARD_NAME = re.compile(r"fineweb_(train|val|val_bytes)_\d{6}\.bin")
@@ -1303,18 +1303,6 @@ def verify_dataset(folder: Path, tokenizer_path: Path | None, shingle_tokens: in
 # ==================================================================================================
 # 8  Commands
 # ==================================================================================================
-
-
-def number_between(kind: type[Number], low: Number, high: Number) -> Callable[[str], Number]:
-    """A parser of arguments for numbers in [low, high]."""
-
-    def number(text: str) -> Number:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
-        return value
-
-    return number
 
 
 def folder_name(text: str) -> str:

@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -284,6 +284,20 @@ def read_json(path: Path) -> dict[str, Json]:
     if not isinstance(tree, dict):
         raise RunError(f"{path}: a {type(tree).__name__}, not a mapping")
     return tree
+
+
+def earlier_rows(path: Path, facts: Mapping[str, object]) -> list[dict]:
+    """Rows of equal facts in a file that a tool adds rows to, none if it is not there yet.
+
+    Raises: RunError if it is another file, OSError if its folder cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = read_json(path) if path.exists() else {"rows": []}
+    rows = content.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RunError(f"{path}: not a file of this tool: it has no list of rows")
+    same = all(content.get(name) == value for name, value in facts.items())
+    return [row for row in rows if isinstance(row, dict)] if same else []
 
 
 def read_result(path: Path) -> Run:
