@@ -151,8 +151,13 @@ def test_documents_can_be_timed_alone(make_env: Callable[[], dict[str, str]], tm
     assert not any(row["name"] == "copy" for row in result["rows"])
 
 
-def test_unknown_part_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("--only trainig", "startup, training"),
+    ("--quick --only startup,training", "--quick takes no start-up figures"),
+    ("--only startup,documents --profile p.txt", "--only startup,documents trains nothing")])
+def test_arguments_without_effect_are_usage_errors(capsys: pytest.CaptureFixture[str],
+                                                   arguments: str, message: str) -> None:
     with pytest.raises(SystemExit) as stop:
-        bench.main(["--only", "trainig"])
+        bench.main(arguments.split())
     assert stop.value.code == 2
-    assert "startup, training" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

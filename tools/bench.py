@@ -761,6 +761,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.parts = set(filter(None, options.only.split(","))) or set(PARTS)
     if options.parts - set(PARTS):
         parser.error(f"--only {options.only}: parts are {', '.join(PARTS)}")
+    if options.quick and "startup" in options.only.split(","):
+        parser.error(f"--only {options.only}: --quick takes no start-up figures")
+    if options.profile and options.parts <= {"documents", "startup"}:
+        parser.error(f"--profile {options.profile}: --only {options.only} trains nothing")
     return options
 
 
