@@ -507,6 +507,18 @@ def test_watch_shows_a_growing_run(tmp_path: Path, capsys) -> None:
     assert report.main(["watch", "absent", "--logs", str(tmp_path)]) == 2
 
 
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("watch live --html 65536", "65536 is not between 0 and 65535"),
+    ("watch live --html -1", "-1 is not between 0 and 65535"),
+    ("live --png", "--png: only with --figures DIR"),
+])
+def test_wrong_arguments_are_usage_errors(capsys, arguments: str, message: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        report.main(arguments.split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_watch_does_not_pass_control_characters_on(tmp_path: Path, capsys) -> None:
     path = tmp_path / "odd.jsonl"
     path.write_text(json.dumps({"event": "warning", "message": "\x1b[2Jgone\r"}) + "\n")
