@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+
 import pytest
 from toy import ROOT, run_program
 
@@ -55,3 +58,10 @@ def test_a_folder_that_cannot_be_made_is_one_line(
     assert process.returncode == 1
     assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
     assert named in process.stderr
+
+
+def test_make_help_names_every_target() -> None:
+    text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True,
+                          check=True).stdout
+    targets = re.search(r"^\.PHONY: help (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert targets and all(f"make {target} " in text for target in targets[1].split()[1:])
