@@ -81,25 +81,6 @@ class Timer:
         self.synchronize()
         return time.perf_counter() - begin
 
-    def replayed(self, function: Callable[[], object]) -> float:
-        """Like `median`, of replays of a captured graph, so that no time of the host is in it."""
-        if self.device.type != "cuda":
-            return self.median(function)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(self.warmups):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                function()
-        except RuntimeError as problem:  # an operator that waits for the device, say
-            print(f"not captured, timed with the host: {problem}".split("\n")[0][:160])
-            return self.median(function)
-        return self.median(graph.replay)
-
     def synchronize(self) -> None:
         """Waits for the device."""
         if self.device.type == "cuda":
@@ -213,17 +194,6 @@ def micro_floor(ceilings: Ceilings, visits: int) -> float:
     """The same forward and backward."""
     layer = sum(p.total for site, p in ceilings.products.items() if site != "head")
     return visits * (layer + sum(ceilings.best_attention)) + ceilings.products["head"].total
-
-
-def counted_operations(config: golf.Config, visits: int) -> float:
-    """Operations of a forward and backward micro-step, from the products and attentions timed."""
-    tokens = micro_tokens(config)
-    shapes = layer_shapes(config)
-    layer = sum(6 * outputs * inputs for site, (outputs, inputs) in shapes.items()
-                if site != "head")
-    attention = 3.5 * attention_operations(config)
-    outputs, inputs = shapes["head"]
-    return tokens * (visits * (layer + attention) + 6 * outputs * inputs)
 
 
 def attention_operations(config: golf.Config) -> float:

@@ -115,18 +115,6 @@ def shown(value: float | None, form: str, absent: str = "not run") -> str:
     return absent if value is None else format(value, form)
 
 
-def machine(run: Run) -> str:
-    """Hardware in words."""
-    gpu, gpus, cpus = (
-        run.text("hardware.gpu"),
-        run.number("hardware.gpus"),
-        run.number("hardware.cpu_count"),
-    )
-    if gpu and gpu != "none" and gpus:
-        return f"{gpus:.0f}x {gpu}"
-    return f"{cpus:.0f} CPU cores" if cpus else "unknown"
-
-
 def log_link(run: Run, text: str) -> str:
     """Link from the README to the text log of a run, which may lie in a folder of the logs.
 
@@ -179,11 +167,12 @@ def block_headline(sources: Sources, arguments: Sequence[str]) -> str:
     spread = f" +- {welch.deviation(scores):.4f}" if len(runs) > 1 else ""
     seeds = ", ".join(f"{run.seed}" for run in runs)
     most = max(_mean([run], "artifact.total_bytes") for run in runs)
+    machine = first.machine or "unknown"
     links = ", ".join(log_link(run, f"seed {run.seed}") for run in runs)
     return (
         f"**{welch.mean(scores):.4f}{spread} BPB** ({_mean(runs, 'val_loss'):.4f} nats per token, "
         f"`{first.headline}`) after {_mean(runs, 'clocks.training_seconds'):.0f} s of training and "
-        f"{_mean(runs, 'clocks.eval_seconds_strict'):.0f} s of evaluation on {machine(first)}: "
+        f"{_mean(runs, 'clocks.eval_seconds_strict'):.0f} s of evaluation on {machine}: "
         f"preset `{_shared(runs, 'preset')}`, seed{'s' if len(runs) > 1 else ''} {seeds}, "
         f"{most:,.0f} of {CAP_BYTES:,} bytes, data `{_shared(runs, 'data.name')}`, "
         f"track `{_shared(runs, 'track')}`. Logs: {links}. {program_remark(sources, runs)}"
@@ -261,7 +250,7 @@ def block_runs(sources: Sources, arguments: Sequence[str]) -> str:
                 log_link(run, run.run_id),
                 run.text("preset") or "unknown",
                 f"{run.seed}",
-                machine(run),
+                run.machine or "unknown",
                 shown(run.number("clocks.training_seconds"), ".0f"),
                 shown(run.number("train.steps"), ",.0f"),
                 " / ".join(f"{rate / 1e6:.3f}" for rate in rates) or "none",

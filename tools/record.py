@@ -214,11 +214,10 @@ def official_data(run: Run) -> bool:
 
 
 def hardware(run: Run) -> str:
-    """Machine of a run: "1x NVIDIA H200", or "2 CPU cores"."""
-    gpu, gpus = run.text("hardware.gpu"), run.number("hardware.gpus")
-    if gpu and gpu != "none" and gpus:
-        return f"{gpus:.0f}x {gpu}"
-    return f"{required(run, 'hardware.cpu_count'):.0f} CPU cores"
+    """Machine of a run in words. Raises: RecordError where the log has none."""
+    if run.machine is None:
+        raise RecordError(f"{run.run_id}: hardware is absent from the log, its cell would be blank")
+    return run.machine
 
 
 def _statistics(table: Mapping[str, Mapping[str, Json]]) -> dict[str, Field]:

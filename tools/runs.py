@@ -33,8 +33,6 @@ NOT_A_RUN = ("adaptation_curve", "bench_", "quantiser_curve", "recipe", "submiss
 PARTS = ("code", "model", "total")
 CAP_BYTES = 16_000_000
 MAX_RESULT_BYTES = 256 * 2**20  # a result is kilobytes; anything near this is not one of ours
-EVALUATIONS = ("raw", "averaged", "quantised", "sliding", "documents", "ttt_sgd", "ttt_documents",
-               "mixer")
 
 
 class RunError(Exception):
@@ -162,6 +160,15 @@ class Run:
         """Short name for a legend: preset and seed where both are known, else the run id."""
         preset, seed = self.text("preset"), self.seed
         return f"{preset} seed {seed}" if preset and seed is not None else self.run_id
+
+    @property
+    def machine(self) -> str | None:
+        """Hardware in words, "1x NVIDIA H200" or "2 CPU cores"; None where no file names it."""
+        gpu, gpus = self.text("hardware.gpu"), self.number("hardware.gpus")
+        if gpu and gpu != "none" and gpus:
+            return f"{gpus:.0f}x {gpu}"
+        cpus = self.number("hardware.cpu_count")
+        return f"{cpus:.0f} CPU cores" if cpus else None
 
     def evaluation(self, name: str) -> Evaluation | None:
         """Evaluation with this name, None where it did not run."""
@@ -522,7 +529,6 @@ def combine(base: Run, over: Run) -> Run:
 NUMBER = r"([-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 ANSI = re.compile(rb"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 RANK = re.compile(r"^\s*\[?(?:rank|default|worker)[ _]?(\d+)\]?\s*[:|]\s*|^\s*\[(\d+)\]\s*:?\s+")
-STEP = re.compile(r"(?:^|\s|step[:= ]\s*)(\d+)\s*/\s*(\d+)\b")
 TRAIN = re.compile(rf"(\d+)\s*/\s*(\d+)[ ,|]+(?:\S+\s+)*?train_loss\s*[:=]?\s*{NUMBER}")
 VAL = re.compile(
     rf"(\d+)\s*/\s*(\d+)[ ,|]+val_loss\s*[:=]?\s*{NUMBER}[ ,|]+val_bpb\s*[:=]?\s*{NUMBER}"
