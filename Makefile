@@ -23,7 +23,7 @@ dev_modules := pytest=pytest xdist=pytest-xdist hypothesis=hypothesis ruff=ruff 
                huggingface_hub=huggingface_hub zstandard=zstandard
 
 help:
-	@sed -n 's/^# \{0,1\}//; 1,3p' Makefile
+	@sed -n 's/^# \{0,1\}//; 1,4p' Makefile
 
 # Packages are found through --system-site-packages; where PYTHON lives in a virtual environment or a conda
 # environment of its own, that flag does not reach its packages, so a .pth file lists their folders.

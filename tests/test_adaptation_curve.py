@@ -11,6 +11,7 @@ from toy import read_result, tiny_env
 
 import train_gpt as golf
 from tools import adaptation_curve
+from tools.runs import RunError
 
 
 def test_points_are_scores_of_the_artifact_and_are_not_measured_twice(
@@ -63,7 +64,8 @@ def test_first_documents_keep_their_bytes_of_raw_text(
 
 @pytest.mark.parametrize(("point", "message"), [
     ("TTT_CHUNK_SIZE", "must be NAME=value"), ("TTT_CHUNK_SIZE=0", "between 1 and"),
-    ("TTT_CHUNK_SIZES=4", "did you mean TTT_CHUNK_SIZE")])
+    ("TTT_CHUNK_SIZES=4", "did you mean TTT_CHUNK_SIZE"),
+    ("TTT_CHUNK_SIZE=4 NOPE=3", "NOPE is no setting of train_gpt.py")])
 def test_a_point_that_is_no_setting_is_refused(
     data_dir: Path, tmp_path: Path, point: str, message: str,
 ) -> None:
@@ -76,3 +78,17 @@ def test_a_file_that_is_no_artifact_is_refused(data_dir: Path, tmp_path: Path) -
     with pytest.raises(golf.ArtifactError, match="other"):
         adaptation_curve.main([str(tmp_path / "other"), "--point", ""],
                               tiny_env(data_dir, tmp_path))
+
+
+def test_a_file_that_is_no_curve_is_refused(data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(RunError, match=r"list\.json: a list, not a mapping"):
+        adaptation_curve.main(["none.bin", "--point", "", "--out", str(tmp_path / "list.json")],
+                              tiny_env(data_dir, tmp_path))
+
+
+def test_fewer_than_no_documents_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        adaptation_curve.main(["none.bin", "--documents", "-1"], {})
+    assert stop.value.code == 2
+    assert "-1 is not between 0 and" in capsys.readouterr().err

@@ -39,13 +39,6 @@ def tiny_result(make_env: Callable[[], dict[str, str]], tmp_path: Path,
     return json.loads(path.read_text())
 
 
-def test_counted_operations_equal_the_trainers(published: golf.Config) -> None:
-    for plan in golf.depth_plans(published):
-        counted = bench.counted_operations(published, len(plan.visits))
-        told = golf.flops_per_token(published, plan) * bench.micro_tokens(published)
-        assert counted == pytest.approx(told, rel=1e-12)
-
-
 def test_newton_schulz_of_the_published_shapes(published: golf.Config) -> None:
     assert bench.newton_schulz_operations(published) == pytest.approx(373e9, rel=0.005)
 
@@ -151,8 +144,13 @@ def test_documents_can_be_timed_alone(make_env: Callable[[], dict[str, str]], tm
     assert not any(row["name"] == "copy" for row in result["rows"])
 
 
-def test_unknown_part_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("--only trainig", "startup, training"),
+    ("--quick --only startup,training", "--quick takes no start-up figures"),
+    ("--only startup,documents --profile p.txt", "--only startup,documents trains nothing")])
+def test_arguments_without_effect_are_usage_errors(capsys: pytest.CaptureFixture[str],
+                                                   arguments: str, message: str) -> None:
     with pytest.raises(SystemExit) as stop:
-        bench.main(["--only", "trainig"])
+        bench.main(arguments.split())
     assert stop.value.code == 2
-    assert "startup, training" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -43,7 +43,7 @@ def test_a_failing_rank_is_an_error_with_its_reason(data_dir: Path, tmp_path: Pa
     env = tiny_env(data_dir, tmp_path, OMP_NUM_THREADS=1, ATTENTION="fa3")
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(golf.GolfError, match=r"1 ranks.*ATTENTION=fa3"):
+    with pytest.raises(golf.GolfError, match=r"^1 ranks: ATTENTION=fa3"):
         bench_ranks.main(["--sizes", "1"])
 
 
@@ -59,11 +59,16 @@ def test_losses_go_through_all_plans_however_many(make_config: MakeConfig,
     assert len(measured.losses) == 4
 
 
-def test_sizes_begin_with_one(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("option", "value", "message"), [
+    ("--sizes", "2,4", "1 comes first"), ("--sizes", "1,5", "5 must be one of [1, 2, 3, 4, 6, 8]"),
+    ("--sizes", "1,two", "whole numbers"), ("--repeats", "0", "0 is not between 1 and"),
+    ("--losses", "-1", "-1 is not between 1 and")])
+def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture[str], option: str, value: str,
+                                     message: str) -> None:
     with pytest.raises(SystemExit) as ended:
-        bench_ranks.main(["--sizes", "2,4"])
+        bench_ranks.main([option, value])
     assert ended.value.code == 2
-    assert "1 comes first" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("some", "others", "length"), [

@@ -71,7 +71,7 @@ def test_a_good_machine_is_ready(
     assert doctor.main(["--quick"], env) == 0
     report = capsys.readouterr().out
     assert "ready" in report.splitlines()[-1]
-    assert "2 in " in report and "targets" in report and "bytes expected" in report
+    assert "2 in " in report and "targets" in report and "bits a weight" in report
     assert "brotli" in report and "attention" in report
 
 
@@ -143,6 +143,19 @@ def test_missing_codec_fails_before_it_is_needed(
 ) -> None:
     monkeypatch.setitem(sys.modules, "brotli", None)
     assert findings(env)["codec"].status == "fail"
+
+
+def test_coder_in_use_is_named_and_another_one_than_asked_for_is_noticed(
+    env: dict[str, str], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert findings(env)["codec"].detail.startswith("ans, with brotli ")
+    with_zstd = {**env, "QUANTISER": "gptq", "COMPRESSOR": "zstd"}
+    find_spec = train_gpt.importlib.util.find_spec
+    monkeypatch.setattr(train_gpt.importlib.util, "find_spec",
+                        lambda name: None if name == "zstandard" else find_spec(name))
+    found = findings(with_zstd)["codec"]
+    assert found.status == "warn" and found.fix == "pip install zstandard"
+    assert found.detail.startswith("brotli") and found.detail.endswith("COMPRESSOR=zstd")
 
 
 def test_compiler_is_wanted_only_for_compiled_runs(
@@ -233,6 +246,13 @@ def test_taken_port_is_found(env: dict[str, str]) -> None:
     assert findings({**env, "MASTER_PORT": port})["port"].status == "ok"
 
 
+@pytest.mark.parametrize("port", ["abc", "-1", "0", "65536", "9" * 5000])
+def test_port_that_is_none_is_found(env: dict[str, str], port: str) -> None:
+    found = findings({**env, "MASTER_PORT": port})["port"]
+    assert found.status == "fail" and found.fix == "unset MASTER_PORT"
+    assert found.detail == f"MASTER_PORT={port!r} must be between 1 and 65535"
+
+
 def test_cache_on_a_network_disk_is_found(
     env: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:
@@ -250,6 +270,18 @@ def test_artifact_far_over_its_cap_fails_and_a_little_over_warns(env: dict[str, 
     tight = {**env, "ARTIFACT_CAP_BYTES": str(int(size / 1.05))}
     assert findings(tight)["artifact"].status == "warn"
     assert findings({**tight, "FIT": "0"})["artifact"].status == "fail"
+
+
+@pytest.mark.parametrize(("changes", "status"), [
+    ({}, "ok"), ({"NUM_LAYERS": "44"}, "fail"), ({"ARTIFACT_CAP_BYTES": "5000000"}, "fail")])
+def test_weights_of_a_fitted_artifact_need_some_bits(changes: dict[str, str], status: str) -> None:
+    config = train_gpt.Config.from_env({"PRESET": "record", **changes})
+    found, = doctor.check_artifact(doctor.Pod({}), config)
+    assert found.status == status and "by design" in found.detail
+    weights = sum(shape.numel() for shape in train_gpt.expected_shapes(config)[0].values())
+    room = 8 * (config.artifact_cap_bytes - len(train_gpt.packed_program()))
+    assert f"{room / weights:.2f} bits a weight" in found.detail
+    assert bool(found.fix) == (status == "fail")
 
 
 # ---- GPUs, from a stand-in for nvidia-smi ----

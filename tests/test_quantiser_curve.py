@@ -12,6 +12,7 @@ from toy import random_tokens, tiny_env
 
 import train_gpt as golf
 from tools import quantiser_curve
+from tools.runs import RunError
 
 CAPS = [quantiser_curve.CODE_BYTES + size for size in (24_000, 32_000)]
 DEFAULT = ("reference", "coder", "rate_distortion")
@@ -105,7 +106,8 @@ def test_checkpoint_serves_both_quantisers(checkpoint: Path, env: dict[str, str]
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--methods", "magic"], ["--caps", "16MB"], ["--weights", "x", "--whole-run"]])
+    ["--methods", "magic"], ["--caps", "16MB"], ["--caps", "1000000,0"],
+    ["--weights", "x", "--whole-run"]])
 def test_wrong_arguments_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         quantiser_curve.main(arguments, {})
@@ -115,5 +117,17 @@ def test_wrong_arguments_are_refused(arguments: list[str]) -> None:
 def test_foreign_checkpoint_is_refused(env: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "foreign.pt"
     path.write_bytes(b"something else")
-    with pytest.raises(golf.ArtifactError, match=r"foreign\.pt"):
+    with pytest.raises(golf.ArtifactError, match=r"foreign\.pt") as refused:
         quantiser_curve.main(["--weights", str(path)], env)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"rows": [1]}'])
+def test_a_file_that_is_no_curve_is_refused_before_training(
+        env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        content: str) -> None:
+    monkeypatch.delattr(quantiser_curve, "train")
+    (tmp_path / "other.json").write_text(content)
+    with pytest.raises(RunError, match=r"other\.json: "):
+        quantiser_curve.main(["--out", str(tmp_path / "other.json")], env)
+    assert (tmp_path / "other.json").read_text() == content

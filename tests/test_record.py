@@ -550,6 +550,21 @@ def test_verify_command_counts_bad_folders(
     )
 
 
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("make a --name n --seeds 42,abc", "'42,abc' must be whole numbers"),
+    ("compare a b --level 0", "0 must be above 0 and below 1"),
+    ("compare a b --level 1", "1 must be above 0 and below 1"),
+    ("compare a b --level nan", "nan must be above 0 and below 1"),
+])
+def test_wrong_arguments_are_usage_errors(
+    capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        record.main(arguments.split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_only_the_author_of_other_runs_carries_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import shutil
 import sys
 import threading
 import xml.etree.ElementTree as ElementTree
@@ -420,12 +421,19 @@ def test_check_sees_every_kind_of_staleness(readme: Path) -> None:
         (f"versus {SEED_42} {SEED_314}", "seeds [42] against [314]"),
         (f"versus {SEED_42}", "two groups of runs"),
         ("recipe", "names no file"),
+        ("path nope", "PRESET='nope' must be one of"),
+        ("scaling logs/ranks.json", "{'world_size': 2, 'steps': 9} lacks loss_gap, mean_loss_gap"),
+        ("result {outside}", "a run outside any folder of logs"),
     ],
 )
 def test_block_that_cannot_be_written_is_named_with_its_line(
     logs: Path, capsys, block: str, message: str
 ) -> None:
     path = logs.parent / "README.md"
+    incomplete = {"rows": [{}], "agreement": [{"world_size": 2, "steps": 9}]}
+    (logs / "ranks.json").write_text(json.dumps(incomplete))
+    outside = shutil.copy(logs / f"{SEED_42}.json", path.parent)
+    block = block.format(outside=f"{outside} {SEED_42}")
     path.write_text(f"# Title\n<!-- generated:{block} -->\n<!-- /generated -->\n")
     before = path.read_text()
     assert report.main(["readme", str(path)]) == 1
@@ -457,6 +465,26 @@ def test_two_systems_are_compared_on_equal_terms_or_not_at_all(
     assert refused in capsys.readouterr().err
     if not refused:  # the speed of runs of equal steps is not compared: they may share a GPU
         assert ("Step, ms" in path.read_text()) == ("train" in changes)
+
+
+def test_page_that_is_no_text_is_named_with_its_line(logs: Path, capsys) -> None:
+    path = logs.parent / "README.md"
+    path.write_bytes(b"# Title\ncaf\xe9\n")
+    assert report.main(["readme", str(path)]) == 1
+    assert capsys.readouterr().err == "error: README.md:2: not UTF-8: invalid continuation byte\n"
+
+
+@pytest.mark.parametrize("block", ["headline", "bytes"])
+def test_another_program_than_the_one_beside_the_page_is_named(logs: Path, block: str) -> None:
+    path, program = logs.parent / "README.md", logs.parent / "train_gpt.py"
+    path.write_text(f"<!-- generated:{block} {SEED_42} -->\n<!-- /generated -->\n")
+    source = json.loads((logs / f"{SEED_42}.json").read_text())["source_sha256"]
+    for text, remarks in ((None, 0), (synthetic.PROGRAM, 0), ("other", 1)):
+        if text:
+            program.write_text(text)
+        found = readme_blocks.regenerate(path)[0]
+        assert found.count(f"By an earlier program (source {source[:8]}).") == remarks
+        assert found.count("earlier program") == remarks
 
 
 def test_unclosed_blocks_are_errors(logs: Path) -> None:
@@ -505,6 +533,18 @@ def test_watch_shows_a_growing_run(tmp_path: Path, capsys) -> None:
     assert "ttt_sgd      1.08444 BPB, 130.5 s" in out
     assert "status       complete: finished" in out
     assert report.main(["watch", "absent", "--logs", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("watch live --html 65536", "65536 is not between 0 and 65535"),
+    ("watch live --html -1", "-1 is not between 0 and 65535"),
+    ("live --png", "--png: only with --figures DIR"),
+])
+def test_wrong_arguments_are_usage_errors(capsys, arguments: str, message: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        report.main(arguments.split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_watch_does_not_pass_control_characters_on(tmp_path: Path, capsys) -> None:

@@ -20,6 +20,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt as golf
+from tools.command import exit_status, number_between
+from tools.runs import earlier_rows
 
 # Around the settings of `record`, one at a time, and rank at an equal alpha / rank.
 POINTS = ("", "TTT_CHUNK_SIZE=96", "TTT_CHUNK_SIZE=24", "TTT_LORA_RANK=32 TTT_LORA_ALPHA=57.6",
@@ -70,14 +73,13 @@ def read_settings(text: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def load_file(out: Path, facts: dict[str, object]) -> list[dict[str, object]]:
-    """The points that a file has of the same artifact, source and documents."""
-    try:
-        content = json.loads(out.read_text())
-    except (OSError, ValueError):
-        return []
-    same = all(content.get(name) == value for name, value in facts.items())
-    return content["rows"] if same else []
+def point_config(text: str, env: Mapping[str, str]) -> golf.Config:
+    """The settings of a point over those of the environment. Raises: ConfigError."""
+    settings = read_settings(text)
+    config = golf.Config.from_env({**env, **settings})
+    if unknown := settings.keys() - {field.name.upper() for field in fields(config)}:
+        raise golf.ConfigError(f"--point {text!r}: {min(unknown)} is no setting of train_gpt.py")
+    return config
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -85,7 +87,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, help="artifact.bin of a run with these settings")
-    parser.add_argument("--documents", type=int, default=240, metavar="N",
+    parser.add_argument("--documents", type=number_between(int, 0, 10**9), default=240, metavar="N",
                         help="first ones to score, 0: all (default %(default)s)")
     parser.add_argument("--point", action="append", metavar="SETTINGS",
                         help="NAME=value ..., instead of the built-in points; can be repeated")
@@ -95,20 +97,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None, env: Mapping[str, str] = os.environ) -> int:
-    """Measures all points and prints them; the exit status. Raises: GolfError."""
+    """Measures all points and prints them; the exit status.
+
+    Raises: GolfError, RunError, OSError.
+    """
     options = parse_arguments(arguments)
-    points = {text: golf.Config.from_env({**env, **read_settings(text)})
-              for text in options.point or POINTS}
+    points = {text: point_config(text, env) for text in options.point or POINTS}
     config, world = golf.Config.from_env(env), golf.World.from_env(env)
     out = options.out or Path(config.log_dir) / "adaptation_curve.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    golf.open_artifact(options.artifact, config)  # or its error, before anything is compiled
+    earlier_rows(out, {})  # or its error, before anything is compiled
+    golf.open_artifact(options.artifact, config)
     facts: dict[str, object] = {
         "artifact_sha256": golf.digest(options.artifact.read_bytes()), "preset": config.preset,
         "source_sha256": golf.digest(golf.program_source()), "documents": options.documents,
         "device": torch.cuda.get_device_name() if world.is_cuda else "CPU",
         "data": config.dataset_dir.name}
-    rows, stream = load_file(out, facts), first_documents(config, options.documents)
+    rows, stream = earlier_rows(out, facts), first_documents(config, options.documents)
     torch.set_float32_matmul_precision("high")
     with world.process_group():
         for text, point in points.items():
@@ -125,7 +129,4 @@ def main(arguments: Sequence[str] | None = None, env: Mapping[str, str] = os.env
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except golf.GolfError as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(exit_status(main, golf.GolfError))

@@ -42,6 +42,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt as golf
+from tools.command import exit_status, last_error
 from tools.prepare_data import write_shard
 
 # Dense bf16 operations a second, from the data sheets.
@@ -79,25 +80,6 @@ class Timer:
         function()
         self.synchronize()
         return time.perf_counter() - begin
-
-    def replayed(self, function: Callable[[], object]) -> float:
-        """Like `median`, of replays of a captured graph, so that no time of the host is in it."""
-        if self.device.type != "cuda":
-            return self.median(function)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(self.warmups):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                function()
-        except RuntimeError as problem:  # an operator that waits for the device, say
-            print(f"not captured, timed with the host: {problem}".split("\n")[0][:160])
-            return self.median(function)
-        return self.median(graph.replay)
 
     def synchronize(self) -> None:
         """Waits for the device."""
@@ -212,17 +194,6 @@ def micro_floor(ceilings: Ceilings, visits: int) -> float:
     """The same forward and backward."""
     layer = sum(p.total for site, p in ceilings.products.items() if site != "head")
     return visits * (layer + sum(ceilings.best_attention)) + ceilings.products["head"].total
-
-
-def counted_operations(config: golf.Config, visits: int) -> float:
-    """Operations of a forward and backward micro-step, from the products and attentions timed."""
-    tokens = micro_tokens(config)
-    shapes = layer_shapes(config)
-    layer = sum(6 * outputs * inputs for site, (outputs, inputs) in shapes.items()
-                if site != "head")
-    attention = 3.5 * attention_operations(config)
-    outputs, inputs = shapes["head"]
-    return tokens * (visits * (layer + attention) + 6 * outputs * inputs)
 
 
 def attention_operations(config: golf.Config) -> float:
@@ -678,7 +649,7 @@ def measure_startup(config: golf.Config, cache: Path) -> dict[str, float]:
         begin = time.time()
         answer = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if answer.returncode:
-            raise golf.GolfError(f"start-up failed: {answer.stderr.strip().splitlines()[-1:]}")
+            raise golf.GolfError(f"start-up failed: {last_error(answer.stderr)}")
         seconds[name] = round(float(answer.stdout.split()[-1]) - begin, 2)
     return seconds
 
@@ -760,6 +731,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.parts = set(filter(None, options.only.split(","))) or set(PARTS)
     if options.parts - set(PARTS):
         parser.error(f"--only {options.only}: parts are {', '.join(PARTS)}")
+    if options.quick and "startup" in options.only.split(","):
+        parser.error(f"--only {options.only}: --quick takes no start-up figures")
+    if options.profile and options.parts <= {"documents", "startup"}:
+        parser.error(f"--profile {options.profile}: --only {options.only} trains nothing")
     return options
 
 
@@ -785,6 +760,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints the table and writes the file; the exit status."""
     options = parse_arguments(arguments)
     config = golf.Config.from_env(os.environ)
+    Path(config.log_dir).mkdir(parents=True, exist_ok=True)  # or its error, before minutes of work
     world = golf.World.from_env({})
     torch.set_float32_matmul_precision("high")
     with tempfile.TemporaryDirectory() as name, world.process_group():
@@ -815,7 +791,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except golf.GolfError as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(exit_status(main, golf.GolfError))

@@ -41,8 +41,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt as golf
 from tools import bench
+from tools.command import exit_status, integers, last_error, number_between
+from tools.sweep import WORLD_SIZES
 
-WORLD_SIZES = 1, 2, 4, 8
 Interval = tuple[float, float]
 Mark = torch.cuda.Event | float
 
@@ -191,7 +192,7 @@ def rank_main(options: argparse.Namespace) -> None:
 
 def launch(size: int, batches: Sequence[int], options: argparse.Namespace, folder: Path,
            config: golf.Config) -> Measured:
-    """The measurements of one world size. Raises: GolfError with the last line of a failure."""
+    """The measurements of one world size. Raises: GolfError with the reason of a failure."""
     out = folder / f"{size}.json"
     env = {**os.environ, "DATA_PATH": str(config.dataset_dir)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -200,8 +201,7 @@ def launch(size: int, batches: Sequence[int], options: argparse.Namespace, folde
                "--losses", str(options.losses)]
     answer = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if answer.returncode or not out.is_file():
-        reasons = [line for line in answer.stderr.splitlines() if line.startswith("error:")]
-        raise golf.GolfError(f"{size} ranks: {(reasons or answer.stderr.splitlines()[-1:])[:1]}")
+        raise golf.GolfError(f"{size} ranks: {last_error(answer.stderr)}")
     content = json.loads(out.read_text())
     return Measured(**{**content, "timings": [Timing(**timing) for timing in content["timings"]]})
 
@@ -249,24 +249,22 @@ def table(rows: Sequence[dict[str, object]], agreement: Sequence[dict[str, objec
     return "\n".join(lines)
 
 
-def integers(text: str) -> list[int]:
-    """The numbers between commas."""
-    return [int(part) for part in text.split(",")]
-
-
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=integers, metavar="N,...",
                         help="world sizes, 1 first; default: those of 1, 2, 4, 8 that GPUs allow")
-    parser.add_argument("--losses", type=int, default=50, metavar="STEPS", help="to compare")
-    parser.add_argument("--repeats", type=int, default=15, metavar="STEPS", help="to time")
+    steps = number_between(int, 1, 10**6)
+    parser.add_argument("--losses", type=steps, default=50, metavar="STEPS", help="to compare")
+    parser.add_argument("--repeats", type=steps, default=15, metavar="STEPS", help="to time")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--batches", type=integers, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.sizes and options.sizes[0] != 1:
         parser.error(f"--sizes {options.sizes}: 1 comes first, the others are compared with it")
+    if unknown := set(options.sizes or ()) - set(WORLD_SIZES):
+        parser.error(f"--sizes {min(unknown)} must be one of {sorted(WORLD_SIZES)}")
     return options
 
 
@@ -277,7 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank_main(options)
         return 0
     config, gpus = golf.Config.from_env(os.environ), torch.cuda.device_count()
-    sizes = options.sizes or [size for size in WORLD_SIZES if size <= max(gpus, 1)]
+    sizes = options.sizes or [size for size in (1, 2, 4, 8) if size <= max(gpus, 1)]
+    Path(config.log_dir).mkdir(parents=True, exist_ok=True)  # or its error, before minutes of work
     share = config.micro_batch_tokens // config.train_seq_len * config.train_seq_len
     most, found = max(sizes), list[Measured]()
     with tempfile.TemporaryDirectory() as name:
@@ -298,7 +297,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except golf.GolfError as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(exit_status(main, golf.GolfError))

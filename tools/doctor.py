@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from train_gpt import Config
 
 from tools.runs import NOT_A_RUN, Run, RunError, read_result
+from tools.sweep import WORLD_SIZES
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -58,9 +59,9 @@ GOOD_SDPA_TORCH = (2, 11)                 # its cuDNN attention is near flash-at
 INSTALL_TORCH_GPU = "pip install torch==2.13.0"
 INSTALL_TORCH_CPU = "pip install uv && uv pip install --torch-backend=cpu torch==2.13.0"
 MATCH_TORCH = "pip install uv && uv pip install --torch-backend=auto --reinstall torch==2.13.0"
-WORLD_SIZES = (8, 6, 4, 3, 2, 1)
 NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "ceph", "lustre", "gluster", "fuse", "9p", "beegfs")
 GIB = 1 << 30
+LEAST_BITS = 1.5                   # a weight; a model that is left fewer is too large
 IDLE_GPU_MIB = 1500                # more in use before we start belongs to somebody else
 # Bits of nvidia-smi's reasons for lower clocks that cost speed; the others are no trouble.
 SLOWDOWNS = {0x8: "hardware slowdown", 0x20: "too hot (software)", 0x40: "too hot (hardware)",
@@ -180,11 +181,16 @@ def check_brotli(pod: Pod, config: Config) -> Iterator[Check]:
     import train_gpt
 
     try:
-        train_gpt.codec_of(config)
+        coder = train_gpt.codec_of(config)
     except train_gpt.GolfError as error:
         yield fail("codec", str(error), "pip install 'brotli>=1.2'")
+        return
+    detail = f"{coder}, with brotli {importlib.metadata.version('brotli')}"
+    if coder == config.compressor:
+        yield ok("codec", detail)
     else:
-        yield ok("codec", f"brotli {importlib.metadata.version('brotli')}")
+        yield warn("codec", f"{detail}, instead of COMPRESSOR={config.compressor}",
+                   "pip install zstandard")
 
 
 def check_compiler(pod: Pod, config: Config) -> Iterator[Check]:
@@ -548,8 +554,12 @@ def check_memory(pod: Pod, config: Config) -> Iterator[Check]:
 
 
 def check_port(pod: Pod, config: Config) -> Iterator[Check]:
-    """The port of the rendezvous is free."""
-    port = int(pod.env.get("MASTER_PORT", "29500"))
+    """The port of the rendezvous is a port, and free."""
+    text = pod.env.get("MASTER_PORT", "29500")
+    port = int(text) if re.fullmatch("[0-9]{1,5}", text) else 0
+    if not 0 < port < 1 << 16:
+        yield fail("port", f"MASTER_PORT={text!r} must be between 1 and 65535", "unset MASTER_PORT")
+        return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -597,10 +607,21 @@ def check_caches(pod: Pod, config: Config) -> Iterator[Check]:
 
 
 def check_artifact(pod: Pod, config: Config) -> Iterator[Check]:
-    """The artifact should fit its cap."""
+    """The artifact should fit its cap, or its weights what the cap leaves them."""
     import train_gpt
 
-    size, cap = train_gpt.estimate_artifact_bytes(config), config.artifact_cap_bytes
+    cap = config.artifact_cap_bytes
+    if config.quantiser == "rate":
+        weights = sum(shape.numel() for shape in train_gpt.expected_shapes(config)[0].values())
+        bits = 8 * (cap - len(train_gpt.packed_program())) / weights
+        detail = f"fitted to its cap of {cap:,} bytes by design: {bits:.2f} bits a weight"
+        if bits < LEAST_BITS:
+            yield fail("artifact", f"{detail}, at least {LEAST_BITS} needed",
+                       f"export MODEL_DIM={config.model_dim // 2}    # or another smaller model")
+        else:
+            yield ok("artifact", detail)
+        return
+    size = train_gpt.estimate_artifact_bytes(config)
     detail = f"about {size:,} of {cap:,} bytes expected"
     if size <= cap:
         yield ok("artifact", detail)

@@ -58,6 +58,8 @@ import numpy as np
 import sentencepiece
 
 from tools import caseops
+from tools.command import number_between
+from tools.runs import sha256_of
 from train_gpt import (
     BOS_ID,
     SHARD_HEADER_INTS,
@@ -76,7 +78,6 @@ from train_gpt import (
 )
 
 Item = TypeVar("Item")
-Number = TypeVar("Number", int, float)
 
 TRAIN, VAL, SIDECAR = "train", "val", "val_bytes"
 SHARD_NAME = re.compile(r"fineweb_(train|val|val_bytes)_\d{6}\.bin")
@@ -554,12 +555,6 @@ def encode_texts(texts: Iterable[str], tokenizer_path: Path, workers: int, *,
             yield pending.popleft().result()
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def shard_path(folder: Path, split: str, number: int) -> Path:
     """Where shard `number` of a split lies."""
     return folder / f"fineweb_{split}_{number:06d}.bin"
@@ -664,7 +659,7 @@ def describe_files(folder: Path, known: Mapping[str, str | None]) -> dict[str, o
     paths = sorted(path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name))
     return {
         path.name: {
-            "bytes": path.stat().st_size, "sha256": known.get(path.name) or file_sha256(path),
+            "bytes": path.stat().st_size, "sha256": known.get(path.name) or sha256_of(path),
         }
         for path in track(paths, "SHA-256", "files")
     }
@@ -681,7 +676,7 @@ def describe_dataset(
         split: [read_shard(path) for path in find_shards(folder, split)] for split in (TRAIN, VAL)
     }
     return {
-        "tokenizer": tokenizer_path.name, "tokenizer_sha256": file_sha256(tokenizer_path),
+        "tokenizer": tokenizer_path.name, "tokenizer_sha256": sha256_of(tokenizer_path),
         "vocab_size": vocab_size,
         **measure_streams(shards, token_bytes(load_tokenizer(tokenizer_path, vocab_size))),
         "files": describe_files(folder, known),
@@ -909,7 +904,7 @@ def check_file(path: Path, file: RemoteFile, vocab_size: int) -> None:
     size = path.stat().st_size
     if size != file.size_bytes:
         raise DataError(f"{path}: {size:,} B, the hub has {file.size_bytes:,} B")
-    if file.sha256 is not None and file_sha256(path) != file.sha256:
+    if file.sha256 is not None and sha256_of(path) != file.sha256:
         raise DataError(f"{path}: SHA-256 is not the hub's {file.sha256}")
     split = split_of(file.local)
     if split is None:
@@ -1239,7 +1234,7 @@ def file_errors(folder: Path, manifest: dict[str, object], tokenizer_path: Path)
     if not tokenizer_path.is_file():
         return [f"{tokenizer_path}: no such tokenizer file"]
     errors = []
-    if manifest.get("tokenizer_sha256") != file_sha256(tokenizer_path):
+    if manifest.get("tokenizer_sha256") != sha256_of(tokenizer_path):
         errors.append(f"{tokenizer_path}: not the tokenizer of {folder / MANIFEST} (SHA-256)")
     stated, actual = manifest.get("files"), describe_files(folder, known={})
     if not isinstance(stated, dict):
@@ -1305,18 +1300,6 @@ def verify_dataset(folder: Path, tokenizer_path: Path | None, shingle_tokens: in
 # ==================================================================================================
 
 
-def number_between(kind: type[Number], low: Number, high: Number) -> Callable[[str], Number]:
-    """A parser of arguments for numbers in [low, high]."""
-
-    def number(text: str) -> Number:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
-        return value
-
-    return number
-
-
 def folder_name(text: str) -> str:
     """An argument that must be a plain folder name."""
     if not re.fullmatch(r"\w[\w.-]*", text):
@@ -1357,14 +1340,14 @@ def run_demo(arguments: argparse.Namespace) -> int:
 def check_tokenizer_place(plan: BuildPlan) -> None:
     """Raises DataError if another tokenizer lies where the plan's own would go."""
     source, place = plan.tokenizer_source, plan.tokenizer_path
-    if source is not None and place.exists() and file_sha256(source) != file_sha256(place):
+    if source is not None and place.exists() and sha256_of(source) != sha256_of(place):
         raise DataError(f"{place}: differs from {source}; rename one of them")
 
 
 def describe_inputs(source: JsonlSource) -> dict[str, object]:
     """What a manifest says of the files a dataset was made of."""
     train, val = (
-        [{"file": path.name, "sha256": file_sha256(path)} for path in paths]
+        [{"file": path.name, "sha256": sha256_of(path)} for path in paths]
         for paths in (source.files, source.val_files)
     )
     return {"train": train, "val": val or f"{source.val_fraction} of train, by hash"}

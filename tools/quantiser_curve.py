@@ -41,6 +41,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt as golf
+from tools.command import exit_status, integers
+from tools.runs import earlier_rows
 
 METHODS: dict[str, tuple[Literal["gptq", "rate"], Literal["brotli", "ans"]]] = {
     "reference": ("gptq", "brotli"), "coder": ("gptq", "ans"), "rate_distortion": ("rate", "ans"),
@@ -146,8 +148,8 @@ def load(path: Path, env: Mapping[str, str], device: torch.device) -> Checkpoint
         content = torch.load(path, map_location=device, weights_only=True)
         config = golf.Config(**content["config"])
     except Exception as error:  # whatever reading a foreign file raises
-        raise golf.ArtifactError(f"{path}: not a checkpoint of this tool: "
-                                 f"{type(error).__name__}: {error}") from None
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise golf.ArtifactError(f"{path}: not a checkpoint of this tool: {reason}") from None
     config = replace(config, data_dir=here.data_dir, data_path=here.data_path, compile=False,
                      tokenizer_path=here.tokenizer_path, log_dir=here.log_dir)
     plan = {plan.name: plan for plan in golf.depth_plans(config)}[content["plan"]]
@@ -227,16 +229,14 @@ class Curve:
         self.scorer = golf.Scorer(checkpoint.model(config, world.device, backend.attend),
                                   checkpoint.plan, self.val, world)
         gpu = torch.cuda.get_device_name(world.device) if world.is_cuda else "none"
+        sha256 = checkpoint.digest()
         self.content: dict = {
-            "rows": [], "checkpoint_run_id": checkpoint.run_id, "preset": config.preset,
-            "checkpoint_sha256": checkpoint.digest(), "differs": config.differs(),
+            "rows": earlier_rows(path, {"checkpoint_sha256": sha256}),
+            "checkpoint_run_id": checkpoint.run_id, "preset": config.preset,
+            "checkpoint_sha256": sha256, "differs": config.differs(),
             "eval_seq_len": config.eval_seq_len, "val_targets": self.val.num_targets,
             "val_bytes": self.val.num_bytes, "code_bytes": CODE_BYTES, "gpu": gpu,
             "attention": backend.name}
-        if path.is_file():
-            before = json.loads(path.read_text())
-            if before.get("checkpoint_sha256") == self.content["checkpoint_sha256"]:
-                self.content["rows"] = before["rows"]
         self.content["bpb_before"], seconds = self.score()
         print(f"before: {self.content['bpb_before']:.6f} BPB in {seconds:.1f}s", flush=True)
 
@@ -366,7 +366,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--whole-run", action="store_true",
                         help="train_gpt.py's whole run with its evaluations, then the curve")
     parser.add_argument("--train-only", action="store_true", help="stop at the checkpoint")
-    parser.add_argument("--caps", default="10000000,12000000,14000000,16000000", metavar="BYTES",
+    parser.add_argument("--caps", type=integers, metavar="BYTES",
+                        default="10000000,12000000,14000000,16000000",
                         help="of program and model, separated by commas (default %(default)s)")
     parser.add_argument("--methods", default="reference,coder,rate_distortion", metavar="NAMES",
                         help=f"some of {','.join(METHODS)} (default %(default)s)")
@@ -376,26 +377,28 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.methods = options.methods.split(",")
     if set(options.methods) - set(METHODS):
         parser.error(f"--methods: some of {', '.join(METHODS)}")
-    try:
-        options.caps = [int(text) for text in options.caps.split(",")]
-    except ValueError:
-        parser.error(f"--caps {options.caps}: whole numbers, separated by commas")
+    if min(options.caps) < 1:
+        parser.error(f"--caps {min(options.caps)} must be at least 1")
     if options.weights and (options.whole_run or options.train_only):
         parser.error("--weights is instead of training")
     return options
 
 
 def main(arguments: Sequence[str] | None = None, env: Mapping[str, str] = os.environ) -> int:
-    """Trains or loads, measures, prints the table; the exit status. Raises: GolfError."""
+    """Trains or loads, measures, prints the table; the exit status.
+
+    Raises: GolfError, RunError, OSError.
+    """
     options = parse_arguments(arguments)
+    out = options.out or Path(golf.Config.from_env(env).log_dir) / "quantiser_curve.json"
+    if not options.train_only:
+        earlier_rows(out, {})  # or its error, before anything is trained
     path = options.weights or train(env, whole=options.whole_run)
     if options.train_only:
         return 0
     begin, world = time.perf_counter(), golf.World.from_env(env)
     torch.set_float32_matmul_precision("highest")  # as the trainer solves
     checkpoint = load(path, env, world.device)
-    out = options.out or Path(checkpoint.config.log_dir) / "quantiser_curve.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     # A thread per method: while one encodes, another has the device.
     with world.process_group(), ThreadPoolExecutor(len(options.methods)) as pool:
         curve = Curve(checkpoint, out, world)
@@ -409,7 +412,4 @@ def main(arguments: Sequence[str] | None = None, env: Mapping[str, str] = os.env
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except golf.GolfError as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(exit_status(main, golf.GolfError))

@@ -30,7 +30,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tools import figures, svg, welch
-from tools.runs import CAP_BYTES, Evaluation, Json, Run, RunError, as_number, find_runs, load_run
+from tools.runs import (
+    CAP_BYTES,
+    Evaluation,
+    Json,
+    Run,
+    RunError,
+    as_number,
+    find_runs,
+    load_run,
+    sha256_of,
+)
 from tools.runs import read_json as read_mapping
 
 OPENING, CLOSING = "<!-- generated:", "<!-- /generated -->"
@@ -105,23 +115,25 @@ def shown(value: float | None, form: str, absent: str = "not run") -> str:
     return absent if value is None else format(value, form)
 
 
-def machine(run: Run) -> str:
-    """Hardware in words."""
-    gpu, gpus, cpus = (
-        run.text("hardware.gpu"),
-        run.number("hardware.gpus"),
-        run.number("hardware.cpu_count"),
-    )
-    if gpu and gpu != "none" and gpus:
-        return f"{gpus:.0f}x {gpu}"
-    return f"{cpus:.0f} CPU cores" if cpus else "unknown"
-
-
 def log_link(run: Run, text: str) -> str:
-    """Link from the README to the text log of a run, which may lie in a folder of the logs."""
+    """Link from the README to the text log of a run, which may lie in a folder of the logs.
+
+    Raises: BlockError if it lies elsewhere.
+    """
     path = run.files["result"].with_name(f"{run.run_id}.txt")
-    logs = next(folder for folder in path.parents if folder.name == "logs")
+    logs = next((folder for folder in path.parents if folder.name == "logs"), None)
+    if logs is None:
+        raise BlockError(f"{path}: a run outside any folder of logs")
     return f"[{text}]({path.relative_to(logs.parent).as_posix()})"
+
+
+def program_remark(sources: Sources, runs: Sequence[Run]) -> str:
+    """Says that some runs are by another program than the one beside the README, if they are."""
+    program = sources.root / "train_gpt.py"
+    present = sha256_of(program) if program.is_file() else None
+    found = {run.text("source_sha256"): None for run in runs}
+    others = [name[:8] for name in found if name and present and name != present]
+    return f"By an earlier program (source {', '.join(others)})." if others else ""
 
 
 def _shared(runs: Sequence[Run], key: str) -> str:
@@ -155,15 +167,16 @@ def block_headline(sources: Sources, arguments: Sequence[str]) -> str:
     spread = f" +- {welch.deviation(scores):.4f}" if len(runs) > 1 else ""
     seeds = ", ".join(f"{run.seed}" for run in runs)
     most = max(_mean([run], "artifact.total_bytes") for run in runs)
+    machine = first.machine or "unknown"
     links = ", ".join(log_link(run, f"seed {run.seed}") for run in runs)
     return (
         f"**{welch.mean(scores):.4f}{spread} BPB** ({_mean(runs, 'val_loss'):.4f} nats per token, "
         f"`{first.headline}`) after {_mean(runs, 'clocks.training_seconds'):.0f} s of training and "
-        f"{_mean(runs, 'clocks.eval_seconds_strict'):.0f} s of evaluation on {machine(first)}: "
+        f"{_mean(runs, 'clocks.eval_seconds_strict'):.0f} s of evaluation on {machine}: "
         f"preset `{_shared(runs, 'preset')}`, seed{'s' if len(runs) > 1 else ''} {seeds}, "
         f"{most:,.0f} of {CAP_BYTES:,} bytes, data `{_shared(runs, 'data.name')}`, "
-        f"track `{_shared(runs, 'track')}`. Logs: {links}."
-    )
+        f"track `{_shared(runs, 'track')}`. Logs: {links}. {program_remark(sources, runs)}"
+    ).rstrip()
 
 
 def block_result(sources: Sources, arguments: Sequence[str]) -> str:
@@ -237,7 +250,7 @@ def block_runs(sources: Sources, arguments: Sequence[str]) -> str:
                 log_link(run, run.run_id),
                 run.text("preset") or "unknown",
                 f"{run.seed}",
-                machine(run),
+                run.machine or "unknown",
                 shown(run.number("clocks.training_seconds"), ".0f"),
                 shown(run.number("train.steps"), ",.0f"),
                 " / ".join(f"{rate / 1e6:.3f}" for rate in rates) or "none",
@@ -394,7 +407,8 @@ def block_bytes(sources: Sources, arguments: Sequence[str]) -> str:
         raise BlockError(f"run {run.run_id} has no artifact")
     total = sum(value for _, value in parts)
     rows = [[name, f"{value:,.0f}", f"{100 * value / total:.2f} %"] for name, value in parts]
-    return table(["Part", "Bytes", "Share"], [*rows, ["cap", f"{total:,.0f}", "100 %"]])
+    shares = table(["Part", "Bytes", "Share"], [*rows, ["cap", f"{total:,.0f}", "100 %"]])
+    return f"{shares}\n\n{program_remark(sources, [run])}".rstrip()
 
 
 CEILINGS = ("copy", "product ", "attention ")  # rows that time the machine, not the program
@@ -435,14 +449,24 @@ def block_scaling(sources: Sources, arguments: Sequence[str]) -> str:
     header = ["Ranks", "Batch", "Plan", "Tokens a step", "Tok/s", "Speed-up", "Step, ms",
               "Optimizer, ms", "Collectives, ms", "Overlapped"]
     agreement = content.get("agreement")
-    lines = [f"* {row['world_size']} ranks: weights "
-             f"{'equal' if row['equal_weights'] else 'DIFFER'} on all ranks after "
-             f"{row['steps']} steps, whose losses are at most {row['loss_gap']:.1e} from those of "
-             f"one rank (mean {row['mean_loss_gap']:.1e})."
+    lines = [agreement_line(row, arguments[0])
              for row in (agreement if isinstance(agreement, list) else [])
              if isinstance(row, dict) and row.get("world_size") != 1]
     return "\n".join([f"{content.get('gpu')}, `{content.get('preset')}`:\n",
                       table(header, body, left=3), "", *lines]).rstrip()
+
+
+def agreement_line(row: Mapping[str, Json], name: str) -> str:
+    """Whether the ranks of one world size agree. Raises: BlockError naming what the row lacks."""
+    found = {key: as_number(row.get(key)) for key in ("steps", "loss_gap", "mean_loss_gap")}
+    equal = row.get("equal_weights")
+    lacking = [key for key, value in {**found, "equal_weights": equal}.items() if value is None]
+    if lacking:
+        raise BlockError(f"{name}: agreement {dict(row)} lacks {', '.join(lacking)}")
+    steps, gap, mean = found.values()
+    return (f"* {row.get('world_size')} ranks: weights {'equal' if equal else 'DIFFER'} on all "
+            f"ranks after {steps:.0f} steps, whose losses are at most {gap:.1e} from those of one "
+            f"rank (mean {mean:.1e}).")
 
 
 def _rows(content: Mapping[str, Json], name: str) -> list[dict[str, Json]]:
@@ -527,12 +551,16 @@ FOLDER_SECONDS = 60.0  # packing, verifying and trying the program
 def record_path(preset: str, logs: Path) -> list[Step]:
     """The way from a fresh pod of eight GPUs to a folder with three seeds.
 
-    Raises: BlockError when no run of the preset was logged on a GPU, evaluation included.
+    Raises: BlockError when no run of the preset was logged on a GPU, evaluation included, and
+    when there is no such preset.
     """
     from tools import doctor
-    from train_gpt import Config
+    from train_gpt import Config, ConfigError
 
-    found = doctor.project(Config.from_env({"PRESET": preset}), logs)
+    try:
+        found = doctor.project(Config.from_env({"PRESET": preset}), logs)
+    except ConfigError as error:
+        raise BlockError(str(error)) from error
     if found is None or found.evaluation is None:
         raise BlockError(f"no run in {logs} tells how long PRESET={preset} takes on GPUs")
     seeds, rate = ",".join(map(str, RECORD_PATH_SEEDS)), NETWORK_BYTES_PER_SECOND
@@ -590,6 +618,16 @@ BLOCKS: dict[str, Callable[[Sources, Sequence[str]], str]] = {
 # -------------------------------------------------------------------------------------- the file
 
 
+def read_lines(path: Path) -> list[str]:
+    """Lines of a Markdown file. Raises: BlockError naming the line that is no UTF-8."""
+    content = path.read_bytes()
+    try:
+        return content.decode().splitlines()
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise BlockError(f"{path.name}:{number}: not UTF-8: {error.reason}") from error
+
+
 def regenerate(path: Path) -> tuple[str, dict[Path, str]]:
     """New text of a Markdown file, and the figures that belong to it.
 
@@ -598,7 +636,7 @@ def regenerate(path: Path) -> tuple[str, dict[Path, str]]:
     sources = Sources(path.resolve().parent)
     output: list[str] = []
     open_block, fenced, start = "", False, 0
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         fenced ^= line.startswith("```") and not open_block
         if open_block:
             if line.startswith(OPENING):
@@ -631,7 +669,7 @@ def update(path: Path) -> list[Path]:
     text, files = regenerate(path)
     written = []
     for target, content in {path: text, **files}.items():
-        if not target.is_file() or target.read_text(encoding="utf-8") != content:
+        if not target.is_file() or target.read_bytes() != content.encode():
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(target.name + ".partial")
             partial.write_text(content, encoding="utf-8")
@@ -643,7 +681,7 @@ def update(path: Path) -> list[Path]:
 def stale(path: Path) -> list[str]:
     """What would change, a line each: old and new text, names of figures; empty if nothing."""
     text, files = regenerate(path)
-    before, after = path.read_text(encoding="utf-8").splitlines(), text.splitlines()
+    before, after = read_lines(path), text.splitlines()
     found = [
         f"{path.name}:{number}: {old[:70]!r} would be {new[:70]!r}"
         for number, (old, new) in enumerate(zip(before, after, strict=False), 1)
@@ -652,6 +690,6 @@ def stale(path: Path) -> list[str]:
     if not found and len(before) != len(after):
         found.append(f"{path.name}: {len(before)} lines would be {len(after)}")
     for target, content in files.items():
-        if not target.is_file() or target.read_text(encoding="utf-8") != content:
+        if not target.is_file() or target.read_bytes() != content.encode():
             found.append(f"{target.name} is not what the logs give")
     return found

@@ -36,6 +36,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from tools import evidence, welch
+from tools.command import integers
 from tools.runs import CAP_BYTES, Json, Run, RunError, as_number, load_run, read_json, source_in_log
 from tools.sweep import Ledger
 
@@ -213,11 +214,10 @@ def official_data(run: Run) -> bool:
 
 
 def hardware(run: Run) -> str:
-    """Machine of a run: "1x NVIDIA H200", or "2 CPU cores"."""
-    gpu, gpus = run.text("hardware.gpu"), run.number("hardware.gpus")
-    if gpu and gpu != "none" and gpus:
-        return f"{gpus:.0f}x {gpu}"
-    return f"{required(run, 'hardware.cpu_count'):.0f} CPU cores"
+    """Machine of a run in words. Raises: RecordError where the log has none."""
+    if run.machine is None:
+        raise RecordError(f"{run.run_id}: hardware is absent from the log, its cell would be blank")
+    return run.machine
 
 
 def _statistics(table: Mapping[str, Mapping[str, Json]]) -> dict[str, Field]:
@@ -829,7 +829,7 @@ def command_make(options: argparse.Namespace) -> int:
     # That tells of other runs: only who made it carries over.
     words = words_from(options, {name: before.get(name) for name in ("author", "github_id")})
     track = options.track or (runs[0].text("track") if runs else None) or "non_record"
-    seeds += tuple(int(seed) for seed in options.seeds.split(",")) if options.seeds else ()
+    seeds += tuple(options.seeds)
     out = options.out or REPOSITORY / "records" / track
     folder = make(runs, Order(options.name, track, words, seeds, out, options.requirements))
     print(f"{folder}: {len(runs)} run(s), verified, program tried")
@@ -878,6 +878,14 @@ def command_submission(options: argparse.Namespace) -> int:
     return 0
 
 
+def level(text: str) -> float:
+    """An argument that a p-value can be below, and above."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and below 1")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
@@ -901,7 +909,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--track", choices=(RECORD_TRACK, "non_record"), help="default: the runs' own"
     )
-    made.add_argument("--seeds", help="seeds announced beforehand; all must be given: 42,314,999")
+    made.add_argument("--seeds", type=integers, default=[], metavar="SEED,...",
+                      help="seeds announced beforehand; all must be given: 42,314,999")
     made.add_argument("--out", type=Path, help="default: records/<track>")
     made.add_argument("--requirements", type=Path, default=REPOSITORY / "requirements.txt")
     _add_words(made, name_required=True)
@@ -914,7 +923,7 @@ def parser() -> argparse.ArgumentParser:
     compared.add_argument("a", metavar="A")
     compared.add_argument("b", metavar="B")
     compared.add_argument("--margin", type=float, default=welch.RECORD_MARGIN_NATS)
-    compared.add_argument("--level", type=float, default=welch.RECORD_P, help="bar for p")
+    compared.add_argument("--level", type=level, default=welch.RECORD_P, help="bar for p")
     compared.add_argument("--bytes-per-token", type=float)
 
     told = add("submission", command_submission, "write submission.json from the logs of runs")

@@ -31,6 +31,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from tools import figures, readme_blocks
+from tools.command import number_between
 from tools.runs import CAP_BYTES, EventReader, Run, RunError, combine, load_run
 from tools.svg import INK, SOFT, colour, escape
 
@@ -537,7 +538,10 @@ def page_server(follower: Follower, port: int, refresh_seconds: int) -> Threadin
 
 def command_page(arguments: Sequence[str]) -> int:
     """Write the page."""
-    options = page_parser().parse_args(arguments)
+    parser = page_parser()
+    options = parser.parse_args(arguments)
+    if options.png and not options.figures:
+        parser.error("--png: only with --figures DIR")
     runs = [load_run(name, options.logs) for name in options.runs]
     if options.tensorboard:
         export_tensorboard(runs, options.tensorboard)
@@ -582,7 +586,7 @@ def command_watch(arguments: Sequence[str]) -> int:
     parser.add_argument("--interval", type=float, default=2.0, help="seconds between looks")
     parser.add_argument("--once", action="store_true", help="print the present state and end")
     parser.add_argument(
-        "--html", nargs="?", type=int, const=8765, metavar="PORT",
+        "--html", nargs="?", type=number_between(int, 0, 65535), const=8765, metavar="PORT",
         help="also serve a refreshing page on 127.0.0.1 (0: any free port)",
     )
     options = parser.parse_args(arguments)

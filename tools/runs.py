@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -34,8 +34,6 @@ NOT_A_RUN = ("adaptation_curve", "bench_", "quantiser_curve", "recipe.", "recipe
 PARTS = ("code", "model", "total")
 CAP_BYTES = 16_000_000
 MAX_RESULT_BYTES = 256 * 2**20  # a result is kilobytes; anything near this is not one of ours
-EVALUATIONS = ("raw", "averaged", "quantised", "sliding", "documents", "ttt_sgd", "ttt_documents",
-               "mixer")
 
 
 class RunError(Exception):
@@ -164,6 +162,15 @@ class Run:
         preset, seed = self.text("preset"), self.seed
         return f"{preset} seed {seed}" if preset and seed is not None else self.run_id
 
+    @property
+    def machine(self) -> str | None:
+        """Hardware in words, "1x NVIDIA H200" or "2 CPU cores"; None where no file names it."""
+        gpu, gpus = self.text("hardware.gpu"), self.number("hardware.gpus")
+        if gpu and gpu != "none" and gpus:
+            return f"{gpus:.0f}x {gpu}"
+        cpus = self.number("hardware.cpu_count")
+        return f"{cpus:.0f} CPU cores" if cpus else None
+
     def evaluation(self, name: str) -> Evaluation | None:
         """Evaluation with this name, None where it did not run."""
         return next((item for item in self.evaluations if item.name == name), None)
@@ -290,6 +297,20 @@ def read_json(path: Path) -> dict[str, Json]:
 def is_result(path: Path) -> bool:
     """Whether a JSON file names a run and how it ended. Raises: RunError if it is no mapping."""
     return {"run_id", "status"} <= read_json(path).keys()
+
+
+def earlier_rows(path: Path, facts: Mapping[str, object]) -> list[dict]:
+    """Rows of equal facts in a file that a tool adds rows to, none if it is not there yet.
+
+    Raises: RunError if it is another file, OSError if its folder cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = read_json(path) if path.exists() else {"rows": []}
+    rows = content.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RunError(f"{path}: not a file of this tool: it has no list of rows")
+    same = all(content.get(name) == value for name, value in facts.items())
+    return [row for row in rows if isinstance(row, dict)] if same else []
 
 
 def read_result(path: Path) -> Run:
@@ -514,7 +535,6 @@ def combine(base: Run, over: Run) -> Run:
 NUMBER = r"([-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 ANSI = re.compile(rb"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 RANK = re.compile(r"^\s*\[?(?:rank|default|worker)[ _]?(\d+)\]?\s*[:|]\s*|^\s*\[(\d+)\]\s*:?\s+")
-STEP = re.compile(r"(?:^|\s|step[:= ]\s*)(\d+)\s*/\s*(\d+)\b")
 TRAIN = re.compile(rf"(\d+)\s*/\s*(\d+)[ ,|]+(?:\S+\s+)*?train_loss\s*[:=]?\s*{NUMBER}")
 VAL = re.compile(
     rf"(\d+)\s*/\s*(\d+)[ ,|]+val_loss\s*[:=]?\s*{NUMBER}[ ,|]+val_bpb\s*[:=]?\s*{NUMBER}"
