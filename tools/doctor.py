@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from train_gpt import Config
 
-from tools.runs import NOT_A_RUN, Run, RunError, read_result
+from tools.runs import Run, RunError, read_result
 from tools.sweep import WORLD_SIZES
 
 Status = Literal["ok", "warn", "fail"]
@@ -822,7 +822,7 @@ def runs_on_gpus(config: Config, logs: Path) -> list[Run]:
     found, default = [], train_gpt.Config.from_env({"PRESET": "pr1493"})
     for path in logs.glob("*.json"):
         with contextlib.suppress(RunError):
-            run = read_result(path) if not path.name.startswith(NOT_A_RUN) else Run("")
+            run = read_result(path)
             logged = {name: run.get(f"config.{name}") for name in train_gpt.MODEL_SETTINGS}
             same = all((getattr(default, name) if value is None else value)
                        == getattr(config, name) for name, value in logged.items())
