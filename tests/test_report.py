@@ -537,6 +537,7 @@ def test_watch_shows_a_growing_run(tmp_path: Path, capsys) -> None:
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ("watch live --html 65536", "65536 is not between 0 and 65535"),
+    ("watch live --interval -1", "-1.0 is not between 0.1 and 3600.0"),
     ("watch live --html -1", "-1 is not between 0 and 65535"),
     ("live --png", "--png: only with --figures DIR"),
 ])

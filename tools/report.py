@@ -583,7 +583,8 @@ def command_watch(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="report.py watch", description="follow a live run")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--logs", type=Path, default=REPOSITORY / "logs")
-    parser.add_argument("--interval", type=float, default=2.0, help="seconds between looks")
+    parser.add_argument("--interval", type=number_between(float, 0.1, 3600.0), default=2.0,
+                        metavar="SECONDS", help="between looks")
     parser.add_argument("--once", action="store_true", help="print the present state and end")
     parser.add_argument(
         "--html", nargs="?", type=number_between(int, 0, 65535), const=8765, metavar="PORT",
