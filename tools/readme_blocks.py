@@ -433,6 +433,24 @@ def block_speed(sources: Sources, arguments: Sequence[str]) -> str:
     return table([*header, "Unit", "Floor", "Ratio to floor"], body, left=1)
 
 
+def block_variants(sources: Sources, arguments: Sequence[str]) -> str:
+    """Micro-steps of variants that took turns, from a file of tools/bench_variants.py."""
+    if len(arguments) != 1:
+        raise BlockError("names no file of tools/bench_variants.py")
+    content, body = read_mapping(sources.root / arguments[0]), []
+    for row in _rows(content, arguments[0]):
+        ms = row.get("ms")
+        rounds = [f"{value:.2f}" for value in map(as_number, ms if isinstance(ms, list) else [])
+                  if value is not None]
+        body.append([f"`{row.get('variant') or 'as it is'}`", str(row.get("attention")),
+                     f"`{row.get('plan')}`", ", ".join(rounds), number_text(row.get("tok_s")),
+                     shown(as_number(row.get("faster")), "+.1%")])
+    header = ["Variant", "Attention", "Plan", "Rounds, ms", "Tok/s", "Faster"]
+    return (f"{content.get('gpu')}, `{content.get('preset')}`, "
+            f"{number_text(content.get('tokens_per_micro_step'))} tokens a micro-step:\n\n"
+            + table(header, body, left=3))
+
+
 def block_scaling(sources: Sources, arguments: Sequence[str]) -> str:
     """Speed by number of GPUs, and whether ranks agree, from a file of tools/bench_ranks.py."""
     if len(arguments) != 1:
@@ -609,6 +627,7 @@ BLOCKS: dict[str, Callable[[Sources, Sequence[str]], str]] = {
     "bytes": block_bytes,
     "speed": block_speed,
     "scaling": block_scaling,
+    "variants": block_variants,
     "curve": block_curve,
     "plot": block_plot,
     "path": block_path,
