@@ -58,6 +58,24 @@ def test_of_one_pair_the_noise_is_unknown_and_of_none_everything(
         trainer.parent / "recipe" / "recipe.md").read_text()
 
 
+def test_noise_is_by_the_spread_of_all_techniques(tmp_path: Path) -> None:
+    ledger = sweep.Ledger(tmp_path / "ledger.jsonl")
+    techniques = [bench_recipe.parse_technique(text)
+                  for text in ("rate: MATRIX_LR=0.02/0.022", "floor: MIN_LR=0.1/0")]
+    pairs = bench_recipe.plan_pairs(techniques, "1,2", {}, leave_out=False)
+    scores = {"": (1.10, 1.20), "rate": (1.08, 1.16), "floor": (1.05,)}
+    for name, values in scores.items():
+        for run, score in zip(pairs[name], values, strict=False):
+            path = tmp_path / f"{run.label}.json"
+            path.write_text(json.dumps({"run_id": run.label, "val_bpb": score}))
+            ledger.add(event="end", key=run.key, status="complete", result=path.name)
+    rate, floor = bench_recipe.compare(pairs, ledger, {}, leave_out=False)
+    spread = 0.02 / 2**0.5  # of gains 0.02 and 0.04
+    assert (rate["pairs"], floor["pairs"]) == (2, 1)
+    assert (rate["gain"], floor["gain"]) == pytest.approx((0.03, 0.05))
+    assert (rate["gain noise"], floor["gain noise"]) == pytest.approx((spread / 2**0.5, spread))
+
+
 def test_runs_of_equal_steps_take_their_times_from_others(
         trainer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     variant = ["--seeds", "1,2", "--variant", "rate: MATRIX_LR=0.02/0.022"]

@@ -119,6 +119,13 @@ def test_student_tail_equals_the_integral_of_the_density(t: float, degrees: floa
     assert welch.student_tail(t, degrees) == pytest.approx(0.5 - total * t / steps / 3, abs=1e-10)
 
 
+def test_spread_of_several_groups_is_that_inside_them() -> None:
+    groups = [[1.0, 3.0], [10.0], [101.0, 102.0, 106.0]]
+    assert welch.pooled_deviation(groups) == pytest.approx(math.sqrt((2 + 14) / 3))
+    assert welch.pooled_deviation(groups[:1]) == pytest.approx(welch.deviation(groups[0]))
+    assert welch.pooled_deviation([[1.0], [2.0], []]) is None
+
+
 def test_welch_reproduces_the_published_test_of_2135_against_2014() -> None:
     mean, spread = 1.05651, 0.00036  # three values with exactly this mean and deviation
     better = [mean - spread, mean, mean + spread]

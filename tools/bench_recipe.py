@@ -10,7 +10,8 @@ A technique is a text `name: SETTING=with/without`, with several settings if nee
 ledger and further options (--nproc, --gpus, --trainer, --packed, --dry-run, --status, ...; not
 --detach) are those of tools/sweep.py: what is complete is not run again, and all GPUs are used. The
 table goes to `<out>/recipe.md`, its numbers to `<out>/recipe.json`. A gain is positive where the
-technique lowers BPB; its noise is the standard error over pairs, of one pair unknown.
+technique lowers BPB; its noise is the standard error over pairs, by the spread within all techniques
+together: that of two or three pairs alone would be mostly noise.
 
 Runs of equal steps can share a GPU: what one of them waits for, another uses. Their times mean
 nothing then; --times takes those columns from the recipe.json of runs that had a GPU each.
@@ -151,7 +152,7 @@ def compare(pairs: dict[str, list[sweep.Run]], ledger: sweep.Ledger,
         whole = end is not None and end.get("status") == "complete"
         return runs.read_result(ledger.path.parent / str(end["result"])) if end and whole else None
 
-    rows = []
+    rows, gains = [], dict[str, list[list[float]]]((column, []) for column in SCORES)
     for name in [*pairs][1:]:
         both = [(read(a), read(b)) for a, b in zip(pairs[""], pairs[name], strict=True)]
         with_without = [(a, b) if leave_out else (b, a) for a, b in both if a and b]
@@ -164,14 +165,17 @@ def compare(pairs: dict[str, list[sweep.Run]], ledger: sweep.Ledger,
                 continue
             having, lacking = zip(*values, strict=True)
             if column in SCORES:
-                test = welch.paired(having, lacking)
-                row[column] = welch.mean(lacking) - welch.mean(having)
-                row[f"{column} noise"] = test.standard_error if test else None
+                gains[column].append([y - x for x, y in values])
+                row[column] = welch.mean(gains[column][-1])
             else:
                 row |= {column: welch.mean(having),
                         "slower": welch.mean(having) / welch.mean(lacking) - 1}
         row["lines"], row["packed bytes"] = costs.get(name, (None, None))
         rows.append(row)
+    for column, groups in gains.items():
+        spread = welch.pooled_deviation(groups)
+        for row, group in zip([row for row in rows if column in row], groups, strict=True):
+            row[f"{column} noise"] = None if spread is None else spread / len(group) ** 0.5
     return rows
 
 

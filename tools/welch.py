@@ -88,6 +88,14 @@ def deviation(values: Sequence[float]) -> float:
     return math.sqrt(variance(values))
 
 
+def pooled_deviation(groups: Sequence[Sequence[float]]) -> float | None:
+    """Standard deviation within groups of equal spread; None where no group has two values."""
+    several = [group for group in groups if len(group) > 1]
+    squares = math.fsum((len(group) - 1) * variance(group) for group in several)
+    degrees = sum(len(group) - 1 for group in several)
+    return math.sqrt(squares / degrees) if degrees else None
+
+
 def welch(a: Sequence[float], b: Sequence[float], margin: float = 0.0) -> TestResult | None:
     """Welch's test of "A is lower than B by more than `margin`"; None with under two a side."""
     if min(len(a), len(b)) < 2:
