@@ -10,8 +10,8 @@ A technique is a text `name: SETTING=with/without`, with several settings if nee
 ledger and further options (--nproc, --gpus, --trainer, --packed, --dry-run, --status, ...; not
 --detach) are those of tools/sweep.py: what is complete is not run again, and all GPUs are used. The
 table goes to `<out>/recipe.md`, its numbers to `<out>/recipe.json`. A gain is positive where the
-technique lowers BPB; its noise is the standard error over pairs, by the spread within all techniques
-together: that of two or three pairs alone would be mostly noise.
+technique lowers BPB; its noise is the standard error over pairs, by the spread within all
+techniques together: that of two or three pairs alone would be mostly noise.
 
 Runs of equal steps can share a GPU: what one of them waits for, another uses. Their times mean
 nothing then; --times takes those columns from the recipe.json of runs that had a GPU each.
