@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,34 @@ def test_two_ranks_beside_one(data_dir: Path, tmp_path: Path,
     text, _ = readme_blocks.regenerate(page)
     assert "2 ranks: weights equal on all ranks after 4 steps" in text
     assert text.count("`looped`") == 4
+
+
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_weights_are_compared_at_the_end_of_a_whole_run(data_dir: Path, tmp_path: Path,
+                                                        spoilt: int) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(Path(golf.__file__).parent)!r})
+from tools import bench_ranks
+train = bench_ranks.golf.Trainer.run
+def run(trainer, validate):
+    found = train(trainer, validate)
+    trainer.weights[0].flatten()[0] += {spoilt} * trainer.world.rank
+    return found
+bench_ranks.golf.Trainer.run = run
+sys.exit(bench_ranks.main(["--whole-run"]))
+""")
+    env = os.environ | tiny_env(data_dir, tmp_path, OMP_NUM_THREADS=1, TTT_ENABLED=0, MIXER="off")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(script)]
+    answer = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    result = json.loads((tmp_path / "logs" / "toy.json").read_text())
+    assert (answer.returncode == 0) == (not spoilt), answer.stderr[-2000:]
+    assert result["train"]["equal_weights"] == (not spoilt)
+    assert result["status"] == ("partial" if spoilt else "complete")
+    if spoilt:
+        assert "weights of 2 ranks differ, here sha256 " in result["exit_reason"]
 
 
 def test_a_failing_rank_is_an_error_with_its_reason(data_dir: Path, tmp_path: Path,

@@ -3,6 +3,7 @@
 
     PRESET=pr1493 python tools/bench_ranks.py                1, 2, 4 and 8 ranks, as GPUs allow
     PRESET=demo python tools/bench_ranks.py --sizes 1,2      ranks of one CPU, over gloo
+    torchrun --standalone --nproc_per_node=8 tools/bench_ranks.py --whole-run
 
 Every world size starts under torchrun and trains the first steps of one run, always of the same
 global batch, then times steps of that batch and of one whose share of a rank is that of a single
@@ -13,6 +14,9 @@ Speed-up is against one rank with the same kind of batch. Collectives are NCCL's
 device, and overlapped is their share during which another kernel ran; on a CPU neither is known.
 Equal weights: the SHA-256 of all parameters after those first steps is the same on all ranks. Loss
 gap: the largest difference of a step's loss from that of one rank.
+
+--whole-run is the program itself, under torchrun, and ends in an error unless all ranks hold equal
+weights when training ends; its result says so under `train`.
 
 Writes LOG_DIR/bench_ranks_<gpu>_<date>.json. Exit status: 0 done, 1 it could not run, 2 bad
 arguments.
@@ -28,10 +32,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -105,14 +110,6 @@ class RankBench:
         stream.close()
         return (self.world.combine(torch.stack(found)) / self.world.size).tolist()
 
-    def equal_weights(self, trainer: golf.Trainer) -> bool:
-        """Whether all ranks hold the same parameters to the bit."""
-        content = b"".join(p.detach().cpu().numpy().tobytes() for p in trainer.model.parameters())
-        number = float(int(golf.digest(content)[:12], 16))  # exact in float64
-        least, most = (self.world.combine(torch.tensor(number, dtype=torch.float64), operation)
-                       for operation in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
-        return bool(least == most)
-
     def step(self, trainer: golf.Trainer, plan: golf.DepthPlan, rows: list[Tensor]) -> list[Mark]:
         """One step that changes no weight; when its parts began and the last one ended."""
         marks = [trainer.mark()]
@@ -164,12 +161,40 @@ class RankBench:
     def measure(self, batches: Sequence[int], losses: int) -> Measured:
         """Everything of this world size; the largest batch is the one that all sizes share."""
         trainer = self.trainer(max(batches))
-        first, equal = self.first_losses(trainer, losses), self.equal_weights(trainer)
+        first, equal = self.first_losses(trainer, losses), weights_digest(trainer)[1]
         timings = []
         for tokens in batches:
             trainer = self.trainer(tokens)  # fresh: weights that learned draw more power
             timings += [self.time_plan(trainer, plan) for plan in golf.depth_plans(self.config)]
         return Measured(self.world.size, first, equal, timings)
+
+
+def weights_digest(trainer: golf.Trainer) -> tuple[str, bool]:
+    """SHA-256 of a rank's parameters, and whether all ranks hold the same to the bit."""
+    content = b"".join(p.detach().cpu().numpy().tobytes() for p in trainer.model.parameters())
+    digest = golf.digest(content)
+    number = float(int(digest[:12], 16))  # exact in float64
+    least, most = (trainer.world.combine(torch.tensor(number, dtype=torch.float64), operation)
+                   for operation in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
+    return digest, bool(least == most)
+
+
+def whole_run() -> int:
+    """The program's exit status, its training followed by a comparison of the ranks' weights."""
+    train = golf.Trainer.run
+
+    def run(trainer: golf.Trainer, validate: Callable[..., None]) -> tuple:
+        found = train(trainer, validate)
+        digest, equal = weights_digest(trainer)
+        trainer.log.put("train", weights_sha256=digest, equal_weights=equal)
+        size = trainer.world.size
+        if not equal:
+            raise golf.GolfError(f"weights of {size} ranks differ, here sha256 {digest}")
+        trainer.log.line(f"weights of {size} ranks: equal, sha256 {digest}")
+        return found
+
+    with mock.patch.object(golf.Trainer, "run", run):
+        return golf.command_line([])
 
 
 def milliseconds(begin: Mark, end: Mark) -> float:
@@ -258,6 +283,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     steps = number_between(int, 1, 10**6)
     parser.add_argument("--losses", type=steps, default=50, metavar="STEPS", help="to compare")
     parser.add_argument("--repeats", type=steps, default=15, metavar="STEPS", help="to time")
+    parser.add_argument("--whole-run", action="store_true", help="run the program, under torchrun")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--batches", type=integers, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -271,6 +297,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures all world sizes, prints the table and writes the file; the exit status."""
     options = parse_arguments(arguments)
+    if options.whole_run:
+        return whole_run()
     if options.rank_of:
         rank_main(options)
         return 0
