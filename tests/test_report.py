@@ -423,6 +423,7 @@ def test_check_sees_every_kind_of_staleness(readme: Path) -> None:
         ("recipe", "names no file"),
         ("path nope", "PRESET='nope' must be one of"),
         ("scaling logs/ranks.json", "{'world_size': 2, 'steps': 9} lacks loss_gap, mean_loss_gap"),
+        (f"scaling logs/sizes.json {SEED_42}", "was not started by bench_ranks --whole-run"),
         ("result {outside}", "a run outside any folder of logs"),
     ],
 )
@@ -432,6 +433,7 @@ def test_block_that_cannot_be_written_is_named_with_its_line(
     path = logs.parent / "README.md"
     incomplete = {"rows": [{}], "agreement": [{"world_size": 2, "steps": 9}]}
     (logs / "ranks.json").write_text(json.dumps(incomplete))
+    (logs / "sizes.json").write_text(json.dumps({"rows": [{}]}))
     outside = shutil.copy(logs / f"{SEED_42}.json", path.parent)
     block = block.format(outside=f"{outside} {SEED_42}")
     path.write_text(f"# Title\n<!-- generated:{block} -->\n<!-- /generated -->\n")

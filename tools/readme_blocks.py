@@ -452,8 +452,11 @@ def block_variants(sources: Sources, arguments: Sequence[str]) -> str:
 
 
 def block_scaling(sources: Sources, arguments: Sequence[str]) -> str:
-    """Speed by number of GPUs, and whether ranks agree, from a file of tools/bench_ranks.py."""
-    if len(arguments) != 1:
+    """Speed by number of GPUs, and whether ranks agree, from a file of tools/bench_ranks.py.
+
+    Runs that it started whole may follow.
+    """
+    if not arguments:
         raise BlockError("names no file of tools/bench_ranks.py")
     content = read_mapping(sources.root / arguments[0])
     body = []
@@ -470,6 +473,12 @@ def block_scaling(sources: Sources, arguments: Sequence[str]) -> str:
     lines = [agreement_line(row, arguments[0])
              for row in (agreement if isinstance(agreement, list) else [])
              if isinstance(row, dict) and row.get("world_size") != 1]
+    for run in map(sources.run, arguments[1:]):
+        equal = run.get("train.equal_weights")
+        if not isinstance(equal, bool):
+            raise BlockError(f"run {run.run_id} was not started by bench_ranks --whole-run")
+        lines.append(f"* {log_link(run, run.run_id)}: weights {'equal' if equal else 'DIFFER'} on "
+                     f"all {run.number('world_size'):.0f} ranks when training ended.")
     return "\n".join([f"{content.get('gpu')}, `{content.get('preset')}`:\n",
                       table(header, body, left=3), "", *lines]).rstrip()
 
