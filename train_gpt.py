@@ -2787,12 +2787,13 @@ def prepare(config: Config, world: World) -> Setup:
     numbers = sum(shape.numel() for kind in expected_shapes(config) for shape in kind.values())
     require(20 * numbers <= memory, "num_value_embeds", config.num_value_embeds,  # with moments
             f"less, or MODEL_DIM ({config.model_dim}): above {memory >> 30} GiB in all")
-    val, source, packed = ValStream.load(config), program_source(), packed_program()
-    data, total, cap = data_facts(config, val), len(packed), config.artifact_cap_bytes
+    source, packed = program_source(), packed_program()
+    total, cap = len(packed), config.artifact_cap_bytes
     if config.eval_only:
         open_artifact(Path(config.eval_only), config)
         total += Path(config.eval_only).stat().st_size
     require(total <= cap, "artifact_cap_bytes", cap, f"at least {total}, what there is already")
+    data = data_facts(config, val := ValStream.load(config))
     backend = choose_attention(config.attention, world.device)
     track, differs = resolve_track(config, world, val, backend.name), config.differs()
     log = RunLog(config, world, *world.decide(time.time()))
@@ -2883,8 +2884,7 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     scorer.views = len(TEMPERED) * (config.mixer == "legal")
     log.put("artifact", sha256=(scored := digest(path.read_bytes())))
     prefix = f"{log.folder}/ledger_{digest(scored + config.config_hash + program_source())[:16]}"
-    adapts = config.ttt_enabled and config.ttt_mode == "documents"
-    full = project_documents(scorer) if adapts else 0.0
+    full = project_documents(scorer) if config.ttt_enabled and config.ttt_mode == "documents" else 0
     for headline, label, function, *inputs in plan_evaluations(config, val, prefix):
         score = function(scorer, *inputs)
         log_score(log, headline, label, score)

@@ -301,10 +301,13 @@ def test_artifact_over_its_cap_ends_the_run_and_keeps_the_log(make_env: MakeEnv,
     assert not list(tmp_path.rglob("artifact.bin"))
 
 
-def test_artifact_of_other_settings_is_refused(make_env: MakeEnv, trained_run: Path) -> None:
+def test_artifact_of_other_settings_is_refused(make_env: MakeEnv, trained_run: Path,
+                                               tmp_path: Path) -> None:
     artifact = trained_run / "runs" / "toy" / "artifact.bin"
     with pytest.raises(golf.ArtifactError, match=r"NUM_LAYERS=5.* 6; PRESET=demo"):
         golf.main(make_env(EVAL_ONLY=artifact, NUM_LAYERS=6))
+    with pytest.raises(golf.ArtifactError, match="PRESET="):  # before what other data would lack
+        golf.main(make_env(EVAL_ONLY=artifact, NUM_LAYERS=6, DATA_PATH=tmp_path / "nowhere"))
 
 
 def test_damaged_artifact_is_refused(make_env: MakeEnv, trained_run: Path, tmp_path: Path) -> None:
