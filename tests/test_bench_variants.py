@@ -6,8 +6,10 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 from toy import MakeEnv
 
 import train_gpt as golf
@@ -46,12 +48,20 @@ def test_variants_take_turns_and_are_compared_with_the_first(
 
 def test_options_reach_the_compiler(make_env: MakeEnv, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
+    load = bench_variants.load_program
 
-    def step(prepared: bench_variants.Prepared, plan: golf.DepthPlan) -> None:
-        with bench_variants.torch._inductor.config.patch(prepared.variant.options):
-            seen.append(bench_variants.torch._inductor.config.coordinate_descent_tuning)
+    def load_watched(path: Path, number: int) -> ModuleType:
+        program = load(path, number)
+        forward = program.GPT.forward
 
-    monkeypatch.setattr(bench_variants.Prepared, "step", step)
+        def watched(*arguments: object) -> object:
+            seen.append(torch._inductor.config.coordinate_descent_tuning)
+            return forward(*arguments)
+
+        program.GPT.forward = watched
+        return program
+
+    monkeypatch.setattr(bench_variants, "load_program", load_watched)
     text = "coordinate_descent_tuning=True"
     assert bench_variants.main(["", text, "--rounds", "1", "--repeats", "1"], make_env()) == 0
     assert seen == [False] * 2 + [True] * 2 + [False] * 4 + [True] * 4

@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import functools
 import importlib.util
 import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -41,6 +42,7 @@ sys.path.insert(0, str(REPOSITORY))
 import train_gpt as golf
 from tools import bench
 from tools.command import exit_status, number_between
+from tools.sweep import setting_names
 
 LIBRARIES = "cublas", "cublaslt"
 
@@ -58,7 +60,7 @@ class Variant(NamedTuple):
 def parse_variant(text: str) -> Variant:
     """The variant that a text describes. Raises: ConfigError."""
     variant = Variant(text, {}, {}, REPOSITORY / "train_gpt.py", LIBRARIES[0])
-    known = {field.name.upper() for field in fields(golf.Config)}
+    known = setting_names()
     for word in text.split():
         name, equals, value = word.partition("=")
         if name == "program" and Path(value).is_file():
@@ -119,30 +121,32 @@ class Prepared:
         self.rows = torch.randint(config.vocab_size, shape, device=device)
         self.plans = program.depth_plans(config)
 
-    def enter(self) -> None:
-        """Sets what belongs to the process, not to the model."""
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """A block in which the process is set up for this variant; no gradients are left of it."""
         if self.device.type == "cuda":
             torch.backends.cuda.preferred_blas_library(self.variant.library)
         if self.backend.name != "fa3":
             self.program.load_sdpa(self.device, self.backend.name)
+        with torch._inductor.config.patch(self.variant.options):
+            yield
+        self.model.zero_grad()  # their memory is the next one's
 
     def step(self, plan: golf.DepthPlan) -> None:
         """One micro-step, forward and backward; the first one compiles."""
         self.model.zero_grad()
-        with torch._inductor.config.patch(self.variant.options):
-            self.model(self.rows[:, :-1], self.rows[:, 1:], plan).mean().backward()
+        self.model(self.rows[:, :-1], self.rows[:, 1:], plan).mean().backward()
 
 
 def prepare(variant: Variant, number: int, env: Mapping[str, str],
             timer: bench.Timer) -> tuple[Prepared, float]:
     """A variant after a step of every plan, and the seconds that those took."""
     prepared = Prepared(variant, number, env, timer.device)
-    prepared.enter()
     begin = time.perf_counter()
-    for plan in prepared.plans:
-        prepared.step(plan)
-    timer.synchronize()
-    prepared.model.zero_grad()  # its memory is the next one's
+    with prepared.turn():
+        for plan in prepared.plans:
+            prepared.step(plan)
+        timer.synchronize()
     return prepared, time.perf_counter() - begin
 
 
@@ -152,11 +156,10 @@ def take_turns(all_prepared: Sequence[Prepared], timer: bench.Timer,
     times: dict[tuple[str, str], list[float]] = {}
     for _ in range(rounds):
         for prepared in all_prepared:
-            prepared.enter()
-            for plan in prepared.plans:
-                seconds = timer.median(lambda p=prepared, plan=plan: p.step(plan))  # type: ignore[misc]
-                times.setdefault((prepared.variant.text, plan.name), []).append(1e3 * seconds)
-            prepared.model.zero_grad()
+            with prepared.turn():
+                for plan in prepared.plans:
+                    seconds = timer.median(functools.partial(prepared.step, plan))
+                    times.setdefault((prepared.variant.text, plan.name), []).append(1e3 * seconds)
     return times
 
 
