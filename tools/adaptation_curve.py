@@ -20,7 +20,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as golf
 from tools.command import exit_status, number_between
 from tools.runs import earlier_rows
+from tools.sweep import setting_names
 
 # Around the settings of `record`, one at a time, and rank at an equal alpha / rank.
 POINTS = ("", "TTT_CHUNK_SIZE=96", "TTT_CHUNK_SIZE=24", "TTT_LORA_RANK=32 TTT_LORA_ALPHA=57.6",
@@ -77,7 +77,7 @@ def point_config(text: str, env: Mapping[str, str]) -> golf.Config:
     """The settings of a point over those of the environment. Raises: ConfigError."""
     settings = read_settings(text)
     config = golf.Config.from_env({**env, **settings})
-    if unknown := settings.keys() - {field.name.upper() for field in fields(config)}:
+    if unknown := settings.keys() - setting_names():
         raise golf.ConfigError(f"--point {text!r}: {min(unknown)} is no setting of train_gpt.py")
     return config
 
