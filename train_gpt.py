@@ -215,7 +215,7 @@ class Config:
         """The settings of PRESET under those of `env`. Raises: ConfigError, also if misspelt."""
         known = {name.upper(): kind for name, kind in typing.get_type_hints(cls).items()}
         for variable in sorted(env.keys() - known):
-            owned = set(OWNED_WORDS.split()).intersection(variable.split("_"))
+            owned = {*OWNED_WORDS.split()} & {*variable.split("_")}
             if near := difflib.get_close_matches(variable, known, n=1, cutoff=0.85 * (not owned)):
                 raise ConfigError(f"{variable} is unknown; did you mean {near[0]}?")
         preset = env.get("PRESET", "record")
@@ -228,8 +228,7 @@ class Config:
     head_dim = property(lambda c: c.model_dim // c.num_heads)
     kv_dim = property(lambda c: c.num_kv_heads * c.head_dim)  # of all keys, or of all values
     mlp_dim = property(lambda c: int(c.mlp_mult * c.model_dim))
-    ve_blocks = property(lambda c: [parse_setting("ve_layers", part, int)
-                                    for part in c.ve_layers.split(",") if part])
+    ve_blocks = property(lambda c: numbers("ve_layers", c.ve_layers) if c.ve_layers else [])
     eval_rows = property(lambda c: max(1, c.val_batch_tokens // (8 * c.eval_seq_len)))  # of a rank
     dataset_dir = property(lambda c: Path(
         c.data_path or f"{c.data_dir}/datasets/fineweb10B_sp{c.vocab_size}"))
@@ -442,9 +441,8 @@ class World:
     def sum_all_(self, tensors: list[Tensor], scale: float = 1.0) -> None:
         """Replaces each tensor by `scale` times its sum over ranks, in one collective."""
         if self.size > 1:
-            flat = self.combine(torch.cat([t.flatten() for t in tensors])).mul_(scale)
-            parts = zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
-            torch._foreach_copy_(tensors, [part.view_as(t) for part, t in parts])
+            flat = self.combine(torch._utils._flatten_dense_tensors(tensors)).mul_(scale)
+            torch._foreach_copy_(tensors, torch._utils._unflatten_dense_tensors(flat, tensors))
 
     def scatter_mean(self, stack: Tensor) -> Tensor:
         """This rank's equal share, along dim 0, of the mean of `stack` over ranks."""
@@ -458,7 +456,7 @@ class World:
         """The shares of all ranks, concatenated along dim 0 in rank order."""
         if self.size == 1:
             return share
-        out = share.new_empty((self.size * share.shape[0], *share.shape[1:]))
+        out = share.new_empty(self.size * len(share), *share.shape[1:])
         dist.all_gather_into_tensor(out, share.contiguous())
         return out
 
@@ -469,11 +467,13 @@ class World:
         self.stopping = box.pop() > 0
         return tuple(box)
 
-    def synchronize(self) -> None:
+    def synchronize(self) -> float:
+        """The time when the device and all ranks have come this far."""
         if self.is_cuda:
             torch.cuda.synchronize()
         if self.size > 1:
             dist.barrier(group=self.control)
+        return time.perf_counter()
 
 class RunLog:
     """The files of one run: text, JSON lines and the `result`. Ranks other than 0 are silent."""
@@ -731,14 +731,14 @@ class ValStream:
                  keep_tail: bool = False, sidecar: np.ndarray | None = None) -> None:
         whole = max(0, tokens.size - 1) // seq_len * seq_len  # the tail fills no sequence
         self.num_targets = tokens.size - 1 if keep_tail else whole
-        self.tokens = np.ascontiguousarray(tokens[:self.num_targets + 1], dtype=np.int32)
+        self.tokens = tokens[:self.num_targets + 1].astype(np.int32)
         self.num_documents = int((self.tokens == BOS_ID).sum())
         self.document_starts = np.union1d(0, np.flatnonzero(self.tokens[:-1] == BOS_ID))
         self.document_stops = np.append(self.document_starts[1:], self.num_targets)
         self.transformed = sidecar is not None
         self.target_bytes = (bytes_of_targets(self.tokens[:-1], self.tokens[1:], table)
                              if sidecar is None else sidecar[1:self.num_targets + 1])
-        self.num_bytes = int(self.target_bytes.sum(dtype=np.int64))
+        self.num_bytes = int(self.target_bytes.sum())
         if not (whole and self.num_bytes):
             raise DataError(f"validation: {tokens.size} tokens must be above EVAL_SEQ_LEN "
                             f"({seq_len}) and stand for text, not {self.num_bytes} bytes")
@@ -746,10 +746,9 @@ class ValStream:
     @classmethod
     def load(cls, config: Config) -> ValStream:
         """The stream of the configured dataset. Raises: DataError."""
-        folder, sidecar = config.dataset_dir, None
-        tokenizer = load_tokenizer(config.tokenizer_file, config.vocab_size)
-        shards = find_shards(folder, "val")
-        tokens = np.concatenate([read_shard(path, config.vocab_size) for path in shards])
+        folder, size, sidecar = config.dataset_dir, config.vocab_size, None
+        tokenizer = load_tokenizer(config.tokenizer_file, size)
+        tokens = np.concatenate([read_shard(path, size) for path in find_shards(folder, "val")])
         if is_transformed(tokenizer):  # the token table would count operators
             sidecar = np.concatenate([*map(read_shard, find_shards(folder, "val_bytes"))])
             if sidecar.size != tokens.size or sidecar[tokens == BOS_ID].any():
@@ -858,7 +857,7 @@ def rotate(x_BTHK: Tensor, rotary: Tensor) -> Tensor:
 
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     """Attention output without its component along the value at the same position."""
-    v = F.normalize(v_BTGK.float(), dim=-1, eps=1e-12).unsqueeze(3)
+    v = F.normalize(v_BTGK.float(), dim=-1).unsqueeze(3)
     y_BTGRK = y_BTHK.float().unflatten(2, (v.shape[2], -1))
     return (y_BTGRK - (y_BTGRK * v).sum(-1, keepdim=True) * v).flatten(2, 3).to(y_BTHK.dtype)
 
@@ -870,8 +869,7 @@ def linear(x: Tensor, w_OI: Tensor, site: Site, tap: Tap | None) -> Tensor:
 def attention(x_BTD: Tensor, w: BlockWeights, form: str, rotary: Tensor, attend: Attend,
               tap: Tap | None, value: Sequence[Tensor] = ()) -> Tensor:
     """Grouped-query attention with normalised, rotated, gained queries and keys."""
-    H, dtype = len(w.q_gain), x_BTD.dtype
-    width = w.out.shape[1] // H
+    H, width, dtype = len(w.q_gain), w.out.shape[1] // len(w.q_gain), x_BTD.dtype
     qkv_BTNK = linear(x_BTD, w.qkv, "qkv", tap).unflatten(-1, (-1, width))
     q_BTHK, k_BTGK, v_BTGK = qkv_BTNK.split((H, G := (qkv_BTNK.shape[2] - H) // 2, G), dim=2)
     padding = -width % 8  # kernels want such heads; their scale goes by the padded width
@@ -938,7 +936,7 @@ def softcapped_nll(logits_NV: Tensor, target_N: Tensor, cap: float) -> Tensor:
 
 class Matrix(NamedTuple):
     """The matrices of one role in all blocks: rows of a parameter stacked over blocks."""
-    role: Literal["q", "k", "v", "out", "up", "down", "ve"]
+    role: str  # q, k or v of qkv, else the name of the parameter
     parameter: nn.Parameter
     rows: slice = slice(None)  # of each block
 
@@ -950,6 +948,7 @@ class GPT(nn.Module):
         D, visits, ve = config.model_dim, len(depth_plans(config)[-1].visits), len(config.ve_blocks)
         self.config, self.attend, self.dtype, reads = config, attend, dtype, min(GATE_WIDTH, D)
         skips, extra, one = min(config.max_skips, visits // 2), config.num_value_embeds, min(ve, 1)
+        smears = int(config.smear_gate)
         self.embed = nn.Parameter(zeros(V, D))
         self.qkv = nn.Parameter(zeros(L, D + 2 * config.kv_dim, D))
         self.out = nn.Parameter(zeros(L, D, D))
@@ -960,9 +959,8 @@ class GPT(nn.Module):
         self.q_gain = nn.Parameter(torch.full((L, config.num_heads), config.qk_gain_init))
         for name, value in {
                 "skip_weights": ones(skips, D), "skip_gates": zeros(skips, D),
-                "lane_mix": torch.full((int(config.residual != "parallel"),), 0.5),
-                "smear_scale": zeros(int(config.smear_gate)),
-                "smear_gate": zeros(int(config.smear_gate), reads),
+                "lane_mix": 0.5 * ones(int(config.residual != "parallel")),
+                "smear_scale": zeros(smears), "smear_gate": zeros(smears, reads),
                 "attn_gate": zeros(L * (config.attn_gate > 0), config.num_heads, reads),
                 "ve_table": zeros(one, V, VALUE_EMBED_DIM),
                 "ve_proj": zeros(one, config.kv_dim, VALUE_EMBED_DIM),
@@ -972,11 +970,10 @@ class GPT(nn.Module):
                 "cross_repeat_scales": zeros(L * config.cross_repeat, config.num_loops, D)}.items():
             if value.numel():  # of nothing there is no parameter
                 self.register_parameter(name, nn.Parameter(value))
-        self.norm_scale = nn.Buffer(
-            torch.arange(1.0, L + 1).rsqrt() if config.ln_scale else ones(L), persistent=False)
+        scale = torch.arange(1.0, L + 1).rsqrt() if config.ln_scale else ones(L)
         length, rotated = max(config.train_seq_len, config.eval_seq_len), config.rope_dims
-        self.rotary = nn.Buffer(rotary_tables(
-            length, rotated or config.head_dim, config.rope_base), persistent=False)
+        rotary = rotary_tables(length, rotated or config.head_dim, config.rope_base)
+        self.norm_scale, self.rotary = nn.Buffer(scale), nn.Buffer(rotary)
         # One graph per form of a block serves every visit, plan and evaluation.
         self.run_block, self.embed_tokens, self.norm, self.softcapped_nll = (
             maybe_compile(f, config) for f in (run_block, embed_tokens, rms_norm, softcapped_nll))
@@ -996,10 +993,9 @@ class GPT(nn.Module):
     def matrices(self) -> list[Matrix]:
         """The matrices that Muon trains, by role."""
         k, v = self.config.model_dim, self.config.model_dim + self.config.kv_dim  # first rows
-        found = [Matrix("q", self.qkv, slice(k)), Matrix("k", self.qkv, slice(k, v)),
-                 Matrix("v", self.qkv, slice(v, None)), Matrix("out", self.out),
-                 Matrix("up", self.up), Matrix("down", self.down)]
-        return found + [Matrix("ve", p) for p in self.named("ve_proj").values()]
+        parts = ("q", slice(k)), ("k", slice(k, v)), ("v", slice(v, None))
+        whole = self.named(*MATRICES[1:], "ve_proj").items()
+        return [Matrix(role, self.qkv, rows) for role, rows in parts] + [Matrix(*w) for w in whole]
 
     def named(self, *names: str) -> dict[str, nn.Parameter]:
         """Those of some parameters that this model has."""
@@ -1213,7 +1209,7 @@ class MatrixGroup:
         self.momentum.mul_(momentum).add_(gradient)
         update = gradient + momentum * self.momentum
         if config.muon_row_normalize:  # the rows of a tall matrix lie as columns here
-            columns, rows = (torch.linalg.vector_norm(update, dim=d, keepdim=True) for d in (1, 2))
+            columns, rows = (update.norm(dim=d, keepdim=True) for d in (1, 2))
             update = update / torch.where(self.tall_M11, columns, rows).clamp_min(1e-7)
         update = orthogonalise(update, config.muon_backend_steps, config.muon_backend)
         parts = self.world.gather(update).split(self.counts)[:-1]
@@ -1256,8 +1252,8 @@ class Optimizer:
         for adam_group in self.adam.param_groups:
             adam_group["lr"] = adam_group["base"] * scale
         self.adam.step()
-        lr, momentum = (torch.where(bad, idle, value) for idle, value in (
-            (0.0, config.matrix_lr * scale), (1.0, muon_momentum(step, config))))
+        lr = torch.where(bad, 0.0, config.matrix_lr * scale)
+        momentum = torch.where(bad, 1.0, muon_momentum(step, config))
         for group, share in zip(self.groups, shares, strict=True):
             group.step(share.masked_fill_(bad, 0.0), lr, momentum, config)
         self.model.zero_grad()
@@ -1397,8 +1393,7 @@ class Trainer:
             for _ in range(config.warmup_steps):
                 self.forward_backward(plan, [rows])
             self.optimizer.step(0, 0.0)
-            self.world.synchronize()
-            seconds = time.perf_counter() - begin
+            seconds = self.world.synchronize() - begin
             self.log.event("phase", name=f"warm_up {plan.name}", seconds=seconds)
             self.log.line(f"warm_up {plan.name}, rows of {self.context}: {seconds:.1f}s")
         torch._foreach_copy_(self.weights, self.shadow)  # which are the first ones yet
@@ -1406,8 +1401,7 @@ class Trainer:
         for _ in range(2):  # the second is warm
             begin = time.perf_counter()
             collect(Hessians(self.model), rows, depth_plans(config)[-1])
-            self.world.synchronize()
-        seconds = time.perf_counter() - begin
+            seconds = self.world.synchronize() - begin
         needed = 1.15 * seconds * calibration_share(config, self.world, self.shape) + 0.2
         slowest = self.world.combine(torch.tensor(needed), dist.ReduceOp.MAX).item()
         budget = config.max_wallclock_seconds
@@ -1483,12 +1477,11 @@ class Trainer:
         """Writes a checkpoint, off the clock. If it cannot, it warns: the run is worth more."""
         self.drain(0)
         log, state, begin = self.log, self.state, time.perf_counter()
-        state.seconds, name = self.clock.elapsed(), f"step-{state.step:08}.ckpt"
+        name = "weights.ckpt" if state.trained else f"step-{state.step:08}.ckpt"
+        state.seconds = self.clock.elapsed()
         with self.clock.paused():
-            if state.trained:
-                name, tensors = "weights.ckpt", self.weights
-            else:
-                tensors = [*self.replicated(), *map(self.world.gather, self.optimizer.momenta)]
+            tensors = self.weights if state.trained else [
+                *self.replicated(), *map(self.world.gather, self.optimizer.momenta)]
             try:
                 if log.files:
                     state.write(log.folder / name, tensors)
@@ -1526,14 +1519,12 @@ class Trainer:
             torch._foreach_lerp_(self.shadow, self.weights, share)
 
     def drain(self, most_in_flight: int) -> None:
-        log, config = self.log, self.config
+        log, config, cuda = self.log, self.config, self.world.is_cuda
         while len(self.flight) > most_in_flight:
-            step, plan, progress, scale, values, squares, *marks = self.flight.popleft()
-            if self.world.is_cuda:
-                marks[-1].synchronize()
-                micro, whole = (marks[0].elapsed_time(mark) / 1e3 for mark in marks[1:])
-            else:
-                micro, whole = (mark - marks[0] for mark in marks[1:])
+            step, plan, progress, scale, values, squares, begin, *ends = self.flight.popleft()
+            if cuda:
+                ends[-1].synchronize()
+            micro, whole = (begin.elapsed_time(end) / 1e3 if cuda else end - begin for end in ends)
             self.last_loss, norm = values.tolist()
             if not math.isfinite(norm):
                 self.skip(step, norm, squares.tolist())
@@ -1565,8 +1556,7 @@ class Trainer:
             rows = torch.from_numpy(self.loader.read(first, self.shape.sequences))
             collect(hessians, rows.to(self.world.device), plan)
         moments = {name: self.world.combine(h) for name, h in hessians.moments.items()}
-        self.world.synchronize()
-        seconds = time.perf_counter() - begin
+        seconds = self.world.synchronize() - begin
         self.log.put("quantisation", seconds_hessians=seconds)
         self.log.line(f"GPTQ:collected {len(moments)} Hessians in {seconds:.1f}s")
         return moments
