@@ -86,8 +86,8 @@ class Config:
     print_config: bool = False
     eval_only: str = ""  # path of an artifact; skips training
     resume: str = ""  # path of a checkpoint of RUN_ID, or auto: the newest if there is one
-    checkpoint_every: float = within(0.0, 0, 1e7)  # seconds; 0: only when a signal ends training
-    rank_timeout_seconds: float = within(900.0, 1, 1e7)  # for which a rank waits for the others
+    checkpoint_every: float = within(0.0, 0, 10**7)  # seconds; 0: only when a signal ends training
+    rank_timeout_seconds: float = within(900.0, 1, 10**7)  # for which a rank waits for the others
     audit: bool = False  # checks sampled scores live and refuses a headline that fails
     attention: Literal["auto", "fa3", "cudnn", "flash", "math"] = "auto"
     compile: bool = True
@@ -96,10 +96,10 @@ class Config:
     data_path: str = ""  # folder of the shards; default: by vocab_size under data_dir
     tokenizer_path: str = ""  # SentencePiece model; default: likewise
     vocab_size: int = within(8192, 8, 65_535)
-    train_seq_len: int = within(2048, 8, 1 << 20)  # tokens per training window
+    train_seq_len: int = within(2048, 8, 2**20)  # tokens per training window
     train_context: str = "0.35:512,0.7:1024"  # progress:tokens,...; until then rows are shorter
-    train_batch_tokens: int = within(786_432, 8, 1 << 30)  # per optimizer step, all ranks
-    micro_batch_tokens: int = within(98_304, 8, 1 << 20)  # most in one forward pass of one rank
+    train_batch_tokens: int = within(786_432, 8, 2**30)  # per optimizer step, all ranks
+    micro_batch_tokens: int = within(98_304, 8, 2**20)  # most in one forward pass of one rank
     train_order: Literal["shuffled", "coprime", "sequential"] = "shuffled"  # of windows
     # Model
     num_layers: int = within(11, 2, 256)  # physical blocks
@@ -107,7 +107,7 @@ class Config:
     num_heads: int = within(8, 1, 256)
     num_kv_heads: int = within(4, 1, 256)
     mlp_mult: float = within(4.0, 0.1, 32)
-    rope_base: float = within(10_000.0, 1, 1e7)
+    rope_base: float = within(10_000.0, 1, 10**7)
     rope_dims: int = within(16, 0, 1024)  # rotated dimensions of each head; 0: all
     qk_gain_init: float = within(5.25, 0.01, 100)
     ln_scale: bool = True  # norm outputs are divided by sqrt(block + 1)
@@ -145,11 +145,11 @@ class Config:
     beta1: float = within(0.9, 0, 0.9999)
     beta2: float = within(0.95, 0, 0.9999)
     adam_eps: float = within(1e-8, 1e-20, 1)
-    grad_clip_norm: float = within(0.3, 0, 1e7)  # global; 0: off
+    grad_clip_norm: float = within(0.3, 0, 10**7)  # global; 0: off
     # Schedule
     iterations: int = within(20_000, 1, 10**7)  # most optimizer steps
-    max_wallclock_seconds: float = within(600.0, 0, 1e7)  # 0: progress is step / iterations
-    gptq_reserve_seconds: float = within(0.0, 0, 1e7)  # least share kept for calibration
+    max_wallclock_seconds: float = within(600.0, 0, 10**7)  # 0: progress is step / iterations
+    gptq_reserve_seconds: float = within(0.0, 0, 10**7)  # least share kept for calibration
     warmdown_frac: float = within(0.72, 0.001, 1)  # last share of progress with falling rate
     warmdown_iters: int = within(0, 0, 10**7)  # instead, in steps of the mean time so far
     schedule_steps: int = within(0, 0, 10**7)  # settings in steps are shares of so many; 0: steps
@@ -177,26 +177,26 @@ class Config:
     prune: bool = False  # instead, as many ones of the finest rows of matrices become zeros
     artifact_cap_bytes: int = within(16_000_000, 1000, 10**12)  # packed program and model file
     # Evaluation
-    eval_seq_len: int = within(2048, 8, 1 << 20)
-    eval_stride: int = within(64, 1, 1 << 20)
-    val_batch_tokens: int = within(524_288, 8, 1 << 23)  # eight ranks' share of a forward pass
+    eval_seq_len: int = within(2048, 8, 2**20)
+    eval_stride: int = within(64, 1, 2**20)
+    val_batch_tokens: int = within(524_288, 8, 2**23)  # eight ranks' share of a forward pass
     sliding_window_enabled: bool = False
     mixer: Literal["off", "legal", "hedge1453"] = "legal"  # with n-grams; 1453 only compares
     val_tail: bool = True  # 0: without the tail that fills no sequence, as the published runs
-    max_eval_seconds: float = within(600.0, 1, 1e7)
+    max_eval_seconds: float = within(600.0, 1, 10**7)
     # Test-time training
     ttt_enabled: bool = True
     ttt_mode: Literal["sgd", "documents"] = "documents"  # one stream, or each document alone
     ttt_lr: float = within(0.005, 0, 10)
     ttt_epochs: int = within(3, 0, 100)
     ttt_momentum: float = within(0.9, 0, 0.9999)
-    ttt_chunk_tokens: int = within(32_768, 8, 1 << 24)
-    ttt_grad_clip: float = within(1.0, 0, 1e7)
+    ttt_chunk_tokens: int = within(32_768, 8, 2**24)
+    ttt_grad_clip: float = within(1.0, 0, 10**7)
     ttt_batch_size: int = within(32, 1, 4096)  # documents that adapt side by side
-    ttt_chunk_size: int = within(48, 1, 1 << 16)  # targets between two steps
+    ttt_chunk_size: int = within(48, 1, 2**16)  # targets between two steps
     ttt_lora_sites: str = "qkv,out,up,down,head"  # adapted layers, of every visit
     ttt_lora_rank: int = within(80, 1, 4096)
-    ttt_lora_alpha: float = within(144.0, 0, 1e7)  # output is scaled by alpha / rank
+    ttt_lora_alpha: float = within(144.0, 0, 10**7)  # output is scaled by alpha / rank
     ttt_lora_lr: float = within(2e-4, 0, 1)
     ttt_beta1: float = within(0.0, 0, 0.9999)
     ttt_beta2: float = within(0.99, 0, 0.9999)
@@ -254,7 +254,7 @@ NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_
 
 # Published steps to the recurrence are shares of the run here; SCHEDULE_STEPS does it to others.
 FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, attn_gate=0.0, min_lr=0.0, train_context="",
-                    muon_momentum=0.99, muon_backend="newton_schulz", gptq_reserve_seconds=12.0)
+                    muon_momentum=0.99, muon_backend="newton_schulz")
 PLAIN = FORMER | dict(
     quantiser="gptq", compressor="brotli", gptq_damp=0.01, gptq_calibration_batches=64,
     sliding_window_enabled=True, ttt_mode="sgd", mixer="off", val_tail=False)
@@ -265,19 +265,18 @@ PR1445 = PLAIN | dict(
 QUANTILES = dict(matrix_clip_sigmas="0.999,0.9995,0.9999,0.99999,1", embed_clip_sigmas="0.9999984")
 PR1453 = PLAIN | dict.fromkeys(("matrix_clip_sigmas", "embed_clip_sigmas"),
                                "0.9999,0.99995,0.99999,0.999995,0.999999") | dict(
-    vocab_size=1024, ttt_enabled=False, num_layers=3, model_dim=880, mlp_mult=3.0, rope_dims=0,
-    ln_scale=False, qk_gain_init=1.5, xsa_last_n=4, parallel_residual_start=-1, max_skips=0,
-    num_value_embeds=2, cross_repeat=True, num_loops=3, loop_start=0, loop_end=2, muon_wd=0.04,
-    prog_depth="0.3:2,0.5:3,1:4", train_seq_len=1024, train_batch_tokens=524_288, matrix_lr=0.018,
-    eval_seq_len=1024, eval_stride=256, scalar_lr=0.018, tied_embed_lr=0.021, embed_wd=0.0,
-    adam_wd=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85, warmdown_iters=3000,
-    muon_momentum_warmup_steps=500, muon_row_normalize=False, train_order="sequential",
-    averaging="swa", gptq_reserve_seconds=0.0, gptq_calibration_batches=0, quantiser="nearest",
-    attn_qmax=63, mlp_qmax=16, embed_qmax=63, compressor="zstd")
+    vocab_size=1024, ttt_enabled=False, num_layers=3, model_dim=880, mlp_mult=3.0, qk_gain_init=1.5,
+    rope_dims=0, ln_scale=False, xsa_last_n=4, parallel_residual_start=-1, max_skips=0, num_loops=3,
+    num_value_embeds=2, cross_repeat=True, loop_start=0, loop_end=2, prog_depth="0.3:2,0.5:3,1:4",
+    train_seq_len=1024, train_batch_tokens=524_288, train_order="sequential", eval_seq_len=1024,
+    eval_stride=256, matrix_lr=0.018, scalar_lr=0.018, tied_embed_lr=0.021, muon_momentum=0.95,
+    muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500, muon_row_normalize=False,
+    muon_wd=0.04, embed_wd=0.0, adam_wd=0.0, warmdown_iters=3000, compressor="zstd", mlp_qmax=16,
+    gptq_calibration_batches=0, quantiser="nearest", attn_qmax=63, embed_qmax=63, averaging="swa")
 
 PRESETS: dict[str, dict] = {
-    "record": {}, "pr1493": PLAIN, "pr1445": PR1445 | QUANTILES, "pr1453": PR1453,
-    "pr1471": PR1445 | dict(vocab_size=8192, enable_looping_at=2000 / 4968),
+    "record": {}, "pr1493": PLAIN | dict(gptq_reserve_seconds=12.0), "pr1445": PR1445 | QUANTILES,
+    "pr1453": PR1453, "pr1471": PR1445 | dict(vocab_size=8192, enable_looping_at=2000 / 4968),
     "pr1395": PR1445 | QUANTILES | dict(
         residual="two_lane_attn", loop_start=4, enable_looping_at=3000 / 5409, matrix_lr=0.02,
         muon_wd=0.09, embed_wd=0.09, warmdown_frac=0.667, averaging="ema_warm", ema_decay=0.997),
@@ -543,7 +542,7 @@ def digest(data: bytes | str) -> str:
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Writes `data` so that a reader, or a crash, never sees half of it, nor through a link."""
-    partial = path.with_name(path.name + ".partial")
+    partial = Path(f"{path}.partial")
     partial.unlink(missing_ok=True)
     try:
         with partial.open("xb") as file:
@@ -570,13 +569,13 @@ def packed_program() -> bytes:
 def environment_facts(world: World) -> dict[str, object]:
     """Hardware and versions: everything outside the program whose change could move a number."""
     gpu = torch.cuda.get_device_name(world.device) if world.is_cuda else "none"
-    hardware = {"gpu": gpu, "gpus": world.size * world.is_cuda, "cpu_count": os.cpu_count()}
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy":
-                np.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    hardware = dict(gpu=gpu, gpus=world.size * world.is_cuda, cpu_count=os.cpu_count())
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
+                    cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
     with contextlib.suppress(OSError, ImportError, IndexError):  # no GPU, or no triton
         versions["triton"] = importlib.metadata.version("triton")
         hardware["driver"] = Path("/proc/driver/nvidia/version").read_text().split("  ")[1]
-    return {"hardware": hardware, "versions": versions}
+    return dict(hardware=hardware, versions=versions)
 
 # ====  3  Data  ===================================================================================
 # Enters: shards of uint16 token ids and a SentencePiece model. Leaves: training windows in an order
@@ -623,18 +622,17 @@ class TrainLoader:
                             f"TRAIN_SEQ_LEN ({self.seq_len}) + 1 at least")
 
     def enter_epoch(self, epoch: int) -> None:
-        """Draws boundaries and order of the windows of one pass: rows of a shard and a start.
-        Coprime: in each shard at a stride, and shards are drawn by what is left in them."""
+        """Draws boundaries and order of the windows of one pass: rows of a shard and a start."""
         order, starts, keys = self.config.train_order, [], []
         contents = [int(self.ends_sha256[:8], 16)] * (order == "coprime")
-        rng = np.random.Generator(np.random.PCG64([self.config.seed, epoch, *contents]))
+        rng = np.random.default_rng([self.config.seed, epoch, *contents])
         for number, shard in enumerate(self.shards):
             count, spare = divmod(max(0, shard.size - 1), self.seq_len)
             phase, places = rng.integers(spare + 1) * (order != "sequential"), np.arange(count)
             if order == "coprime" and count:
                 stride = rng.choice(np.flatnonzero(np.gcd(places, count) == 1))
                 places = (rng.integers(count) + stride * places) % count
-                keys.append(np.sort(rng.random(count)))
+                keys.append(np.sort(rng.random(count)))  # shards are drawn by what is left in them
             starts.append(np.stack([np.full(count, number), phase + self.seq_len * places], axis=1))
         self.epoch, self.starts = epoch, np.concatenate(starts)
         if order == "shuffled":
@@ -725,8 +723,7 @@ def is_transformed(tokenizer: typing.Any) -> bool:
     return not tokenizer.is_unknown(tokenizer.piece_to_id(CASE_OPERATOR))
 
 class ValStream:
-    """The validation tokens in order, and the bytes of every target: any token but the first.
-    Where the text was transformed, a side-car says which raw bytes each token stands for."""
+    """The validation tokens, and the bytes of every target; of transformed text, by a side-car."""
     def __init__(self, tokens: np.ndarray, table: TokenBytes, seq_len: int,
                  keep_tail: bool = False, sidecar: np.ndarray | None = None) -> None:
         whole = max(0, tokens.size - 1) // seq_len * seq_len  # the tail fills no sequence
@@ -857,7 +854,7 @@ def rotate(x_BTHK: Tensor, rotary: Tensor) -> Tensor:
 
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     """Attention output without its component along the value at the same position."""
-    v = F.normalize(v_BTGK.float(), dim=-1).unsqueeze(3)
+    v = F.normalize(v_BTGK.float(), dim=-1)[..., None, :]
     y_BTGRK = y_BTHK.float().unflatten(2, (v.shape[2], -1))
     return (y_BTGRK - (y_BTGRK * v).sum(-1, keepdim=True) * v).flatten(2, 3).to(y_BTHK.dtype)
 
@@ -1121,14 +1118,13 @@ def attention_error(attend: Attend, device: torch.device) -> float:
     """Largest relative error of output and gradients against float32, on random input."""
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 256, n, 64, generator=generator) for n in (8, 4, 4, 8)]
-    def run(function: Attend, where: torch.device, kind: torch.dtype) -> list[Tensor]:
-        *leaves, dy = (t.to(where, kind).requires_grad_() for t in inputs)
+    def run(function: Attend, where: torch.device) -> list[Tensor]:
+        *leaves, dy = (t.to(where, compute_dtype(where)).requires_grad_() for t in inputs)
         gradients = torch.autograd.grad(y := function(*leaves), leaves, dy)
         return [t.detach().cpu().float() for t in (y, *gradients)]
     with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-        wanted = run(sdpa_attend, torch.device("cpu"), torch.float32)
-    found = run(attend, device, compute_dtype(device))
-    errors = [(f - w).norm() / w.norm() for f, w in zip(found, wanted, strict=True)]
+        wanted = run(sdpa_attend, torch.device("cpu"))
+    errors = [(f - w).norm() / w.norm() for f, w in zip(run(attend, device), wanted, strict=True)]
     return float(torch.stack(errors).max())  # unlike Python's max, lets no NaN pass
 
 def choose_attention(name: str, device: torch.device) -> AttentionBackend:
@@ -1137,11 +1133,11 @@ def choose_attention(name: str, device: torch.device) -> AttentionBackend:
     for candidate in ("fa3", "cudnn", "flash", "math") if name == "auto" else (name,):
         try:
             attend = load_fa3(device) if candidate == "fa3" else load_sdpa(device, candidate)
-            if not (error := attention_error(attend, device)) <= tolerance:  # NaN is not
-                raise GolfError(f"error {error:.1e} against float32, at most {tolerance:g}")
+            if not (worst := attention_error(attend, device)) <= tolerance:  # NaN is not
+                raise GolfError(f"error {worst:.1e} against float32, at most {tolerance:g}")
             return AttentionBackend(candidate, attend, rejected)
-        except Exception as problem:  # whatever a foreign library raises only loses the choice
-            rejected[candidate] = f"{type(problem).__name__}: {problem}".split("\n")[0][:160]
+        except Exception as error:  # whatever a foreign library raises only loses the choice
+            rejected[candidate] = f"{type(error).__name__}: {error}".split("\n")[0][:160]
     raise ConfigError(f"ATTENTION={name}: " + "; ".join(f"{k}: {v}" for k, v in rejected.items()))
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -1540,8 +1536,8 @@ class Trainer:
     def skip(self, step: int, norm: float, squares: list[float]) -> None:
         """Notes a step without effect. Raises: GolfError if the one before had none either."""
         losses = self.world.gather(torch.tensor([self.last_loss]).to(self.world.device)).tolist()
-        values = zip(self.optimizer.names, squares, strict=True)
-        names = [name for name, value in values if not math.isfinite(value)]
+        pairs = zip(self.optimizer.names, squares, strict=True)
+        names = [name for name, square in pairs if not math.isfinite(square)]
         text = f"step {step}: gradient norm={norm}, losses by rank: {losses}, not finite in {names}"
         if self.skipped == step - 1:
             raise GolfError(f"{text}, as in the step before")
@@ -1551,10 +1547,10 @@ class Trainer:
     def calibrate(self, plan: DepthPlan) -> dict[str, Tensor]:
         """Second moments of every linear layer's input over training windows and all ranks."""
         begin, hessians = time.perf_counter(), Hessians(self.model)
-        for number in range(calibration_share(self.config, self.world, self.shape)):
-            first = (number * self.world.size + self.world.rank) * self.shape.sequences
-            rows = torch.from_numpy(self.loader.read(first, self.shape.sequences))
-            collect(hessians, rows.to(self.world.device), plan)
+        stream = batch_stream(self.loader, self.shape._replace(micro_steps=1), self.world)
+        for _ in range(calibration_share(self.config, self.world, self.shape)):
+            collect(hessians, next(stream)[0], plan)
+        stream.close()
         moments = {name: self.world.combine(h) for name, h in hessians.moments.items()}
         seconds = self.world.synchronize() - begin
         self.log.put("quantisation", seconds_hessians=seconds)
