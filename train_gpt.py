@@ -404,7 +404,7 @@ class World:
                 if reason.startswith(f"rank {self.rank}:"):
                     if not isinstance(error, GolfError | KeyboardInterrupt):
                         sys.excepthook(*sys.exc_info())
-                    print(f"error: {reason}", file=sys.stderr, flush=True)
+                    print(f"error: {reason}", file=sys.stderr)
                 os._exit(75 if isinstance(error, KeyboardInterrupt) else 1)  # waits for nobody
             raise
         finally:
@@ -482,18 +482,17 @@ class RunLog:
         self.run_id, self.folder = run_id, Path(config.run_dir, run_id)
         self.result_path = Path(config.log_dir, run_id + ".json")
         self.result: dict = {}  # filled as its keys become known
-        self.files: list[typing.TextIO] = []
+        self.files: list[typing.IO] = []
         if config.resume and self.result_path.is_file():
             self.result = json.loads(self.result_path.read_text())
             require(self.result["status"] == "partial", "run_id", run_id, "of an incomplete run")
         if not world.is_main:
             return
         import fcntl
-        owner = self.folder / "owner"
-        mode: Literal["a", "x"] = "a" if config.resume else "x"
+        owner, mode = self.folder / "owner", "a" if config.resume else "x"
         try:
             self.result_path.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(parents=True, exist_ok=mode == "a")
+            self.folder.mkdir(parents=True, exist_ok=bool(config.resume))
             self.lock = owner.open("a")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             owner.write_text(f"process {os.getpid()} on {os.uname().nodename}")
@@ -643,7 +642,7 @@ class TrainLoader:
     def read(self, first: int, count: int) -> np.ndarray:
         """Windows `first` to `first + count`, int32 (count, seq_len + 1). Raises: DataError."""
         windows = np.empty((count, self.seq_len + 1), dtype=np.int32)
-        for row, number in zip(windows, range(first, first + count), strict=True):
+        for number, row in enumerate(windows, first):
             epoch, index = divmod(number, len(self.starts))
             if epoch != self.epoch:
                 self.enter_epoch(epoch)
@@ -705,7 +704,7 @@ def token_bytes(tokenizer: typing.Any) -> TokenBytes:
     Example: pieces (U+2581)"caf", "<0xC3>", "<0xA9>" -> 3 and a leading space, 1, 1"""
     if tokenizer.is_unknown(tokenizer.piece_to_id(SPACE_MARK)):
         raise DataError("tokenizer: U+2581 is no piece of its own; bytes would be wrong")
-    pieces = tokenizer.id_to_piece(ids := list(range(tokenizer.vocab_size())))
+    pieces = tokenizer.id_to_piece(ids := [*range(tokenizer.vocab_size())])
     if inside := [piece for piece in pieces if SPACE_MARK in piece[1:]]:
         raise DataError(f"tokenizer: piece {inside[0]!r} holds U+2581 inside")
     sizes = [len(piece.removeprefix(SPACE_MARK).encode()) for piece in pieces]
@@ -792,7 +791,7 @@ class DepthPlan(NamedTuple):
 def build_plan(config: Config, passes: int) -> DepthPlan:
     """A U-Net: decoder j, in the second half of visits, takes the j-th last encoder's output.
     Example: blocks 0 1 2 3 4 -> encoders 0 1; decoders 2 (skip from 1), 3 (skip from 0), 4"""
-    blocks, first, last = list(range(config.num_layers)), config.loop_start, config.loop_end + 1
+    blocks, first, last = [*range(config.num_layers)], config.loop_start, config.loop_end + 1
     order = blocks[:first] + blocks[first:last] * passes + blocks[last:]
     half, start, visits = len(order) // 2, config.parallel_residual_start, list[Visit]()
     for position, block in enumerate(order):
@@ -1118,8 +1117,8 @@ def attention_error(attend: Attend, device: torch.device) -> float:
     """Largest relative error of output and gradients against float32, on random input."""
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 256, n, 64, generator=generator) for n in (8, 4, 4, 8)]
-    def run(function: Attend, where: torch.device) -> list[Tensor]:
-        *leaves, dy = (t.to(where, compute_dtype(where)).requires_grad_() for t in inputs)
+    def run(function: Attend, device: torch.device) -> list[Tensor]:
+        *leaves, dy = (t.to(device, compute_dtype(device)).requires_grad_() for t in inputs)
         gradients = torch.autograd.grad(y := function(*leaves), leaves, dy)
         return [t.detach().cpu().float() for t in (y, *gradients)]
     with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
@@ -1295,7 +1294,7 @@ class TrainState:
     def read(cls, path: Path) -> Start:
         """The contents of a whole checkpoint. Raises: ArtifactError for anything else."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(path) as file:  # which by default unpickles nothing
                 if any(member.compress_type for member in file.zip.infolist()):
                     raise ValueError("compressed")  # a small file could fill the memory
                 header, *arrays = file.values()
@@ -1412,12 +1411,12 @@ class Trainer:
             reserve = self.warm_up()
             log.put("train", startup_seconds=time.time() - log.started)
             log.line(f"gptq:reserving {reserve:.1f}s of {config.max_wallclock_seconds:g}s")
-        live, rank = [*self.replicated(), *self.optimizer.momenta], self.world.rank
+        live, world = [*self.replicated(), *self.optimizer.momenta], self.world
         for tensor, value in zip(live, self.saved, strict=False):  # which may be weights alone
-            whole = value.shape == tensor.shape
-            tensor.copy_(value if whole else value.chunk(self.world.size)[rank])
-        self.world.synchronize()
-        self.clock = TrainingClock(config, self.world, reserve)
+            shared = value.shape != tensor.shape
+            tensor.copy_(value.chunk(world.size)[world.rank] if shared else value)
+        world.synchronize()
+        self.clock = TrainingClock(config, world, reserve)
         self.clock.begin -= state.seconds
         if not state.trained:
             self.train(validate)
