@@ -205,9 +205,9 @@ class Config:
     def __post_init__(self) -> None:
         for f in fields(self):
             for low, high in f.metadata.values():
-                values = numbers(f.name, text := str(getattr(self, f.name)))
-                require(all(low <= value <= high for value in values), f.name, text,
-                        f"between {low:g} and {high:g}")
+                text = str(getattr(self, f.name))
+                inside = all(low <= value <= high for value in numbers(f.name, text))
+                require(inside, f.name, text, f"between {low:g} and {high:g}")
         check_consistency(self)
 
     @classmethod
@@ -940,12 +940,11 @@ class GPT(nn.Module):
     """The language model: float32 parameters stacked over blocks, and the only forward pass."""
     def __init__(self, config: Config, attend: Attend, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        ones, zeros, L, V = torch.ones, torch.zeros, config.num_layers, config.vocab_size
+        ones, zeros, L, smears = torch.ones, torch.zeros, config.num_layers, int(config.smear_gate)
         D, visits, ve = config.model_dim, len(depth_plans(config)[-1].visits), len(config.ve_blocks)
         self.config, self.attend, self.dtype, reads = config, attend, dtype, min(GATE_WIDTH, D)
         skips, extra, one = min(config.max_skips, visits // 2), config.num_value_embeds, min(ve, 1)
-        smears = int(config.smear_gate)
-        self.embed = nn.Parameter(zeros(V, D))
+        self.embed = nn.Parameter(zeros(config.vocab_size, D))
         self.qkv = nn.Parameter(zeros(L, D + 2 * config.kv_dim, D))
         self.out = nn.Parameter(zeros(L, D, D))
         self.up = nn.Parameter(zeros(L, config.mlp_dim, D))
@@ -958,10 +957,10 @@ class GPT(nn.Module):
                 "lane_mix": 0.5 * ones(int(config.residual != "parallel")),
                 "smear_scale": zeros(smears), "smear_gate": zeros(smears, reads),
                 "attn_gate": zeros(L * (config.attn_gate > 0), config.num_heads, reads),
-                "ve_table": zeros(one, V, VALUE_EMBED_DIM),
+                "ve_table": zeros(one, config.vocab_size, VALUE_EMBED_DIM),
                 "ve_proj": zeros(one, config.kv_dim, VALUE_EMBED_DIM),
                 "ve_scale": torch.tensor([[0.1]] * one + [[1.0]] * ve),  # of all, of each
-                "value_tables": zeros(extra, V, D),
+                "value_tables": zeros(extra, config.vocab_size, D),
                 "visit_scales": zeros(visits, config.cross_repeat + extra, D),
                 "cross_repeat_scales": zeros(L * config.cross_repeat, config.num_loops, D)}.items():
             if value.numel():  # of nothing there is no parameter
