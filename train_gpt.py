@@ -860,7 +860,7 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
 def linear(x: Tensor, w_OI: Tensor, site: Site, tap: Tap | None) -> Tensor:
     """`x` times the transpose of `w`, as seen or changed by an adapter."""
     y = F.linear(x, w_OI)
-    return y if tap is None else tap(site, x, y)
+    return tap(site, x, y) if tap else y
 
 def attention(x_BTD: Tensor, w: BlockWeights, form: str, rotary: Tensor, attend: Attend,
               tap: Tap | None, value: Sequence[Tensor] = ()) -> Tensor:
@@ -1359,8 +1359,7 @@ class Trainer:
         self.loader = TrainLoader(shards, config)
         self.model = GPT(config, attend, compute_dtype(world.device))
         self.model.initialise(config.seed)
-        self.model.to(world.device)
-        self.optimizer = Optimizer(self.model, config, world)
+        self.optimizer = Optimizer(self.model.to(world.device), config, world)
         self.weights = [p.data for p in self.model.parameters()]
         self.shadow = [p.clone() for p in self.weights]  # their moving average
         self.flight: deque[tuple] = deque()  # steps whose numbers may not be on the host yet
@@ -1378,9 +1377,8 @@ class Trainer:
 
     def warm_up(self) -> float:
         """Compiles, without trace, what the clock will meet; the calibration reserve in seconds."""
-        config = self.config
-        rows = torch.randint(config.vocab_size, (self.shape.sequences, config.train_seq_len + 1),
-                             dtype=torch.int32, device=self.world.device)
+        config, size = self.config, (self.shape.sequences, self.config.train_seq_len + 1)
+        rows = torch.randint(config.vocab_size, size, dtype=torch.int32, device=self.world.device)
         for at in sorted({0.0, *dict(config.depth_schedule + config.context_schedule)} - {1.0}):
             plan, self.context = plan_at(config, at), value_at(config.context_schedule, at)
             begin = time.perf_counter()
@@ -1420,9 +1418,8 @@ class Trainer:
         if not state.trained:
             self.train(validate)
         plan = plan_at(config, state.progress)
-        hessians, seconds = self.calibrate(plan), self.clock.elapsed()
-        log.put("clocks", training_seconds=seconds,
-                training_budget_seconds=config.max_wallclock_seconds)
+        hessians, budget = self.calibrate(plan), config.max_wallclock_seconds
+        log.put("clocks", training_seconds=self.clock.elapsed(), training_budget_seconds=budget)
         return plan, hessians
 
     def train(self, validate: Callable[..., None]) -> None:
