@@ -1583,11 +1583,11 @@ def hessian_name(stack: str, block: int) -> str:
 
 def collect(hessians: Hessians, rows: Tensor, plan: DepthPlan) -> None:
     """One calibration batch (sequences, seq_len + 1); an eighth of it also gives gradients."""
-    model, config, names, outputs = hessians.model, hessians.model.config, [], []
+    model, names, outputs = hessians.model, [], []
     with torch.no_grad():
         x_BTD = model.hidden(rows[:, :-1], plan, hessians)
         hessians(-1, -1, "head", x_BTD, x_BTD)
-    if config.quantiser != "rate":
+    if model.config.quantiser != "rate":
         return
     def keep(visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
         names.append(hessian_name(site, block) + ".rows")
@@ -1726,9 +1726,9 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
                 best_LR[block] = error_R.minimum(best_LR[block])
                 levels[block][better_R] = q_RC[better_R].to(torch.int8)
                 scales[block][better_R], columns[block] = scale_R[better_R], column_C
-        integers[name] = world.combine(levels).view(stack.shape).cpu()
-        floats[f"{name}.scale"] = world.combine(scales).view(stack.shape[:-1])
-        floats[f"{name}.column"] = world.combine(columns).view(stack[..., 0, :].shape)
+        integers[name] = world.combine(levels).view_as(stack).cpu()
+        floats[f"{name}.scale"] = world.combine(scales).view_as(stack[..., 0])
+        floats[f"{name}.column"] = world.combine(columns).view_as(stack[..., 0, :])
     return QuantisedModel(integers, {name: t.half().cpu() for name, t in floats.items()})
 
 def prune_ones(quantised: QuantisedModel, share: float) -> int:
@@ -2001,8 +2001,7 @@ def load_artifact(path: Path, config: Config, world: World,
     return model, plan
 
 def next_factor(sizes: Mapping[float, int], target: float, slope: float) -> float:
-    """The logarithm of steps at which the file should have `target` bytes, given its sizes at some:
-    on the line through the two nearest, or halfway between neighbours where that leaves them."""
+    """The logarithm of steps for `target` bytes: by a secant, or halfway where that goes astray."""
     near, *others = sorted(sizes, key=lambda at: abs(sizes[at] - target))[:2]
     for other in others:
         slope = min((sizes[other] - sizes[near]) / (other - near), 0.1 * slope)
@@ -2165,7 +2164,7 @@ class Windows(NamedTuple):
         return Windows(*(a[chosen] for a in self))
 
     def targets(self) -> np.ndarray:
-        return np.concatenate(list(map(np.arange, self.first_scored, self.stops)))
+        return np.concatenate([*map(np.arange, self.first_scored, self.stops)])
 
     def scores(self, nats_KBS: Tensor) -> Tensor:
         """The nats (K, N) of `targets`, from those of positions from the first scored ones on."""
@@ -2226,8 +2225,7 @@ class ScoreLedger:
         return seconds
 
     def total_nats(self) -> float:
-        """Sum over all targets, in float64; every rank's scores are on all ranks from then on.
-        Raises: LegalityError if one is missing."""
+        """Sum of all ranks' scores, now known to each. Raises: LegalityError if one is missing."""
         self.released(0, self.scored.size)
         return float(self.world.combine(self.kept)[0].double().sum())
 
@@ -2258,28 +2256,27 @@ class Scorer:
         self.fixed: ScoreLedger | None = None  # of the last evaluation without learning, complete
         self.stopped_at = 0  # targets scored when learning was given up; 0: never
 
-    def harm(self, ledger: ScoreLedger, targets: np.ndarray, world: World) -> float:
-        """Mean nats by which scores of these ranks are worse than those without learning were."""
-        if not self.fixed:
-            return 0.0
+    def is_harmed(self, ledger: ScoreLedger, targets: np.ndarray, world: World) -> bool:
+        """Whether learning still goes on, and made scores of these ranks worse by MAX_HARM."""
+        if self.stopped_at or not self.fixed:
+            return False
         gap = float((ledger.nats[targets] - self.fixed.nats[targets]).sum())
         gap, count = world.combine(torch.tensor([gap, len(targets)])).tolist()
-        return gap / count
+        return gap / count > MAX_HARM
 
     @torch.no_grad()
     def score(self, windows: Windows, ledger: ScoreLedger) -> None:
         """Scores this rank's share; windows that skip equally many positions share batches."""
         share = np.array_split(np.arange(len(windows.starts)), self.world.size)[self.world.rank]
-        skipped, config = (windows.first_scored - windows.starts)[share], self.model.config
-        for skip in np.unique(skipped):
-            left = share[skipped == skip]
+        skips, width = windows.first_scored - windows.starts, self.model.config.eval_seq_len
+        for skip in np.unique(skips[share]):
+            left = share[skips[share] == skip]
             while len(left):
                 part = windows.select(left[:self.rows])
                 try:
-                    nats_KBS = self.predict(part, (self.rows, config.eval_seq_len), ledger)
+                    nats_KBS = self.predict(part, (self.rows, width), ledger)
                 except torch.OutOfMemoryError:
-                    require(self.rows > 1, "eval_seq_len", config.eval_seq_len,
-                            "shorter: memory is full")
+                    require(self.rows > 1, "eval_seq_len", width, "shorter: memory is full")
                     self.rows //= 2
                 else:
                     ledger.commit(part, nats_KBS)
@@ -2350,9 +2347,8 @@ class Audit:
             stale = torch.stack(torch._foreach_norm([b for _, b in adapter.pairs])).any()
         self.note("c3_score_first", 1, moved * (stale if fresh else 1.0))
         if ledger.by_document:  # no document starts inside a context, nor with another's adapter
-            inside = np.searchsorted(starts, windows.stops)
-            inside -= np.searchsorted(starts, windows.starts, "right")
-            self.note("documents_isolated", len(inside), stale | bool(inside.max() > 0))
+            later, last = np.searchsorted(starts, [windows.starts + 1, windows.stops])
+            self.note("documents_isolated", len(last), stale | bool((later < last).any()))
         if ledger.num_commits % AUDIT_EVERY == 0:
             self.sample(scorer, windows, rows, nats_KBS, adapter)
 
@@ -2370,7 +2366,7 @@ class Audit:
         self.note("c1_causal", gap[0].numel(), gap.abs().max())
         row_KBV = torch.cat([scorer.judge(
             x_BSD[:, drawn:drawn + 1].expand(-1, len(ids), -1), ids.expand(len(rows), -1), adapter)
-            for ids in torch.arange(len(model.embed)).to(rows).split(64)], dim=2)
+            for ids in torch.arange(len(model.embed)).to(rows).split(64)], 2)
         mass_KB = (-row_KBV.double()).exp().sum(2)
         self.note("c2_normalised", len(rows), (mass_KB - 1).abs().max())
         if scorer.views and drawn < counts[0]:
@@ -2392,12 +2388,11 @@ class Audit:
 
     def report(self, world: World) -> dict[str, dict[str, object]]:
         """Of every condition that any rank checked: whether it held, how often, the worst case."""
-        counts, worst = torch.tensor([
-            [sum(count for count, _ in notes) for notes in self.notes.values()],
-            [np.max([float(v) for _, v in notes], initial=0) for notes in self.notes.values()]],
-            dtype=torch.float64)  # unlike Python's max, NumPy's lets no NaN pass
+        noted = self.notes.values()  # whose worst is NumPy's: Python's max lets a NaN pass
+        counts = torch.tensor([sum(count for count, _ in notes) for notes in noted])
+        worst = torch.tensor([np.max([float(v) for _, v in notes], initial=0) for notes in noted])
         found = world.combine(counts).tolist(), world.combine(worst, dist.ReduceOp.MAX).tolist()
-        return {name: {"passed": most <= AUDIT_TOLERANCE, "checked": int(count), "worst": most}
+        return {name: {"passed": most <= AUDIT_TOLERANCE, "checked": count, "worst": most}
                 for name, count, most in zip(CONDITIONS, *found, strict=True) if count}
 
 class Score(NamedTuple):
@@ -2449,7 +2444,7 @@ def adapt(scorer: Scorer, sgd: torch.optim.SGD, tokens: np.ndarray, lr: float) -
         padded = F.pad(mine, (0, 0, 0, share - len(mine))).to(world.device)
         nats = scorer.model(padded[:, :-1], padded[:, 1:], scorer.plan)
         (nats[:len(mine)].sum() / batch[:, 1:].numel()).backward()
-        world.sum_all_([typing.cast(Tensor, p.grad) for p in parameters])
+        world.sum_all_([p.grad for p in parameters])
         nn.utils.clip_grad_norm_(parameters, config.ttt_grad_clip or math.inf)
         sgd.step()
         sgd.zero_grad()
@@ -2467,7 +2462,7 @@ def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
         scorer.score(windows.select(windows.first_scored // size == chunk), ledger)  # 1. predict
         tokens = ledger.released(first, last)  # 2. final
         mine = first + np.flatnonzero(ledger.scored[first:last])
-        if scorer.harm(ledger, mine, world) > MAX_HARM and not scorer.stopped_at:
+        if scorer.is_harmed(ledger, mine, world):
             torch._foreach_copy_([p.data for p in weights], artifact)
             scorer.stopped_at = last
         if chunk < last_chunk and not scorer.stopped_at:
@@ -2488,8 +2483,7 @@ class LowRank:
     """Adapters of a frozen model for a batch of documents: each row has its own in every layer."""
     def __init__(self, model: GPT, plan: DepthPlan) -> None:
         c, shapes = model.requires_grad_(False).config, {**model.stacks(), "head": model.embed}
-        zeros = functools.partial(torch.zeros, c.ttt_batch_size, device=model.embed.device,
-                                  requires_grad=True)
+        zeros = functools.partial(model.embed.new_zeros, c.ttt_batch_size, requires_grad=True)
         self.config, self.scale, rank = c, c.ttt_lora_alpha / c.ttt_lora_rank, c.ttt_lora_rank
         self.compiled = model.run_block
         self.factors: dict[int, Factors] = {visit: {
@@ -2557,8 +2551,7 @@ def share_out(costs: Sequence[float], ranks: int) -> np.ndarray:
     return owners
 
 def evaluate_documents(scorer: Scorer, prefix: str = "") -> Score:
-    """The score when adapters of its own learn from each document, chunk by chunk.
-    What files with a `prefix` hold of an interrupted evaluation by as many ranks is kept."""
+    """The score when each document's adapters learn by chunks; `prefix` names files to resume."""
     stream, world, adapters = scorer.stream, scorer.world, LowRank(scorer.model, scorer.plan)
     ledger, rows = ScoreLedger(stream, world, True, scorer.views), adapters.config.ttt_batch_size
     path = Path(f"{prefix}_{world.rank}_of_{world.size}.npz")
@@ -2566,18 +2559,18 @@ def evaluate_documents(scorer: Scorer, prefix: str = "") -> Score:
         scorer.earlier_seconds = ledger.resume(path)
     groups = document_passes(stream.document_starts, stream.document_stops, adapters.config)
     costs, saved = [sum(width for _, width in passes) for passes in groups], time.perf_counter()
-    for index in np.flatnonzero(share_out(costs, world.size) == world.rank):
-        if ledger.scored[groups[index][0][0].targets()].all():
+    for passes, owner in zip(groups, share_out(costs, world.size), strict=True):
+        if owner != world.rank or ledger.scored[passes[0][0].targets()].all():
             continue
         adapters.reset()
-        for number, (windows, width) in enumerate(groups[index], 1):
+        for number, (windows, width) in enumerate(passes, 1):
             nats_KBS = scorer.predict(windows, (rows, width), ledger, adapters)  # 1. predict
             ledger.commit(windows, nats_KBS)  # 2. final
-            if number < len(groups[index]) and not scorer.stopped_at:
+            if number < len(passes) and not scorer.stopped_at:
                 adapters.learn(ledger.released_nats(windows, nats_KBS[0]))  # 3. from final scores
-            if number % HARM_EVERY == 0 and not scorer.stopped_at:
-                targets = np.concatenate([part.targets() for part, _ in groups[index][:number]])
-                if scorer.harm(ledger, targets, World()) > MAX_HARM:
+            if number % HARM_EVERY == 0:
+                targets = np.concatenate([part.targets() for part, _ in passes[:number]])
+                if scorer.is_harmed(ledger, targets, World()):
                     adapters.reset()
                     scorer.stopped_at = int(ledger.scored.sum())
         if prefix and time.perf_counter() > saved + SAVE_SECONDS:
@@ -2594,9 +2587,9 @@ def official_lengths(count: int = 50_000) -> np.ndarray:
 
 def project_documents(scorer: Scorer) -> float:
     """Compiles on random tokens; seconds of the official text on eight ranks, at measured steps."""
-    stops, seconds, adapters = np.cumsum(official_lengths()), {}, LowRank(scorer.model, scorer.plan)
-    config = adapters.config
-    groups = document_passes(np.append(0, stops[:-1]), stops, config)
+    lengths, config, seconds = official_lengths(), scorer.model.config, {}
+    stops, adapters = lengths.cumsum(), LowRank(scorer.model, scorer.plan)
+    groups = document_passes(stops - lengths, stops, config)
     widths = sorted({width for passes in groups for _, width in passes})[::5]  # four of sixteen
     for width in widths * (1 + config.compile):
         rows = torch.randint(config.vocab_size, (config.ttt_batch_size, width + 1))
@@ -2604,7 +2597,7 @@ def project_documents(scorer: Scorer) -> float:
         adapters.learn(scorer.nats(rows.to(scorer.world.device), skip, adapters).sum())
         scorer.world.synchronize()
         seconds[width] = time.perf_counter() - begin
-    costs = [np.interp([width for _, width in passes], widths, list(seconds.values())).sum()
+    costs = [np.interp([width for _, width in passes], widths, [*seconds.values()]).sum()
              for passes in groups]
     return float(np.bincount(share_out(costs, RECORD_RANKS), costs).max())
 
@@ -2641,14 +2634,14 @@ class Mixture:
         cell_ONF = self.cells[place_ON][..., None].view(np.uint16)
         cell_ONF[..., 2] *= cell_ONF[..., 0] == check_ON
         cell_ONF[..., 0] = check_ON
-        experts = list(np.exp(-kept_KN.astype(np.float64)))
+        experts = [*np.exp(-kept_KN.astype(np.float64))]
         kind_N, row_N = np.zeros(len(target_N), np.int64), experts[0]
         for order, (token_N, run_N) in enumerate(np.moveaxis(cell_ONF[..., 1:3], 2, 1), 1):
             row_N = (run_N * (token_N == target_N) + 0.5 * row_N) / (run_N + 0.5)
             experts.append(row_N)
             kind_N[run_N > 0] = order
-        parts_EN = (self.credit / self.credit.sum(axis=0))[:, kind_N] * experts
-        chance_N = parts_EN.sum(axis=0)
+        parts_EN = (self.credit / self.credit.sum(0))[:, kind_N] * experts
+        chance_N = parts_EN.sum(0)
         return Mixed(np.log(chance_N) + kept_KN[0], place_ON, cell_ONF, kind_N, parts_EN / chance_N)
 
     def learn(self, tokens: np.ndarray, found: Mixed, odds: float) -> None:
@@ -2658,7 +2651,7 @@ class Mixture:
         self.cells[found.place] = found.cell.view(np.uint64)[..., 0]
         for credit, credit_N in zip(self.credit, found.credit, strict=True):
             credit += np.bincount(found.kind, credit_N, len(credit))
-        self.credit /= np.maximum(1, self.credit.sum(axis=0) / MIX_MEMORY)
+        self.credit /= np.maximum(1, self.credit.sum(0) / MIX_MEMORY)
         self.odds = odds
 
 def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.ndarray]
@@ -2726,7 +2719,7 @@ def hedge1453(scorer: Scorer) -> tuple[float, float]:
             same = np.full(size, first)  # of the model's distribution only the sum matters
             known_KV = np.stack([np.full(size, math.log(size)), known_KT[1, same]])
             masses.append(np.exp(share - costs(known_KV, row_OT[:, same], np.arange(size))).sum())
-            weights -= 0.1 * cost_EN.mean(axis=1)
+            weights -= 0.1 * cost_EN.mean(1)
         for n, row in zip(counts, row_OT[:, part], strict=True):
             np.add.at(n, (row, [y[part], 0 * row + size]), 1)
     return total / len(y), float(np.mean(masses or 1.0))
@@ -2752,8 +2745,8 @@ def resolve_track(config: Config, world: World, val: ValStream, attention: str) 
     require(official, "val_targets", val.num_targets, f"{OFFICIAL_VAL_TARGETS}{claim}")
     require(config.compile and not torch._dynamo.config.disable, "compile", 0, f"1{claim}")
     require(attention not in ("flash", "math"), "attention", attention, f"fa3 or cudnn{claim}")
-    for name, most in (("max_wallclock_seconds", 600), ("max_eval_seconds", 600),
-                       ("artifact_cap_bytes", 16_000_000)):
+    limits = dict(max_wallclock_seconds=600, max_eval_seconds=600, artifact_cap_bytes=16_000_000)
+    for name, most in limits.items():
         value = getattr(config, name)
         require(0 < value <= most, name, value, f"at most {most}{claim}")
     return "10min_16mb"
@@ -2817,9 +2810,8 @@ def train_to_artifact(setup: Setup, path: Path) -> None:
     """Trains, quantises and writes the artifact to `path`."""
     config, world, log, attend, val, start = setup
     trainer = Trainer(config, world, log, attend, start)
-    groups = count_parameters(trainer.model)
-    total = sum(count for _, count in groups.values())
-    log.put("model", parameters=total, groups=groups)
+    total = sum(p.numel() for p in trainer.model.parameters())
+    log.put("model", parameters=total, groups=count_parameters(trainer.model))
     log.line(f"model_params:{total}")
     def score(plan: DepthPlan) -> Score:
         windows = sliding_windows(val.num_targets, config.eval_seq_len, config.eval_seq_len)
@@ -2952,10 +2944,10 @@ def main(env: Mapping[str, str] = os.environ) -> dict[str, object]:
             with contextlib.suppress(OSError):
                 log.write_result("partial", world.explain(error))
             raise
-        crossed = [f"{name}={limit} was crossed: {seconds:.1f}s" for name, limit, clock in (
-            ("MAX_WALLCLOCK_SECONDS", config.max_wallclock_seconds, "training_seconds"),
-            ("MAX_EVAL_SECONDS", config.max_eval_seconds, "eval_seconds_strict"))
-            if 0 < limit < (seconds := result["clocks"].get(clock, 0))]
+        crossed = [f"{name.upper()}={limit} was crossed: {seconds:.1f}s" for name, clock in (
+            ("max_wallclock_seconds", "training_seconds"),
+            ("max_eval_seconds", "eval_seconds_strict"))
+            if 0 < (limit := getattr(config, name)) < (seconds := result["clocks"].get(clock, 0))]
         log.write_result("complete", "; ".join(crossed) or "finished")
         if crossed and result["track"] == "10min_16mb":
             raise LegalityError(result["exit_reason"])
