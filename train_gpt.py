@@ -1706,11 +1706,10 @@ def quantise(model: GPT, hessians: dict[str, Tensor], world: World, widen: float
                 # Where inputs are taken as uncorrelated, the solver rounds to nearest.
                 key = f"{len(eye_CC)} columns" if nearest else hessian_name(name, block)
                 w_RC, hessian_CC = stack_LRC[block], eye_CC if nearest else hessians[key]
-                if key not in known:
-                    known[key] = prepare_solver(hessian_CC, config.gptq_damp)
-                order_C, factor_CC = known[key]
+                solver = known.get(key) or prepare_solver(hessian_CC, config.gptq_damp)
+                known[key] = order_C, factor_CC = solver
                 scale_R, column_C = (
-                    balanced_steps(w_RC, hessians, key, known[key], widen) if balanced else
+                    balanced_steps(w_RC, hessians, key, solver, widen) if balanced else
                     (row_scales(w_RC, clip, rule.qmax, widen, config.clip_floor), eye_CC[0] ** 0))
                 steps.append((scale_R, column_C, order_C.argsort()))
                 # An input that never occurs gets no weight.
@@ -1765,7 +1764,7 @@ def tensor_report(model: GPT, quantised: QuantisedModel) -> Iterator[dict[str, o
 def entropy_bits(levels: Tensor) -> float:
     """Order-0 entropy of a stack of integers in bits, with one histogram per matrix."""
     matrices = levels.view(-1, levels.shape[-2:].numel()).numpy().view(np.uint8)
-    counts = np.stack([np.bincount(matrix, minlength=256) for matrix in matrices])
+    counts = np.stack([np.bincount(matrix, None, 256) for matrix in matrices])
     return float((counts * np.log2(matrices.shape[1] / counts.clip(1))).sum())
 
 def estimate_artifact_bytes(config: Config) -> int:
@@ -2299,11 +2298,10 @@ class Scorer:
 
     def judge(self, x_BSD: Tensor, target_BS: Tensor, adapter: LowRank | None) -> Tensor:
         """Nats of targets and what mixtures want, tempered copies or the entropy: (K, B, S)."""
-        cap, target_N = self.model.config.logit_softcap, target_BS.flatten().long()
-        logits_NV = self.model.logits(x_BSD, adapter)
+        logits_NV, target_N = self.model.logits(x_BSD, adapter), target_BS.flatten().long()
         for tensor in (logits_NV, target_N):  # one graph for all numbers of targets
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        found = [self.model.target_nats(logits_NV, target_N)]
+        found, cap = [self.model.target_nats(logits_NV, target_N)], self.model.config.logit_softcap
         if self.views:
             capped_NV = cap * torch.tanh(logits_NV.detach().float() / cap)
             wanted = ([(capped_NV * factor, target_N) for factor in TEMPERED] if self.views > 1
@@ -2366,7 +2364,7 @@ class Audit:
         self.note("c1_causal", gap[0].numel(), gap.abs().max())
         row_KBV = torch.cat([scorer.judge(
             x_BSD[:, drawn:drawn + 1].expand(-1, len(ids), -1), ids.expand(len(rows), -1), adapter)
-            for ids in torch.arange(len(model.embed)).to(rows).split(64)], 2)
+            for ids in torch.arange(len(model.embed)).to(rows).split(64)], dim=2)
         mass_KB = (-row_KBV.double()).exp().sum(2)
         self.note("c2_normalised", len(rows), (mass_KB - 1).abs().max())
         if scorer.views and drawn < counts[0]:
@@ -2452,11 +2450,10 @@ def adapt(scorer: Scorer, sgd: torch.optim.SGD, tokens: np.ndarray, lr: float) -
 def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
     """The score of a model that learns, along a cosine, from every chunk but the last."""
     stream, world, config = scorer.stream, scorer.world, scorer.model.config
-    weights = list(scorer.model.parameters())
-    artifact = [p.detach().clone() for p in weights]
+    weights, size = [*scorer.model.parameters()], config.ttt_chunk_tokens
+    artifact, last_chunk = [p.detach().clone() for p in weights], (stream.num_targets - 1) // size
     sgd = torch.optim.SGD(weights, lr=0.0, momentum=config.ttt_momentum)
-    ledger, size = ScoreLedger(stream, world, False, scorer.views), config.ttt_chunk_tokens
-    last_chunk = (stream.num_targets - 1) // size
+    ledger = ScoreLedger(stream, world, False, scorer.views)
     for chunk in range(last_chunk + 1):
         first, last = chunk * size, min((chunk + 1) * size, stream.num_targets)
         scorer.score(windows.select(windows.first_scored // size == chunk), ledger)  # 1. predict
@@ -2544,11 +2541,11 @@ def document_passes(starts: np.ndarray, stops: np.ndarray, config: Config
 
 def share_out(costs: Sequence[float], ranks: int) -> np.ndarray:
     """The rank of every piece of work: each goes to the rank with the least so far."""
-    totals, owners = np.zeros(ranks), np.zeros(len(costs), dtype=int)
-    for piece, cost in enumerate(costs):
-        owners[piece] = totals.argmin()
-        totals[owners[piece]] += cost
-    return owners
+    totals, owners = np.zeros(ranks), []
+    for cost in costs:
+        owners.append(totals.argmin())
+        totals[owners[-1]] += cost
+    return np.array(owners)
 
 def evaluate_documents(scorer: Scorer, prefix: str = "") -> Score:
     """The score when each document's adapters learn by chunks; `prefix` names files to resume."""
@@ -2673,9 +2670,9 @@ def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.
                 gain = mixture.score(contexts[target + 0 * ids], ids, row_KV).gain
                 won = np.logaddexp(0, before + gain) - np.logaddexp(0, before)
                 rows[target] = row_KV[0] - np.stack([won, gain])
-        nats = kept_KT[0, first:last] - np.diff(np.logaddexp(0, odds))
+        nats = kept_KT[:1, first:last] - np.diff(np.logaddexp(0, odds))
         whole = Windows(*np.array([[first], [first], [last]]))
-        ledger.commit(whole, torch.from_numpy(nats)[None].float())  # 2. final
+        ledger.commit(whole, torch.from_numpy(nats).float())  # 2. final
         mixture.learn(ledger.released(first, last), found, odds[-1])  # 3. from final tokens
     return ledger, rows
 
