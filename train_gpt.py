@@ -2218,10 +2218,10 @@ class ScoreLedger:
     def resume(self, path: Path) -> float:
         """Takes over the scores in a file, and their time, which it returns."""
         with np.load(path) as saved:
-            place, seconds = saved["place"], float(saved["seconds"])
-            self.kept[:, torch.from_numpy(place)] = torch.from_numpy(saved["kept"]).to(self.kept)
-        self.scored[place], self.begin = 1, self.begin - seconds
-        return seconds
+            place, kept, seconds = saved.values()
+        self.kept[:, torch.from_numpy(place)] = torch.from_numpy(kept).to(self.kept)
+        self.scored[place], self.begin = 1, self.begin - float(seconds)
+        return float(seconds)
 
     def total_nats(self) -> float:
         """Sum of all ranks' scores, now known to each. Raises: LegalityError if one is missing."""
@@ -2653,8 +2653,7 @@ class Mixture:
 
 def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.ndarray]
         ) -> tuple[ScoreLedger, dict[int, np.ndarray]]:
-    """A ledger of the targets before `stop`, mixed in order, and every token's nats where probed.
-    All ranks do the same, so that there is one result for any number of them."""
+    """A ledger of targets before `stop`, mixed alike on all ranks, and all nats where probed."""
     ledger, mixture, longest = ScoreLedger(stream, World()), Mixture(), MIX_ORDERS[-1]
     padded, rows = np.pad(stream.tokens, (longest - 1, 0)).astype(np.uint64), {}
     contexts = np.lib.stride_tricks.sliding_window_view(padded, longest)
@@ -2744,8 +2743,7 @@ def resolve_track(config: Config, world: World, val: ValStream, attention: str) 
     require(attention not in ("flash", "math"), "attention", attention, f"fa3 or cudnn{claim}")
     limits = dict(max_wallclock_seconds=600, max_eval_seconds=600, artifact_cap_bytes=16_000_000)
     for name, most in limits.items():
-        value = getattr(config, name)
-        require(0 < value <= most, name, value, f"at most {most}{claim}")
+        require(0 < (value := getattr(config, name)) <= most, name, value, f"at most {most}{claim}")
     return "10min_16mb"
 
 def prepare(config: Config, world: World) -> Setup:
