@@ -99,6 +99,55 @@ def test_runs_of_equal_steps_take_their_times_from_others(
     assert (out / "ledger.jsonl").read_bytes() == before
 
 
+def test_times_of_runs_that_shared_a_gpu_are_left_out(tmp_path: Path) -> None:
+    ledger = sweep.Ledger(tmp_path / "ledger.jsonl")
+    technique = bench_recipe.parse_technique("rate: MATRIX_LR=0.02/0.022")
+    pairs = bench_recipe.plan_pairs([technique], "1,2,3", {}, leave_out=False)
+    both = [run for pair in zip(pairs[""], pairs["rate"], strict=True) for run in pair]
+    ends = []
+    for number, run in enumerate(both):
+        path = tmp_path / f"{run.label}.json"
+        ms = 100.0 * (1 + (run.label[:4] == "rate")) + number
+        path.write_text(json.dumps({"run_id": run.label, "val_bpb": 1.0,
+                                    "train": {"ms_per_step": ms}}))
+        start = {"event": "start", "key": run.key, "label": run.label, "run_id": run.label}
+        ends.append({"event": "end", "key": run.key, "run_id": run.label, "status": "complete",
+                     "result": path.name})
+        ledger.add(**start, gpus="1" if number == 1 else "0")
+        if number in (0, 2):  # the second pair's first run goes on beside its second one
+            continue
+        for end in ends:
+            ledger.add(**end)
+        ends = []
+    assert bench_recipe.crowded(ledger) == {run.label for run in both[2:4]}
+    row, = bench_recipe.compare(pairs, ledger, {}, leave_out=False)
+    assert row["pairs"] == 3
+    assert row["ms per step"] == pytest.approx((201 + 205) / 2)
+    assert row["slower"] == pytest.approx((201 + 205) / (100 + 104) - 1)
+
+
+def test_runs_that_a_killed_sweep_left_share_no_gpu_with_later_ones(tmp_path: Path) -> None:
+    ledger = sweep.Ledger(tmp_path / "ledger.jsonl")
+    for name in ("a", "b"):
+        ledger.add(event="plan", seeds=["1"])
+        ledger.add(event="start", key=name, label=name, run_id=name, gpus="0")
+    assert bench_recipe.crowded(ledger) == set()
+
+
+def test_table_of_what_is_complete_starts_nothing(
+        trainer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, variant = trainer.parent / "recipe", ["--variant", "rate: MATRIX_LR=0.02/0.022"]
+    assert bench(trainer, "--seeds", "1", *variant, "--table") == 2
+    assert f"error: --table --out {out}: no ledger there" in capsys.readouterr().err
+    assert bench(trainer, "--seeds", "1", *variant) == 0
+    before = (out / "ledger.jsonl").read_bytes()
+    (out / "recipe.json").unlink()
+    assert bench(trainer, "--seeds", "1,2", *variant, "--table") == 0
+    assert (out / "ledger.jsonl").read_bytes() == before
+    row, = json.loads((out / "recipe.json").read_text())["rows"]
+    assert row["pairs"] == 1
+
+
 @pytest.mark.parametrize(("mode", "sentence"), [
     (["--seconds", "60"], "Runs of 60 s in steps of 98,304 tokens, seeds 1, 2, each with one "
      "technique against runs with none; also `SCHEDULE_STEPS=4500`, `VAL_LOSS_EVERY=0`."),

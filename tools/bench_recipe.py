@@ -14,7 +14,8 @@ technique lowers BPB; its noise is the standard error over pairs, by the spread 
 techniques together: that of two or three pairs alone would be mostly noise.
 
 Runs of equal steps can share a GPU: what one of them waits for, another uses. Their times mean
-nothing then; --times takes those columns from the recipe.json of runs that had a GPU each.
+nothing then and are left out; --times takes those columns from the recipe.json of runs that had a
+GPU each. --table writes the table of what is complete so far, and runs nothing.
 
 Exit status: that of the sweep; 2 bad arguments."""
 
@@ -141,6 +142,23 @@ def cost_of(commit: str) -> tuple[int, int]:
     return more_lines - lines, more_packed - packed
 
 
+def crowded(ledger: sweep.Ledger) -> set[str]:
+    """Names of runs that shared their GPU with another one for a while."""
+    gpus: dict[str, object] = {}  # of the runs that go on
+    found: set[str] = set()
+    for row in ledger.rows:
+        name, event = str(row.get("run_id")), row.get("event")
+        if event == "start":
+            others = {other for other, gpu in gpus.items() if gpu == row.get("gpus")}
+            found |= others | {name} if others else set()
+            gpus[name] = row.get("gpus")
+        elif event == "end":
+            gpus.pop(name, None)
+        elif event == "plan":  # a sweep begins: what went on before is lost
+            gpus.clear()
+    return found
+
+
 def compare(pairs: dict[str, list[sweep.Run]], ledger: sweep.Ledger,
             costs: dict[str, tuple[int, int]], leave_out: bool) -> list[dict[str, object]]:
     """A row for each technique: gains, their noise and the price, over pairs that are complete.
@@ -153,6 +171,7 @@ def compare(pairs: dict[str, list[sweep.Run]], ledger: sweep.Ledger,
         return runs.read_result(ledger.path.parent / str(end["result"])) if end and whole else None
 
     rows, gains = [], dict[str, list[list[float]]]((column, []) for column in SCORES)
+    shared = crowded(ledger)
     for name in [*pairs][1:]:
         both = [(read(a), read(b)) for a, b in zip(pairs[""], pairs[name], strict=True)]
         with_without = [(a, b) if leave_out else (b, a) for a, b in both if a and b]
@@ -160,7 +179,8 @@ def compare(pairs: dict[str, list[sweep.Run]], ledger: sweep.Ledger,
                                   "runs": [(a.run_id, b.run_id) for a, b in with_without]}
         for column, key in {**SCORES, "ms per step": "train.ms_per_step"}.items():
             values = [(x, y) for a, b in with_without
-                      if (x := a.number(key)) is not None and (y := b.number(key)) is not None]
+                      if (x := a.number(key)) is not None and (y := b.number(key)) is not None
+                      and (column in SCORES or not {a.run_id, b.run_id} & shared)]
             if not values:
                 continue
             having, lacking = zip(*values, strict=True)
@@ -221,6 +241,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], dest="common", metavar="NAME=VALUE",
                         help="a setting of all runs, over the shell's; these are over "
                              + " ".join(f"{name}={value}" for name, value in COMMON.items()))
+    parser.add_argument("--table", action="store_true", help="of what is complete; runs nothing")
     parser.add_argument("--leave-out", action="store_true", help="take each away from all")
     parser.add_argument("--cost", action="append", default=[], metavar="NAME=COMMIT",
                         help="the commit that brought a technique: its lines and packed bytes")
@@ -248,7 +269,9 @@ def main(arguments: Sequence[str]) -> int:
             sweep.check_settings(plan)
         if of_sweep.dry_run:
             return sweep.show_plan(plan, settings)
-        status = sweep.run_sweep(plan, settings)
+        if options.table and not (settings.out / "ledger.jsonl").is_file():
+            raise sweep.SweepError(f"--table --out {settings.out}: no ledger there")
+        status = 0 if options.table else sweep.run_sweep(plan, settings)
         ledger = sweep.Ledger(settings.out / "ledger.jsonl")
         rows = compare(pairs, ledger, costs, options.leave_out)
         for row in rows if times else []:
