@@ -44,6 +44,7 @@ def test_variants_take_turns_and_are_compared_with_the_first(
     page.write_text(f"<!-- generated:variants logs/{path.name} -->\n<!-- /generated -->\n")
     text, _ = readme_blocks.regenerate(page)
     assert "| `as it is` | math | `looped` |" in text
+    assert f"| `program={other.name} blas=cublaslt` | math | `looped` |" in text
 
 
 def test_options_reach_the_compiler(make_env: MakeEnv, monkeypatch: pytest.MonkeyPatch) -> None:

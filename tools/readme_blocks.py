@@ -24,6 +24,7 @@ headline, result, bytes and plot without a RUN speak of the runs in submission.j
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -442,7 +443,8 @@ def block_variants(sources: Sources, arguments: Sequence[str]) -> str:
         ms = row.get("ms")
         rounds = [f"{value:.2f}" for value in map(as_number, ms if isinstance(ms, list) else [])
                   if value is not None]
-        body.append([f"`{row.get('variant') or 'as it is'}`", str(row.get("attention")),
+        name = re.sub(r"(?<=program=)\S*/", "", str(row.get("variant") or "as it is"))
+        body.append([f"`{name}`", str(row.get("attention")),
                      f"`{row.get('plan')}`", ", ".join(rounds), number_text(row.get("tok_s")),
                      shown(as_number(row.get("faster")), "+.1%")])
     header = ["Variant", "Attention", "Plan", "Rounds, ms", "Tok/s", "Faster"]
