@@ -220,9 +220,8 @@ class Config:
                 raise ConfigError(f"{variable} is unknown; did you mean {near[0]}?")
         preset = env.get("PRESET", "record")
         require(preset in PRESETS, "preset", repr(preset), "one of " + ", ".join(PRESETS))
-        given = {name.lower(): parse_setting(name, env[name], kind)
-                 for name, kind in known.items() if name in env}
-        return cls(**{**PRESETS[preset], "preset": preset, **given})
+        return cls(**PRESETS[preset] | {name.lower(): parse_setting(name, env[name], kind)
+                                        for name, kind in known.items() if name in env})
 
     # What follows from settings
     head_dim = property(lambda c: c.model_dim // c.num_heads)
@@ -255,9 +254,8 @@ NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_
 # Published steps to the recurrence are shares of the run here; SCHEDULE_STEPS does it to others.
 FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, attn_gate=0.0, min_lr=0.0, train_context="",
                     muon_momentum=0.99, muon_backend="newton_schulz")
-PLAIN = FORMER | dict(
-    quantiser="gptq", compressor="brotli", gptq_damp=0.01, gptq_calibration_batches=64,
-    sliding_window_enabled=True, ttt_mode="sgd", mixer="off", val_tail=False)
+PLAIN = FORMER | dict(quantiser="gptq", compressor="brotli", ttt_mode="sgd", mixer="off",
+    val_tail=False, gptq_damp=0.01, gptq_calibration_batches=64, sliding_window_enabled=True)
 PR1445 = PLAIN | dict(
     vocab_size=4096, ttt_enabled=False, residual="two_lane_drop", max_skips=5, ve_layers="9,10",
     num_loops=1, enable_looping_at=2000 / 5104, qk_gain_init=5.0, embed_wd=0.095, prune=True,
@@ -280,13 +278,11 @@ PRESETS: dict[str, dict] = {
     "pr1395": PR1445 | QUANTILES | dict(
         residual="two_lane_attn", loop_start=4, enable_looping_at=3000 / 5409, matrix_lr=0.02,
         muon_wd=0.09, embed_wd=0.09, warmdown_frac=0.667, averaging="ema_warm", ema_decay=0.997),
-    "pr895": PR1453 | dict(
-        model_dim=832, mlp_mult=2.0, num_loops=4, prog_depth="0.3:2,0.5:3,0.75:4,1:5",
-        matrix_lr=0.015, scalar_lr=0.015, tied_embed_lr=0.018, iterations=200_000,
+    "pr895": PR1453 | dict(model_dim=832, mlp_mult=2.0, num_loops=4, iterations=200_000,
+        prog_depth="0.3:2,0.5:3,0.75:4,1:5", matrix_lr=0.015, scalar_lr=0.015, tied_embed_lr=0.018,
         warmdown_iters=15_000, swa_start_frac=0.4, swa_every=100, max_wallclock_seconds=14_400.0,
         attn_qmax=127, mlp_qmax=127, embed_qmax=127),
-    # The same program at laptop size: two CPU cores, about two minutes.
-    "demo": FORMER | dict(
+    "demo": FORMER | dict(  # the same program at laptop size: two CPU cores, about two minutes
         data_path="data/datasets/demo_sp1024", tokenizer_path="data/tokenizers/demo_1024_bpe.model",
         compile=False, vocab_size=1024, train_seq_len=256, train_batch_tokens=6144,
         micro_batch_tokens=6144, num_layers=5, model_dim=128, num_heads=4, num_kv_heads=2,
@@ -323,10 +319,6 @@ def value_at(schedule: Sequence[tuple[float, int]], progress: float) -> int:
     """What is in force at `progress` (0 to 1)."""
     return next((value for until, value in schedule if progress < until), schedule[-1][1])
 
-# Relations between settings in words, and what contradicts them.
-RELATIONS = {"%": ("a multiple of", np.mod), "<=": ("at most", np.greater),
-             "<": ("below", np.greater_equal)}
-
 def check_consistency(c: Config) -> None:
     """Raises ConfigError for the first two settings that contradict each other."""
     rules = ["model_dim % 8", "mlp_dim % 8", "model_dim % num_heads", "head_dim % 2",
@@ -338,8 +330,10 @@ def check_consistency(c: Config) -> None:
     rules += ["loop_end < parallel_residual_start"] * (c.residual != "parallel")
     if c.ttt_enabled and c.ttt_mode == "sgd":
         rules += ["ttt_enabled <= sliding_window_enabled", "ttt_chunk_tokens % eval_seq_len"]
+    relations = {"%": ("a multiple of", np.mod), "<=": ("at most", np.greater),
+                 "<": ("below", np.greater_equal)}  # in words, and what contradicts them
     for name, sign, other in map(str.split, rules):
-        (words, broken), value = RELATIONS[sign], getattr(c, name)
+        (words, broken), value = relations[sign], getattr(c, name)
         bound = int(other) if other.isdigit() else getattr(c, other)
         require(not broken(value, bound), name, value, f"{words} {other.upper()} ({bound})")
     least, most = c.cross_repeat + 1, c.num_loops + 1
@@ -1485,9 +1479,8 @@ class Trainer:
 
     def mark(self) -> torch.cuda.Event | float:
         """When the device gets to what it is given from now on; on CPU, the time."""
-        if not self.world.is_cuda:
-            return time.perf_counter()
-        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+        return (torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+                if self.world.is_cuda else time.perf_counter())
 
     def take_step(self, plan: DepthPlan, progress: float, batches: Sequence[Tensor]) -> None:
         """Gives the device one step, and the average its share of the new weights."""
@@ -1531,8 +1524,7 @@ class Trainer:
     def skip(self, step: int, norm: float, squares: list[float]) -> None:
         """Notes a step without effect. Raises: GolfError if the one before had none either."""
         losses = self.world.gather(torch.tensor([self.last_loss]).to(self.world.device)).tolist()
-        pairs = zip(self.optimizer.names, squares, strict=True)
-        names = [name for name, square in pairs if not math.isfinite(square)]
+        names = np.array(self.optimizer.names)[~np.isfinite(squares)].tolist()
         text = f"step {step}: gradient norm={norm}, losses by rank: {losses}, not finite in {names}"
         if self.skipped == step - 1:
             raise GolfError(f"{text}, as in the step before")
@@ -1790,7 +1782,6 @@ PIECE = 1 << 19  # of a brotli stream: many small ones share out among cores
 SLOTS = 1 << 15  # the sum of a context's frequencies
 CONTEXTS = 64
 FIRST_MAGNITUDE = 0x3D800000  # the bits of 1/16 as float32
-
 LevelTables = tuple[np.ndarray, np.ndarray]
 
 # Settings without which the weights mean something else.
@@ -2045,16 +2036,15 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
 def save_artifact(path: Path, blob: bytes, found: QuantisedModel, model: GPT, log: RunLog) -> None:
     """Writes the artifact and says where its bytes go."""
     write_atomically(path, blob)
-    cap, code_bytes = model.config.artifact_cap_bytes, len(packed_program())
-    total = code_bytes + len(blob)
-    log.put("artifact", code_bytes=code_bytes, model_bytes=len(blob), total_bytes=total,
-            cap_bytes=cap, unused_bytes=cap - total, path=str(path), sha256=digest(blob),
-            codec=codec_of(model.config))
+    config, code, size = model.config, len(packed_program()), len(blob)
+    cap, total = config.artifact_cap_bytes, code + size
+    log.put("artifact", code_bytes=code, model_bytes=size, total_bytes=total, cap_bytes=cap,
+            unused_bytes=cap - total, path=str(path), sha256=digest(blob), codec=codec_of(config))
     weights = sum(q.numel() for q in found.integers.values())
-    log.put("quantisation", bits_per_weight=round(8 * len(blob) / weights, 4),
+    log.put("quantisation", bits_per_weight=round(8 * size / weights, 4),
             by_tensor=[*tensor_report(model, found)])
     log.event("artifact", **log.result["artifact"])
-    log.line(f"artifact_bytes = {code_bytes:,} code + {len(blob):,} model = {total:,} / {cap:,}")
+    log.line(f"artifact_bytes = {code:,} code + {size:,} model = {total:,} / {cap:,}")
 
 # Runs the program in its archive. Tracebacks and torch.compile read its text in the line cache.
 PACKED_STUB = """import bz2, linecache
@@ -2065,7 +2055,6 @@ exec(compile(s, "<train_gpt>", "exec"))
 
 NAMED = {ast.Name: "id", ast.arg: "arg", ast.FunctionDef: "name", ast.ClassDef: "name",
          ast.ExceptHandler: "name", ast.alias: "name"}  # nodes of a syntax tree that hold names
-
 SIGNS = re.compile(  # a text, which stays as it is, or a sign between spaces
     r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(?<=\S) ?([-+*/%@&|^=<>!,:]+) ?""")
 
@@ -2089,14 +2078,9 @@ def strip_source(source: str) -> str:
     text = SIGNS.sub(lambda found: found[1] or found[2], ast.unparse(tree))
     return re.sub("^ +", lambda indent: indent[0][::4], text, flags=re.M) + "\n"
 
-def named_nodes(scope: ast.AST) -> Iterator[tuple[typing.Any, str]]:
-    """The nodes that hold a name, in the order of the text, and the names."""
-    ahead = [scope]
-    while ahead:
-        node = ahead.pop()
-        ahead += reversed([*ast.iter_child_nodes(node)])
-        if type(node) in NAMED:
-            yield node, getattr(node, NAMED[type(node)])
+def named_nodes(scope: ast.AST) -> list[tuple[typing.Any, str]]:
+    """The nodes that hold a name, and the names."""
+    return [(n, getattr(n, NAMED[type(n)])) for n in ast.walk(scope) if type(n) in NAMED]
 
 def names_in(scope: ast.AST, *, read: bool) -> Counter[str]:
     """How often which names are read inside, or else bound."""
@@ -2114,8 +2098,7 @@ def shorten_names(tree: ast.Module) -> None:
     keywords = {n.arg for n in ast.walk(tree) if isinstance(n, ast.keyword)}
     bodies = [tree.body, *(n.body for n in tree.body if isinstance(n, ast.ClassDef))]
     for function in (n for body in bodies for n in body if isinstance(n, ast.FunctionDef)):
-        given = function.args.args + function.args.kwonlyargs
-        own = [a for a in given if a.arg not in keywords]
+        own = [a for a in function.args.args + function.args.kwonlyargs if a.arg not in keywords]
         kept = {s for n, s in named_nodes(function) if not isinstance(n, ast.Name) and n not in own}
         rename(function, names_in(function, read=False).keys() - kept, "abcdefghijklmnopqrstuvwxyz")
     bound = names_in(tree, read=False)
@@ -2123,8 +2106,8 @@ def shorten_names(tree: ast.Module) -> None:
                   and not s.endswith(("Config", "Error"))}, "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 def rename(scope: ast.AST, names: set[str], letters: str) -> None:
-    """Gives `names` the shortest that are free in a scope, in the order of the text."""
-    nodes = list(named_nodes(scope))
+    """Gives `names` the shortest that are free in a scope, in the order of its tree."""
+    nodes = named_nodes(scope)
     taken = {name for _, name in nodes} - names
     free = (a + b for a in ("", *letters.upper()) for b in letters if a + b not in taken)
     short = {name: next(free) for name in dict.fromkeys(name for _, name in nodes) if name in names}
@@ -2149,6 +2132,12 @@ def unpack_program(path: Path) -> str:
 # Enters: a model and the validation stream. Leaves: nats per target in a ledger, and their total in
 # bits per byte. Target t is token t+1 of the stream, predicted from tokens up to t.
 
+BROKEN = 16 * math.log(2)  # nats where a score is no number: all 16-bit ids are equally likely
+TEMPERED = 1.1, 0.9  # factors of logits
+AUDIT_EVERY = 100  # batches, from the first on: what keeps the overhead at a few percent
+AUDIT_TOLERANCE = 1e-4  # nats, or probability
+CONDITIONS = "c1_causal", "c2_normalised", "c3_score_first", "c4_single_pass", "documents_isolated"
+
 class Windows(NamedTuple):
     """Stretches of the stream to run through the model, and which targets each of them scores."""
     starts: np.ndarray  # first input position
@@ -2170,8 +2159,6 @@ class Windows(NamedTuple):
         counts = (self.stops - self.first_scored)[:, None]
         kept = torch.from_numpy(np.flatnonzero(np.arange(nats_KBS.shape[-1]) < counts))
         return nats_KBS.flatten(-2)[..., kept.to(nats_KBS.device, non_blocking=True)]
-
-BROKEN = 16 * math.log(2)  # nats where a score is no number: all 16-bit ids are equally likely
 
 class ScoreLedger:
     """Every target's score, taken exactly once; nothing is released before it is scored."""
@@ -2211,8 +2198,7 @@ class ScoreLedger:
 
     def save(self, path: Path) -> None:
         buffer, place = io.BytesIO(), np.flatnonzero(self.scored)
-        seconds = time.perf_counter() - self.begin
-        np.savez(buffer, place=place, kept=self.kept.cpu().numpy()[:, place], seconds=seconds)
+        np.savez(buffer, place, self.kept.cpu().numpy()[:, place], time.perf_counter() - self.begin)
         write_atomically(path, buffer.getvalue())
 
     def resume(self, path: Path) -> float:
@@ -2243,8 +2229,6 @@ def document_windows(stream: ValStream, seq_len: int, stride: int) -> Windows:
 
 class Scorer:
     """Runs windows through a model: the one way from a model to a number."""
-    last: ScoreLedger  # of the last evaluation, complete
-
     def __init__(self, model: GPT, plan: DepthPlan, stream: ValStream, world: World,
                  audit: Audit | None = None) -> None:
         self.model, self.plan, self.audit = model, plan, audit
@@ -2252,6 +2236,7 @@ class Scorer:
         self.tokens = torch.from_numpy(stream.tokens).to(world.device)
         self.earlier_seconds = 0.0  # of an evaluation that was interrupted and went on
         self.views = 0  # how many further facts of each score a mixture will want
+        self.last: ScoreLedger  # of the last evaluation, complete
         self.fixed: ScoreLedger | None = None  # of the last evaluation without learning, complete
         self.stopped_at = 0  # targets scored when learning was given up; 0: never
 
@@ -2273,13 +2258,11 @@ class Scorer:
             while len(left):
                 part = windows.select(left[:self.rows])
                 try:
-                    nats_KBS = self.predict(part, (self.rows, width), ledger)
+                    ledger.commit(part, self.predict(part, (self.rows, width), ledger))
+                    left = left[self.rows:]
                 except torch.OutOfMemoryError:
                     require(self.rows > 1, "eval_seq_len", width, "shorter: memory is full")
                     self.rows //= 2
-                else:
-                    ledger.commit(part, nats_KBS)
-                    left = left[self.rows:]
 
     def predict(self, windows: Windows, shape: tuple[int, int], ledger: ScoreLedger,
                 adapter: LowRank | None = None) -> Tensor:
@@ -2312,11 +2295,6 @@ class Scorer:
     def states(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
         runner = adapter.run_block if adapter else None  # and each row is of one document
         return self.model.hidden(rows[:, :-1], self.plan, adapter, runner)[:, skip:]
-
-TEMPERED = 1.1, 0.9  # factors of logits
-AUDIT_EVERY = 100  # batches, from the first on: what keeps the overhead at a few percent
-AUDIT_TOLERANCE = 1e-4  # nats, or probability
-CONDITIONS = "c1_causal", "c2_normalised", "c3_score_first", "c4_single_pass", "documents_isolated"
 
 class Audit:
     """Checks evaluations while they run: order in every batch, distributions in sampled ones."""
@@ -2365,8 +2343,7 @@ class Audit:
         row_KBV = torch.cat([scorer.judge(
             x_BSD[:, drawn:drawn + 1].expand(-1, len(ids), -1), ids.expand(len(rows), -1), adapter)
             for ids in torch.arange(len(model.embed)).to(rows).split(64)], dim=2)
-        mass_KB = (-row_KBV.double()).exp().sum(2)
-        self.note("c2_normalised", len(rows), (mass_KB - 1).abs().max())
+        self.note("c2_normalised", len(rows), ((-row_KBV.double()).exp().sum(2) - 1).abs().max())
         if scorer.views and drawn < counts[0]:
             self.rows[int(windows.first_scored[0]) + drawn] = row_KBV[:, 0].cpu().numpy()
 
@@ -2427,6 +2404,8 @@ def log_score(log: RunLog, key: str, label: str, score: Score) -> None:
 
 MAX_HARM = 0.1  # nats per target of a chunk or batch of documents, at which learning is given up
 HARM_EVERY = 8  # passes over a batch of documents: each look waits for the device
+RECORD_RANKS, SAVE_SECONDS = 8, 60.0
+Factors = dict[str, tuple[Tensor, Tensor]]  # by site: (B, inputs, R), (B, R, outputs); R is rank
 
 def adapt(scorer: Scorer, sgd: torch.optim.SGD, tokens: np.ndarray, lr: float) -> None:
     """All epochs on one released chunk; a tail shorter than a sequence is left out. A step is on
@@ -2458,16 +2437,13 @@ def evaluate_adapting(scorer: Scorer, windows: Windows) -> Score:
         first, last = chunk * size, min((chunk + 1) * size, stream.num_targets)
         scorer.score(windows.select(windows.first_scored // size == chunk), ledger)  # 1. predict
         tokens = ledger.released(first, last)  # 2. final
-        mine = first + np.flatnonzero(ledger.scored[first:last])
-        if scorer.is_harmed(ledger, mine, world):
+        if scorer.is_harmed(ledger, first + np.flatnonzero(ledger.scored[first:last]), world):
             torch._foreach_copy_([p.data for p in weights], artifact)
             scorer.stopped_at = last
         if chunk < last_chunk and not scorer.stopped_at:
             lr = config.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last_chunk))
             adapt(scorer, sgd, tokens, lr)  # 3. learn from final tokens only
     return finish_score(scorer, ledger)
-
-Factors = dict[str, tuple[Tensor, Tensor]]  # by site: (B, inputs, R), (B, R, outputs); R is rank
 
 def low_rank(factors: Factors, scale: float, site: Site, x: Tensor, y: Tensor) -> Tensor:
     """`y` plus, row by row of the batch, a scaled low-rank map of `x`."""
@@ -2489,9 +2465,8 @@ class LowRank:
             for visit in range(-1, len(plan.visits))}
         self.pairs = [pair for factors in self.factors.values() for pair in factors.values()]
         self.parameters = [factor for pair in self.pairs for factor in pair]
-        self.adam = torch.optim.AdamW(
-            self.parameters, lr=c.ttt_lora_lr, betas=(c.ttt_beta1, c.ttt_beta2), eps=1e-10,
-            weight_decay=c.ttt_weight_decay, fused=model.embed.is_cuda)
+        self.adam = torch.optim.AdamW(self.parameters, lr=c.ttt_lora_lr, fused=model.embed.is_cuda,
+            betas=(c.ttt_beta1, c.ttt_beta2), eps=1e-10, weight_decay=c.ttt_weight_decay)
 
     def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
         return low_rank(self.factors[visit], self.scale, site, x, y)
@@ -2518,8 +2493,6 @@ class LowRank:
         loss.backward()
         self.adam.step()
         self.adam.zero_grad()
-
-RECORD_RANKS, SAVE_SECONDS = 8, 60.0
 
 def document_passes(starts: np.ndarray, stops: np.ndarray, config: Config
                     ) -> list[list[tuple[Windows, int]]]:
@@ -2818,8 +2791,7 @@ def train_to_artifact(setup: Setup, path: Path) -> None:
             log_score(log, "raw", "final raw weights", result)
     plan, hessians = trainer.run(validate)
     begin = time.perf_counter() - log.result["clocks"]["training_seconds"]
-    # Full float32 products from here on: error feedback cancels too finely for tf32.
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision("highest")  # error feedback cancels too finely for tf32
     quantised, blob = fit_to_cap(trainer.model, hessians, plan, world, log)
     if world.is_main:
         save_artifact(path, blob, quantised, trainer.model, log)
@@ -2829,14 +2801,13 @@ def train_to_artifact(setup: Setup, path: Path) -> None:
 
 def plan_evaluations(config: Config, val: ValStream, prefix: str) -> Iterator[tuple]:
     """Key, label of published logs, function and inputs of the evaluations of an artifact."""
-    targets, length, by_document = val.num_targets, config.eval_seq_len, config.ttt_mode != "sgd"
-    sliding = sliding_windows(targets, length, config.eval_stride)
-    yield "quantised", "quantized", evaluate, sliding_windows(targets, length, length)
+    targets, size, by_document = val.num_targets, config.eval_seq_len, config.ttt_mode != "sgd"
+    sliding = sliding_windows(targets, size, config.eval_stride)
+    yield "quantised", "quantized", evaluate, sliding_windows(targets, size, size)
     if config.sliding_window_enabled:
         yield "sliding", "quantized_sliding_window", evaluate, sliding
     if by_document:
-        windows = document_windows(val, length, length)
-        yield "documents", "quantized_documents", evaluate, windows, True
+        yield "documents", "quantized_documents", evaluate, document_windows(val, size, size), True
     if config.ttt_enabled:
         learner = (evaluate_documents, prefix) if by_document else (evaluate_adapting, sliding)
         yield f"ttt_{config.ttt_mode}", "quantized_ttt", *learner
@@ -2873,10 +2844,9 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         score = mixed._replace(seconds=score.seconds + mixed.seconds)
         full += mixed.seconds * most
     # The strict clock runs from opening the file on, the lenient one in the headline alone.
-    strict = time.perf_counter() - begin + scorer.earlier_seconds
-    log.put("clocks", eval_seconds_strict=strict, eval_seconds_lenient=score.seconds,
-            eval_budget_seconds=config.max_eval_seconds,
-            projected_full_eval_seconds_8gpu=strict - score.seconds + full)
+    strict, lenient = time.perf_counter() - begin + scorer.earlier_seconds, score.seconds
+    log.put("clocks", eval_seconds_strict=strict, eval_budget_seconds=config.max_eval_seconds,
+            eval_seconds_lenient=lenient, projected_full_eval_seconds_8gpu=strict - lenient + full)
     if scorer.audit:
         log.result["audit"] = record = scorer.audit.report(world)
         if failed := [f"{name} {facts}" for name, facts in record.items() if not facts["passed"]]:
