@@ -756,7 +756,6 @@ GATE_WIDTH = 12  # dimensions that a gate reads
 VALUE_EMBED_DIM = 128
 TABLES = "embed", "ve_table", "value_tables"
 MATRICES = "qkv", "out", "up", "down"
-
 Site = Literal["qkv", "out", "up", "down", "head"]
 SITES: tuple[Site, ...] = typing.get_args(Site)
 Attend = Callable[..., Tensor]  # q_BTHK, k_BTGK, v_BTGK -> y_BTHK, causal
@@ -959,10 +958,9 @@ class GPT(nn.Module):
                 "cross_repeat_scales": zeros(L * config.cross_repeat, config.num_loops, D)}.items():
             if value.numel():  # of nothing there is no parameter
                 self.register_parameter(name, nn.Parameter(value))
-        scale = torch.arange(1.0, L + 1).rsqrt() if config.ln_scale else ones(L)
+        self.norm_scale = nn.Buffer(torch.arange(1, L + 1).rsqrt() if config.ln_scale else ones(L))
         length, rotated = max(config.train_seq_len, config.eval_seq_len), config.rope_dims
-        rotary = rotary_tables(length, rotated or config.head_dim, config.rope_base)
-        self.norm_scale, self.rotary = nn.Buffer(scale), nn.Buffer(rotary)
+        self.rotary = nn.Buffer(rotary_tables(length, rotated or config.head_dim, config.rope_base))
         # One graph per form of a block serves every visit, plan and evaluation.
         self.run_block, self.embed_tokens, self.norm, self.softcapped_nll = (
             maybe_compile(f, config) for f in (run_block, embed_tokens, rms_norm, softcapped_nll))
@@ -996,8 +994,7 @@ class GPT(nn.Module):
 
     def vectors(self, *but: str) -> dict[str, nn.Parameter]:
         """The tensors that stay floating-point numbers; Muon trains one of them, ve_proj."""
-        others = TABLES + MATRICES + but
-        return {name: p for name, p in self.named_parameters() if name not in others}
+        return {k: p for k, p in self.named_parameters() if k not in TABLES + MATRICES + but}
 
     def block_weights(self) -> list[BlockWeights]:
         # A scale of outputs goes into the weights: rows of them are few, rows of a batch are many.
@@ -1157,8 +1154,7 @@ def muon_momentum(step: float, config: Config) -> float:
     share, first = step / config.muon_momentum_warmup_steps, config.muon_momentum_warmup_start
     return first + min(share, 1.0) * (config.muon_momentum - first)
 
-# Coefficients of x, x^3 and x^5 in each iteration, the last ones for all that follow. Sources:
-# Muon (Jordan et al. 2024), Polar Express (Amsel et al. 2025).
+# Of x, x^3, x^5 by iteration, the last for all that follow: Jordan et al. 2024, Amsel et al. 2025.
 QUINTICS = {"newton_schulz": [(3.4445, -4.7750, 2.0315)], "polar_express": [
     (8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
     (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232)]}
@@ -1403,9 +1399,8 @@ class Trainer:
             log.put("train", startup_seconds=time.time() - log.started)
             log.line(f"gptq:reserving {reserve:.1f}s of {config.max_wallclock_seconds:g}s")
         live, world = [*self.replicated(), *self.optimizer.momenta], self.world
-        for tensor, value in zip(live, self.saved, strict=False):  # which may be weights alone
-            shared = value.shape != tensor.shape
-            tensor.copy_(value.chunk(world.size)[world.rank] if shared else value)
+        for mine, value in zip(live, self.saved, strict=False):  # which may be weights alone
+            mine.copy_(value if value.shape == mine.shape else value.chunk(world.size)[world.rank])
         world.synchronize()
         self.clock = TrainingClock(config, world, reserve)
         self.clock.begin -= state.seconds
@@ -1966,12 +1961,11 @@ def decode_artifact(data: bytes, config: Config) -> tuple[DepthPlan, QuantisedMo
         sizes = [shape.numel() for shape in small.values()]
         halves = torch.tensor(decompress(frames.pop(), (2, sum(sizes))).T.copy())
         values = zip(small.items(), halves.view(torch.float16).flatten().split(sizes), strict=True)
-        floats = {name: value.view(shape) for (name, shape), value in values}
         integers = {name: torch.zeros(shape, dtype=torch.int8) for name, shape in stacks.items()}
         parts = [part for levels in integers.values() for part in stream_parts(levels, codec)]
         for part, stream in zip(parts, frames, strict=True):
             part.copy_(torch.tensor(CODERS[codec][1](stream, part.shape)))
-        return plan, QuantisedModel(integers, floats)
+        return plan, QuantisedModel(integers, {k: v.view(shape) for (k, shape), v in values})
     except (ValueError, TypeError, LookupError, RecursionError, ImportError) as error:
         raise ArtifactError(f"malformed: {error!r}") from None
 
@@ -2408,8 +2402,7 @@ RECORD_RANKS, SAVE_SECONDS = 8, 60.0
 Factors = dict[str, tuple[Tensor, Tensor]]  # by site: (B, inputs, R), (B, R, outputs); R is rank
 
 def adapt(scorer: Scorer, sgd: torch.optim.SGD, tokens: np.ndarray, lr: float) -> None:
-    """All epochs on one released chunk; a tail shorter than a sequence is left out. A step is on
-    the mean over a batch, of which every rank has equally many rows: padding is not counted."""
+    """All epochs on a released chunk but its tail, in steps on a batch's mean without padding."""
     config, world, parameters = scorer.model.config, scorer.world, sgd.param_groups[0]["params"]
     if tokens.size <= config.eval_seq_len:
         return
