@@ -36,7 +36,7 @@ import time
 import typing
 import zipfile
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -605,10 +605,10 @@ def find_shards(folder: Path, split: str) -> list[Path]:
 
 class TrainLoader:
     """Windows of `seq_len + 1` tokens; number n depends on the seed and the shards alone."""
-    def __init__(self, shards: Sequence[np.ndarray], config: Config) -> None:
-        self.shards, self.config, self.seq_len = shards, config, config.train_seq_len
-        self.num_tokens = sum(shard.size for shard in shards)
-        self.ends_sha256 = digest(b"".join(shard[-999:].tobytes() for shard in shards))
+    def __init__(self, shards: Iterable[np.ndarray], config: Config) -> None:
+        self.shards, self.config, self.seq_len = [*shards], config, config.train_seq_len
+        self.num_tokens = sum(shard.size for shard in self.shards)
+        self.ends_sha256 = digest(b"".join(shard[-999:].tobytes() for shard in self.shards))
         self.enter_epoch(0)
         if not len(self.starts):
             raise DataError(f"{config.dataset_dir}: {self.num_tokens} training tokens; shards need "
@@ -1222,24 +1222,23 @@ class Optimizer:
     @torch.no_grad()
     def step(self, step: float, scale: float) -> Tensor:
         """Applies gradients at `scale` times the base rates if their norm, returned, is finite."""
-        config = self.config
         shares = [group.reduce_gradients() for group in self.groups]
         replicated = [typing.cast(Tensor, p.grad) for p in self.replicated]
         self.world.sum_all_(replicated, 1 / self.world.size)
         self.squares = torch.stack(torch._foreach_norm([*shares, *replicated])).square()
         self.world.combine(self.squares[:len(shares)])
         norm = self.squares.sum().sqrt()
-        factor = ((config.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
+        factor = ((self.config.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([*shares, *replicated], factor)
         bad = ~norm.isfinite()  # known to the device; nothing here waits for it
         self.adam.found_inf = bad.float()  # type: ignore[attr-defined] # the fused kernel then leaves all as it is
         for adam_group in self.adam.param_groups:
             adam_group["lr"] = adam_group["base"] * scale
         self.adam.step()
-        lr = torch.where(bad, 0.0, config.matrix_lr * scale)
-        momentum = torch.where(bad, 1.0, muon_momentum(step, config))
+        lr = torch.where(bad, 0.0, self.config.matrix_lr * scale)
+        momentum = torch.where(bad, 1.0, muon_momentum(step, self.config))
         for group, share in zip(self.groups, shares, strict=True):
-            group.step(share.masked_fill_(bad, 0.0), lr, momentum, config)
+            group.step(share.masked_fill_(bad, 0.0), lr, momentum, self.config)
         self.model.zero_grad()
         return norm
 
@@ -1345,8 +1344,7 @@ class Trainer:
         self.config, self.world, self.log = config, world, log
         self.state, self.saved = start or (TrainState({}), [])
         self.shape = batch_shape(config, world.size)
-        shards = [*map(read_shard, find_shards(config.dataset_dir, "train"))]
-        self.loader = TrainLoader(shards, config)
+        self.loader = TrainLoader(map(read_shard, find_shards(config.dataset_dir, "train")), config)
         self.model = GPT(config, attend, compute_dtype(world.device))
         self.model.initialise(config.seed)
         self.optimizer = Optimizer(self.model.to(world.device), config, world)
@@ -1830,8 +1828,7 @@ def expected_shapes(config: Config) -> tuple[dict[str, torch.Size], dict[str, to
 
 def stream_parts(levels: Tensor, codec: str) -> Sequence[Tensor]:
     """What of a stack goes into each stream: all of it for the adaptive coder, else pieces."""
-    whole = levels.view(-1, *levels.shape[-2:])
-    return [whole] if codec == "ans" else whole.flatten().split(PIECE)
+    return [levels.view(-1, *levels.shape[-2:])] if codec == "ans" else levels.view(-1).split(PIECE)
 
 def class_magnitude(classes: np.ndarray, shift: int) -> np.ndarray:
     """The float32 magnitudes at which classes begin, 2**(23 - shift) of them per octave."""
@@ -2111,8 +2108,7 @@ def rename(scope: ast.AST, names: set[str], letters: str) -> None:
 def pack_program(source: str) -> bytes:
     """A zip that Python runs like the script. Equal sources give equal bytes."""
     data = bz2.compress(strip_source(source).encode())
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
         for name, content in (("source", data), ("__main__.py", PACKED_STUB.encode())):
             archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED, 9)  # undated
     return buffer.getvalue()
@@ -2761,7 +2757,7 @@ def data_facts(config: Config, val: ValStream) -> dict[str, object]:
              "val_targets": val.num_targets, "val_raw_bytes": manifest.get("val_raw_bytes"),
              "fingerprint": digest(val.tokens.tobytes())[:16], "tokenizer_sha256": tokenizer}
     if not config.eval_only:
-        loader = TrainLoader([read_shard(path) for path in find_shards(folder, "train")], config)
+        loader = TrainLoader(map(read_shard, find_shards(folder, "train")), config)
         facts |= {"train_tokens": loader.num_tokens, "train_shards": len(loader.shards),
                   "train_ends_sha256": loader.ends_sha256}
     return facts
