@@ -2398,14 +2398,14 @@ RECORD_RANKS, SAVE_SECONDS = 8, 60.0
 Factors = dict[str, tuple[Tensor, Tensor]]  # by site: (B, inputs, R), (B, R, outputs); R is rank
 
 def adapt(scorer: Scorer, sgd: torch.optim.SGD, tokens: np.ndarray, lr: float) -> None:
-    """All epochs on a released chunk but its tail, in steps on a batch's mean without padding."""
+    """All epochs on a released chunk, less a tail shorter than a sequence; padding is no loss."""
     config, world, parameters = scorer.model.config, scorer.world, sgd.param_groups[0]["params"]
     if tokens.size <= config.eval_seq_len:
         return
     sgd.param_groups[0]["lr"] = lr
     rows = torch.from_numpy(tokens).unfold(0, config.eval_seq_len + 1, config.eval_seq_len)
     for batch in rows.split(config.eval_rows) * config.ttt_epochs:
-        share = -(-len(batch) // world.size)
+        share = -(-len(batch) // world.size)  # equally many on every rank: the step is on one mean
         mine = batch[world.rank * share:(world.rank + 1) * share]
         padded = F.pad(mine, (0, 0, 0, share - len(mine))).to(world.device)
         nats = scorer.model(padded[:, :-1], padded[:, 1:], scorer.plan)
