@@ -227,7 +227,8 @@ class Config:
     head_dim = property(lambda c: c.model_dim // c.num_heads)
     kv_dim = property(lambda c: c.num_kv_heads * c.head_dim)  # of all keys, or of all values
     mlp_dim = property(lambda c: int(c.mlp_mult * c.model_dim))
-    ve_blocks = property(lambda c: numbers("ve_layers", c.ve_layers) if c.ve_layers else [])
+    ve_blocks = property(lambda c: [parse_setting("ve_layers", part, int)
+                                    for part in c.ve_layers.split(",") if part])
     eval_rows = property(lambda c: max(1, c.val_batch_tokens // (8 * c.eval_seq_len)))  # of a rank
     dataset_dir = property(lambda c: Path(
         c.data_path or f"{c.data_dir}/datasets/fineweb10B_sp{c.vocab_size}"))
@@ -958,9 +959,11 @@ class GPT(nn.Module):
                 "cross_repeat_scales": zeros(L * config.cross_repeat, config.num_loops, D)}.items():
             if value.numel():  # of nothing there is no parameter
                 self.register_parameter(name, nn.Parameter(value))
-        self.norm_scale = nn.Buffer(torch.arange(1, L + 1).rsqrt() if config.ln_scale else ones(L))
+        self.norm_scale = nn.Buffer(
+            torch.arange(1, L + 1).rsqrt() if config.ln_scale else ones(L), persistent=False)
         length, rotated = max(config.train_seq_len, config.eval_seq_len), config.rope_dims
-        self.rotary = nn.Buffer(rotary_tables(length, rotated or config.head_dim, config.rope_base))
+        self.rotary = nn.Buffer(rotary_tables(
+            length, rotated or config.head_dim, config.rope_base), persistent=False)
         # One graph per form of a block serves every visit, plan and evaluation.
         self.run_block, self.embed_tokens, self.norm, self.softcapped_nll = (
             maybe_compile(f, config) for f in (run_block, embed_tokens, rms_norm, softcapped_nll))
@@ -1154,7 +1157,8 @@ def muon_momentum(step: float, config: Config) -> float:
     share, first = step / config.muon_momentum_warmup_steps, config.muon_momentum_warmup_start
     return first + min(share, 1.0) * (config.muon_momentum - first)
 
-# Of x, x^3, x^5 by iteration, the last for all that follow: Jordan et al. 2024, Amsel et al. 2025.
+# Coefficients of x, x^3 and x^5 in each iteration, the last ones for all that follow. Sources:
+# Muon (Jordan et al. 2024), Polar Express (Amsel et al. 2025).
 QUINTICS = {"newton_schulz": [(3.4445, -4.7750, 2.0315)], "polar_express": [
     (8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
     (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232)]}
@@ -1749,7 +1753,7 @@ def tensor_report(model: GPT, quantised: QuantisedModel) -> Iterator[dict[str, o
 def entropy_bits(levels: Tensor) -> float:
     """Order-0 entropy of a stack of integers in bits, with one histogram per matrix."""
     matrices = levels.view(-1, levels.shape[-2:].numel()).numpy().view(np.uint8)
-    counts = np.stack([np.bincount(matrix, None, 256) for matrix in matrices])
+    counts = np.stack([np.bincount(matrix, minlength=256) for matrix in matrices])
     return float((counts * np.log2(matrices.shape[1] / counts.clip(1))).sum())
 
 def estimate_artifact_bytes(config: Config) -> int:
@@ -2333,7 +2337,8 @@ class Audit:
         row_KBV = torch.cat([scorer.judge(
             x_BSD[:, drawn:drawn + 1].expand(-1, len(ids), -1), ids.expand(len(rows), -1), adapter)
             for ids in torch.arange(len(model.embed)).to(rows).split(64)], dim=2)
-        self.note("c2_normalised", len(rows), ((-row_KBV.double()).exp().sum(2) - 1).abs().max())
+        mass_KB = (-row_KBV.double()).exp().sum(2)
+        self.note("c2_normalised", len(rows), (mass_KB - 1).abs().max())
         if scorer.views and drawn < counts[0]:
             self.rows[int(windows.first_scored[0]) + drawn] = row_KBV[:, 0].cpu().numpy()
 

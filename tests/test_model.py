@@ -107,6 +107,12 @@ def reference_nats(model: golf.GPT, row: Tensor, order: list[int]) -> Tensor:
     return torch.logsumexp(logits, -1) - logits.gather(-1, row[1:, None].long())[:, 0]
 
 
+def test_a_saved_model_is_its_parameters_alone(config: golf.Config) -> None:
+    """What follows from settings, as rotary tables by EVAL_SEQ_LEN, is made anew."""
+    model = random_model(config)
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys()
+
+
 @pytest.mark.parametrize("plan", ["unlooped", "looped"])
 @pytest.mark.parametrize("settings", [
     {}, {"PARALLEL_RESIDUAL_START": -1}, {"PARALLEL_RESIDUAL_START": 0}, {"XSA_LAST_N": 0},

@@ -16,6 +16,7 @@ import pytest
 import torch
 from test_model import one_head, rms, rotated
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from toy import MakeConfig, MakeEnv, SilentLog, blocks_of, random_model, random_tokens, read_result
 
 import train_gpt as golf
@@ -345,7 +346,7 @@ def test_one_graph_per_form_of_a_block(build: MakeConfig, name: str, forms: int,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """Serial; with a skip; where lanes part; one lane's skip; none; with a value embedding. Or:
     exclusive or not, with what the pass before put out or without."""
-    compiler = torch._dynamo.testing.CompileCounter()
+    compiler = CompileCounter()
     monkeypatch.setattr(golf, "maybe_compile", lambda function, _: torch.compile(
         function, fullgraph=True, dynamic=False, backend=compiler))
     torch._dynamo.reset()
@@ -665,6 +666,8 @@ def test_zstd_round_trip_and_damage(build: MakeConfig) -> None:
     ("pr1445", {"PARALLEL_RESIDUAL_START": -1}, ("LOOP_END=5", "PARALLEL_RESIDUAL_START (-1)")),
     ("pr1445", {"VE_LAYERS": "9,11"}, ("VE_LAYERS='9,11'", "NUM_LAYERS (11)")),
     ("pr1445", {"VE_LAYERS": "9;10"}, ("VE_LAYERS='9;10'", "must be a number")),
+    ("pr1445", {"VE_LAYERS": "9:10"}, ("VE_LAYERS='9:10'", "must be a number")),
+    ("pr1445", {"VE_LAYERS": "9.0"}, ("VE_LAYERS='9.0'", "must be a number")),
     ("pr1453", {"PROG_DEPTH": "0.3:2,1:3"}, ("PROG_DEPTH='0.3:2,1:3'", "NUM_LOOPS (3)")),
     ("pr1453", {"NUM_LOOPS": 4}, ("PROG_DEPTH=", "NUM_LOOPS (4)")),
     ("pr1453", {"PROG_DEPTH": "0.3:1,1:4"}, ("PROG_DEPTH='0.3:1,1:4'", "CROSS_REPEAT=1")),
