@@ -269,10 +269,8 @@ def main(arguments: Sequence[str]) -> int:
             sweep.check_settings(plan)
         if of_sweep.dry_run:
             return sweep.show_plan(plan, settings)
-        if options.table and not (settings.out / "ledger.jsonl").is_file():
-            raise sweep.SweepError(f"--table --out {settings.out}: no ledger there")
         status = 0 if options.table else sweep.run_sweep(plan, settings)
-        ledger = sweep.Ledger(settings.out / "ledger.jsonl")
+        ledger = sweep.existing_ledger(settings.out, "--table --out")
         rows = compare(pairs, ledger, costs, options.leave_out)
         for row in rows if times else []:
             row |= {name: times.get(str(row["technique"]), {}).get(name) for name in TIMES}

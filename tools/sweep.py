@@ -943,11 +943,16 @@ def run_sweep(plan: list[Run], settings: Settings) -> int:
     return status
 
 
+def existing_ledger(out: Path, option: str = "--out") -> Ledger:
+    """The ledger of a folder that an option named. Raises: SweepError when there is none."""
+    if not (out / "ledger.jsonl").is_file():
+        raise SweepError(f"{option} {out}: no ledger there")
+    return Ledger(out.resolve() / "ledger.jsonl")
+
+
 def show_status(out: Path) -> int:
     """Prints the table of a folder's ledger. Raises: SweepError when there is none."""
-    if not (out / "ledger.jsonl").is_file():
-        raise SweepError(f"--out {out}: no ledger there")
-    print(table(Ledger(out.resolve() / "ledger.jsonl")))
+    print(table(existing_ledger(out)))
     return 0
 
 
