@@ -854,7 +854,7 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
 def linear(x: Tensor, w_OI: Tensor, site: Site, tap: Tap | None) -> Tensor:
     """`x` times the transpose of `w`, as seen or changed by an adapter."""
     y = F.linear(x, w_OI)
-    return tap(site, x, y) if tap else y
+    return y if tap is None else tap(site, x, y)
 
 def attention(x_BTD: Tensor, w: BlockWeights, form: str, rotary: Tensor, attend: Attend,
               tap: Tap | None, value: Sequence[Tensor] = ()) -> Tensor:

@@ -144,11 +144,11 @@ def test_projection_counts_the_official_text_at_measured_steps(
     assert steps / 8 <= projected <= 1.05 * steps / 8
 
 
+@torch._dynamo.config.patch(recompile_limit=64)
 def test_one_graph_per_block_form_serves_all_passes(make_config: MakeConfig,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """Serial and parallel blocks, each with and without a skip, whatever the widths."""
     FORMS, compiler = 4, CompileCounter()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
     monkeypatch.setattr(golf, "maybe_compile", lambda function, _: torch.compile(
         function, fullgraph=True, dynamic=False, backend=compiler))
     scorer = make_scorer(make_config(XSA_LAST_N=5, TTT_BATCH_SIZE=4, TTT_CHUNK_SIZE=16),

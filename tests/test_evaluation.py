@@ -329,8 +329,8 @@ def official_stream() -> golf.ValStream:
 RECORD = golf.Config(track="10min_16mb")
 
 
-def test_record_track_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+@torch._dynamo.config.patch(disable=False)  # a monkeypatch cannot be undone there
+def test_record_track_is_recognised() -> None:
     for config in (RECORD, replace(RECORD, track="auto")):
         world = golf.World(0, 8)
         assert golf.resolve_track(config, world, official_stream(), "fa3") == "10min_16mb"
@@ -343,18 +343,17 @@ def test_record_track_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     (8, True, {"max_wallclock_seconds": 0.0}, "fa3", "MAX_WALLCLOCK_SECONDS=0"),
     (8, True, {"max_eval_seconds": 601.0}, "fa3", "MAX_EVAL_SECONDS=601"),
     (8, True, {"artifact_cap_bytes": 16_000_001}, "fa3", "ARTIFACT_CAP_BYTES=16000001")])
+@torch._dynamo.config.patch(disable=False)
 def test_false_claim_of_the_record_track_is_refused(
-        monkeypatch: pytest.MonkeyPatch, size: int, official: bool, changes: dict[str, float],
-        attention: str, named: str) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+        size: int, official: bool, changes: dict[str, float], attention: str, named: str) -> None:
     stream = official_stream() if official else random_stream(1)
     config = replace(RECORD, **changes)  # type: ignore[arg-type]
     with pytest.raises(golf.ConfigError, match=named):
         golf.resolve_track(config, golf.World(0, size), stream, attention)
 
 
-def test_disabled_compiler_is_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(disable=True)
+def test_disabled_compiler_is_no_record() -> None:
     """However torch was told so: TORCH_COMPILE_DISABLE=0, for one, disables nothing."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     with pytest.raises(golf.ConfigError, match="COMPILE"):
         golf.resolve_track(RECORD, golf.World(0, 8), official_stream(), "fa3")

@@ -401,6 +401,25 @@ def test_attention_that_works_wins_over_later_ones(monkeypatch: pytest.MonkeyPat
     assert (backend.name, backend.rejected) == ("fa3", {})
 
 
+def test_compiled_code_never_asks_for_the_truth_of_a_tap(config: golf.Config) -> None:
+    """PyTorch 2.11 cannot trace that of a partial function which holds tensors, as adapters do."""
+    class Tap:
+        def __call__(self, site: golf.Site, x: Tensor, y: Tensor) -> Tensor:
+            return y
+
+        def __bool__(self) -> bool:
+            raise AssertionError("asked for its truth")
+
+    model, ids, plan = random_model(config), random_tokens(2, 33), plan_named(config, "looped")
+
+    def run(stream: golf.Stream, *others: object) -> tuple[Tensor, ...]:
+        return golf.run_block(stream, *others[:-1], Tap())  # type: ignore[arg-type]
+
+    wanted = model.hidden(ids, plan)
+    assert torch.equal(model.hidden(ids, plan, lambda *key: key[-1], run), wanted)
+
+
+
 @pytest.mark.parametrize("plan", ["unlooped", "looped"])
 def test_forward_is_one_graph(config: golf.Config, plan: str) -> None:
     """Traced without generating code: a graph break would raise."""
