@@ -136,8 +136,7 @@ class Config:
     muon_momentum: float = within(0.97, 0, 0.9999)
     muon_momentum_warmup_start: float = within(0.92, 0, 0.9999)
     muon_momentum_warmup_steps: int = within(1500, 1, 10**7)
-    muon_backend: Literal["newton_schulz", "polar_express"] = "polar_express"
-    muon_backend_steps: int = within(5, 1, 20)  # its iterations
+    muon_backend_steps: int = within(5, 1, 20)  # iterations of Newton-Schulz
     muon_row_normalize: bool = True
     muon_wd: float = within(0.095, 0, 10)
     embed_wd: float = within(0.085, 0, 10)
@@ -254,7 +253,7 @@ NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_
 
 # Published steps to the recurrence are shares of the run here; SCHEDULE_STEPS does it to others.
 FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, attn_gate=0.0, min_lr=0.0, train_context="",
-                    muon_momentum=0.99, muon_backend="newton_schulz")
+                    muon_momentum=0.99)
 PLAIN = FORMER | dict(quantiser="gptq", compressor="brotli", ttt_mode="sgd", mixer="off",
     val_tail=False, gptq_damp=0.01, gptq_calibration_batches=64, sliding_window_enabled=True)
 PR1445 = PLAIN | dict(
@@ -1157,18 +1156,14 @@ def muon_momentum(step: float, config: Config) -> float:
     share, first = step / config.muon_momentum_warmup_steps, config.muon_momentum_warmup_start
     return first + min(share, 1.0) * (config.muon_momentum - first)
 
-# Coefficients of x, x^3 and x^5 in each iteration, the last ones for all that follow. Sources:
-# Muon (Jordan et al. 2024), Polar Express (Amsel et al. 2025).
-QUINTICS = {"newton_schulz": [(3.4445, -4.7750, 2.0315)], "polar_express": [
-    (8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
-    (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232)]}
+QUINTIC = 3.4445, -4.7750, 2.0315  # of x, x^3 and x^5; Muon (Jordan et al. 2024)
 
-def orthogonalise(update_MRC: Tensor, iterations: int, backend: str = "newton_schulz") -> Tensor:
+def orthogonalise(update_MRC: Tensor, iterations: int) -> Tensor:
     """Matrices made nearly orthogonal by odd polynomials of their singular values."""
     x = update_MRC.bfloat16()
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    for number in range(iterations):
-        a, b, c = QUINTICS[backend][:number + 1][-1]
+    a, b, c = QUINTIC
+    for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
@@ -1199,7 +1194,7 @@ class MatrixGroup:
         if config.muon_row_normalize:  # the rows of a tall matrix lie as columns here
             columns, rows = (update.norm(dim=d, keepdim=True) for d in (1, 2))
             update = update / torch.where(self.tall_M11, columns, rows).clamp_min(1e-7)
-        update = orthogonalise(update, config.muon_backend_steps, config.muon_backend)
+        update = orthogonalise(update, config.muon_backend_steps)
         parts = self.world.gather(update).split(self.counts)[:-1]
         for w, tall, part in zip(self.views, self.tall, parts, strict=True):
             scale = lr * math.sqrt(max(1.0, w.shape[1] / w.shape[2]))
