@@ -20,7 +20,8 @@ python := $(VENV)/bin/python
 # module=requirement: installed only where the module cannot be found
 run_modules := torch='$(TORCH)' numpy=numpy sentencepiece=sentencepiece brotli='brotli>=1.2'
 dev_modules := pytest=pytest xdist=pytest-xdist hypothesis=hypothesis ruff=ruff mypy=mypy constriction=constriction \
-               huggingface_hub=huggingface_hub zstandard=zstandard
+               huggingface_hub=huggingface_hub zstandard=zstandard \
+               $(if $(filter Linux,$(shell uname -s)),triton=triton)
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,4p' Makefile

@@ -11,7 +11,7 @@ scores held-out text in bits per byte (BPB), with and without test-time training
 
 Settings are environment variables; PRINT_CONFIG=1 shows them and what they build. Sections, in the
 order the data flows: 1 Config, 2 Runtime, 3 Data, 4 Model, 5 Optimizer, 6 Training,
-7 Quantisation, 8 Artifact, 9 Evaluation, 10 Test-time training, 11 Main.
+7 Quantisation, 8 Artifact, 9 Evaluation, 10 Test-time training, 11 Main, 12 Kernels.
 """
 
 from __future__ import annotations
@@ -41,13 +41,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # PyTorch for CPUs comes without
+    triton = None
 
 # ====  1  Config  =================================================================================
 # Enters: environment variables named like fields. Leaves: one frozen `Config`, checked. A preset is
@@ -69,7 +76,7 @@ def require(holds: object, name: str, value: object, bound: object) -> None:
     if not holds:
         raise ConfigError(f"{name.upper()}={value} must be {bound}")
 
-def within(default: float | str, low: float, high: float) -> typing.Any:
+def within(default: float | str, low: float, high: float) -> Any:
     """A setting with its range, both ends included; of text, that of all numbers in it."""
     return field(default=default, metadata={"range": (low, high)})
 
@@ -297,7 +304,7 @@ PRESETS: dict[str, dict] = {
 OWNED_WORDS = ("TTT MUON GPTQ EMA SWA WARMDOWN LOOPS XSA ROPE WALLCLOCK EMBED CLIP LORA MLP QK LR "
                "MATRIX EMBEDDING EMBEDDINGS TENSOR GATES ETLB")
 
-def parse_setting(name: str, text: str, kind: typing.Any) -> typing.Any:
+def parse_setting(name: str, text: str, kind: Any) -> Any:
     """The value of `text` as a type or as one of the literals. Raises: ConfigError."""
     choices = ("0", "1") if kind is bool else typing.get_args(kind) or (text,)
     require(text in choices, name, repr(text), "one of " + ", ".join(choices))
@@ -425,7 +432,7 @@ class World:
             text = store.compare_set("failure", "", text).decode()
         return text
 
-    def combine(self, tensor: Tensor, operation: typing.Any = dist.ReduceOp.SUM) -> Tensor:
+    def combine(self, tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
         """`tensor`, combined in place over ranks; one of the CPU never waits for the device."""
         if self.size > 1:
             dist.all_reduce(tensor, operation, None if tensor.is_cuda else self.control)
@@ -516,7 +523,7 @@ class RunLog:
         self.line(f"warning: {message}")
         self.event("warning", message=message)
 
-    def put(self, title: str, **values: typing.Any) -> None:
+    def put(self, title: str, **values: Any) -> None:
         self.result.setdefault(title, {}).update(values)
 
     def write_result(self, status: Literal["complete", "partial"], reason: str) -> None:
@@ -680,7 +687,7 @@ class TokenBytes(NamedTuple):
     leading_space: np.ndarray  # bool
     boundary: np.ndarray  # bool: control, unknown, unused; a leading space after it is no byte
 
-def load_tokenizer(path: Path, vocab_size: int) -> typing.Any:
+def load_tokenizer(path: Path, vocab_size: int) -> Any:
     """The SentencePiece model at `path`. Raises: DataError if missing or of another size."""
     from sentencepiece import SentencePieceProcessor
     try:
@@ -692,7 +699,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> typing.Any:
         raise DataError(f"{path}: {tokenizer.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
     return tokenizer
 
-def token_bytes(tokenizer: typing.Any) -> TokenBytes:
+def token_bytes(tokenizer: Any) -> TokenBytes:
     """Bytes of decoded text per token id, 0 for control tokens; `bytes_of_targets` adds the space.
     Raises: DataError if U+2581 is no piece (its fallback bytes would count as 3), or inside one.
     Example: pieces (U+2581)"caf", "<0xC3>", "<0xA9>" -> 3 and a leading space, 1, 1"""
@@ -711,7 +718,7 @@ def bytes_of_targets(previous: np.ndarray, target: np.ndarray, table: TokenBytes
     """Bytes each target stands for, int16, given the token before it."""
     return table.base[target] + (table.leading_space[target] & ~table.boundary[previous])
 
-def is_transformed(tokenizer: typing.Any) -> bool:
+def is_transformed(tokenizer: Any) -> bool:
     """Whether a tokenizer is for text whose capitals are operators."""
     return not tokenizer.is_unknown(tokenizer.piece_to_id(CASE_OPERATOR))
 
@@ -816,8 +823,9 @@ class BlockWeights(NamedTuple):
     resid_mix: Tensor  # 2, D
     q_gain: Tensor  # H
     norm_scale: Tensor  # 0-D
-    slope: float  # of the activation below zero
     gate: Tensor | None = None  # H, GATE_WIDTH; of the output of attention
+    slope: float = 0.5  # of the activation below zero
+    fused: bool = False  # whether its kernel computes the MLP
 
 class Stream(NamedTuple):
     """What enters a block: the residual stream, the embedding, and what joins them there."""
@@ -882,6 +890,13 @@ def gate_share(x_BTD: Tensor, gate_GI: Tensor) -> Tensor:
     """Between 0 and 1, (B, T, G), by the first dimensions of `x`."""
     return F.linear(x_BTD[..., :gate_GI.shape[1]], gate_GI.to(x_BTD.dtype)).sigmoid()
 
+def mlp(x_BTD: Tensor, w: BlockWeights, tap: Tap | None) -> Tensor:
+    """Two linear layers round the square of a leaky ReLU."""
+    if w.fused and tap is None:
+        return FusedMLP.apply(x_BTD, w.up, w.down, w.slope)
+    hidden_BTF = F.leaky_relu(linear(x_BTD, w.up, "up", tap), w.slope).square()
+    return linear(hidden_BTF, w.down, "down", tap)
+
 def mix_skip(x_BTD: Tensor, skip: Sequence[Tensor]) -> Tensor:
     """The stream with its share of a U-Net skip, if there is one."""
     if not skip:
@@ -903,8 +918,7 @@ def run_block(stream: Stream, w: BlockWeights, form: str, rotary: Tensor, attend
         other = mix_skip(lane, stream.skip) if form.startswith("two_lane_both") else lane
     if not form.startswith("parallel"):
         z = rms_norm(other) * norm_scale
-    hidden_BTF = F.leaky_relu(linear(z, w.up, "up", tap), w.slope).square()
-    other = other + linear(hidden_BTF, w.down, "down", tap)
+    other = other + mlp(z, w, tap)
     return (after, other) if stream.lane else (other,)
 
 def embed_tokens(ids_BT: Tensor, embed_VD: Tensor, dtype: torch.dtype,
@@ -928,6 +942,17 @@ class Matrix(NamedTuple):
     role: str  # q, k or v of qkv, else the name of the parameter
     parameter: nn.Parameter
     rows: slice = slice(None)  # of each block
+
+class Fan(torch.autograd.Function):
+    """Views of a tensor for its readers, whose gradients `add` sums: in one pass, not one each."""
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int, add: Callable) -> tuple[Tensor, ...]:
+        ctx.add = add
+        return tuple(x.view_as(x) for _ in range(count))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.add(*gradients), None, None
 
 class GPT(nn.Module):
     """The language model: float32 parameters stacked over blocks, and the only forward pass."""
@@ -966,6 +991,7 @@ class GPT(nn.Module):
         # One graph per form of a block serves every visit, plan and evaluation.
         self.run_block, self.embed_tokens, self.norm, self.softcapped_nll = (
             maybe_compile(f, config) for f in (run_block, embed_tokens, rms_norm, softcapped_nll))
+        self.add = maybe_compile(lambda *parts: functools.reduce(torch.add, parts), config)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -1004,9 +1030,11 @@ class GPT(nn.Module):
         # Unbound once: backward through an index per visit would build a full-size gradient each.
         matrices = [p.to(self.dtype).unbind() for p in (self.qkv, out, self.up, down)]
         vectors = [p.unbind() for p in (self.resid_mix, self.q_gain, self.norm_scale)]
-        columns: list = [*matrices, *vectors, [self.config.leaky_slope] * len(out)]
-        columns += [self.config.attn_gate * p for p in self.named("attn_gate").values()]
-        return [BlockWeights(*parts) for parts in zip(*columns, strict=True)]
+        fuse = triton and self.embed.is_cuda and self.dtype.itemsize == 2 and (
+            torch.cuda.get_device_capability() >= (9,))
+        gates = [self.config.attn_gate * p for p in self.named("attn_gate").values()]
+        return [BlockWeights(*parts)._replace(slope=self.config.leaky_slope, fused=bool(fuse))
+                for parts in zip(*matrices, *vectors, *gates, strict=True)]
 
     def rows(self, name: str) -> Sequence[Tensor]:
         """A parameter by its first dimension; nothing if the model has none."""
@@ -1020,13 +1048,14 @@ class GPT(nn.Module):
         scales, repeats = map(self.rows, ("visit_scales", "cross_repeat_scales"))
         embedder, runner, norm = ((embed_tokens, block_runner or run_block, rms_norm) if adapter
                                   else (self.embed_tokens, self.run_block, self.norm))
-        x = x0 = embedder(ids_BT, self.embed, self.dtype,
-                          [*self.named("smear_scale", "smear_gate").values()])
-        values: dict[int, tuple[Tensor, ...]] = {}
+        x0 = embedder(ids_BT, self.embed, self.dtype,
+                      [*self.named("smear_scale", "smear_gate").values()])
+        x, *x0s = Fan.apply(x0, 1 + len(plan.visits), self.add)
+        values: dict[int, tuple] = defaultdict(tuple)
         shared, *own = self.rows("ve_scale") or [x0]
         for table, w_OI in zip(self.rows("ve_table"), self.rows("ve_proj"), strict=True):
             ve_BTC = shared.to(x0) * F.linear(F.embedding(ids_BT, table).to(x0), w_OI.to(x0))
-            values = {block: (ve_BTC, w) for block, w in zip(config.ve_blocks, own, strict=True)}
+            values |= {block: (ve_BTC, w) for block, w in zip(config.ve_blocks, own, strict=True)}
         sources = [x0.new_ones(())] * config.cross_repeat
         sources += [F.embedding(ids_BT, table).to(x0) for table in self.rows("value_tables")]
         outputs: list[Tensor] = []
@@ -1039,7 +1068,7 @@ class GPT(nn.Module):
                 terms.append((outputs[number - segment], repeats[block][again - 1]))
             lane = lane or [x.view_as(x)] * form.startswith("two")  # x twice: another graph
             tap = functools.partial(adapter, number, block) if adapter else None
-            stream = Stream(x.view_as(x), x0, skip, tuple(terms), values.get(block, ()), (*lane,))
+            stream = Stream(x.view_as(x), x0s[number], skip, (*terms,), values[block], (*lane,))
             x, *lane = runner(stream, weights[block], form, self.rotary, self.attend, tap)
             outputs.append(x)
         for other in lane:
@@ -1241,9 +1270,8 @@ class Optimizer:
         self.model.zero_grad()
         return norm
 
-    def moments(self) -> list[Tensor]:
-        """AdamW's live state; there is none before the first step."""
-        return [t for state in self.adam.state.values() for t in state.values()]
+    # AdamW's live state; there is none before the first step.
+    moments = property(lambda o: [t for state in o.adam.state.values() for t in state.values()])
 
 # ====  6  Training  ===============================================================================
 # Enters: model, batches, clock. Leaves: averaged weights and calibration statistics, in the time
@@ -1318,8 +1346,7 @@ class TrainingClock:
         self.limit = (config.max_wallclock_seconds or math.inf) - reserve_seconds
         self.begin, self.marks = time.perf_counter(), deque[float](maxlen=9)  # of eight steps
 
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.begin
+    elapsed = property(lambda clock: time.perf_counter() - clock.begin)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -1330,7 +1357,7 @@ class TrainingClock:
 
     def next_step(self, step: int, in_flight: int) -> tuple[float, bool]:
         """Progress at which to run `step`, and whether to stop instead so as to keep the limit."""
-        now = self.elapsed()
+        now = self.elapsed
         self.marks.append(now)
         end = now + 1.02 * (in_flight + 1) * float(max(np.diff(self.marks), default=0.0))
         self.agreed, stopped = self.world.decide(now, end > self.limit or step >= self.iterations)
@@ -1376,7 +1403,7 @@ class Trainer:
             self.log.event("phase", name=f"warm_up {plan.name}", seconds=seconds)
             self.log.line(f"warm_up {plan.name}, rows of {self.context}: {seconds:.1f}s")
         torch._foreach_copy_(self.weights, self.shadow)  # which are the first ones yet
-        torch._foreach_zero_([*self.optimizer.moments(), *self.optimizer.momenta])
+        torch._foreach_zero_([*self.optimizer.moments, *self.optimizer.momenta])
         for _ in range(2):  # the second is warm
             begin = time.perf_counter()
             collect(Hessians(self.model), rows, depth_plans(config)[-1])
@@ -1395,7 +1422,7 @@ class Trainer:
             reserve = self.warm_up()
             log.put("train", startup_seconds=time.time() - log.started)
             log.line(f"gptq:reserving {reserve:.1f}s of {config.max_wallclock_seconds:g}s")
-        live, world = [*self.replicated(), *self.optimizer.momenta], self.world
+        live, world = [*self.replicated, *self.optimizer.momenta], self.world
         for mine, value in zip(live, self.saved, strict=False):  # which may be weights alone
             mine.copy_(value if value.shape == mine.shape else value.chunk(world.size)[world.rank])
         world.synchronize()
@@ -1405,7 +1432,7 @@ class Trainer:
             self.train(validate)
         plan = plan_at(config, state.progress)
         hessians, budget = self.calibrate(plan), config.max_wallclock_seconds
-        log.put("clocks", training_seconds=self.clock.elapsed(), training_budget_seconds=budget)
+        log.put("clocks", training_seconds=self.clock.elapsed, training_budget_seconds=budget)
         return plan, hessians
 
     def train(self, validate: Callable[..., None]) -> None:
@@ -1439,26 +1466,25 @@ class Trainer:
         self.drain(0)
         self.update_average((config.averaging == "swa") / (state.snapshots + 1))
         torch._foreach_copy_(self.weights, self.shadow)
-        self.summarise(clock.elapsed())
+        self.summarise(clock.elapsed)
         state.trained = True
         self.save()
         world.deferring = False
         if world.signalled:
             raise KeyboardInterrupt("stopped by a signal")
 
-    def replicated(self) -> list[Tensor]:
-        """What a checkpoint holds and all ranks have alike, in its order."""
-        return [*self.weights, *self.shadow, *self.optimizer.moments()]
+    # What a checkpoint holds and all ranks have alike, in its order.
+    replicated = property(lambda t: [*t.weights, *t.shadow, *t.optimizer.moments])
 
     def save(self) -> None:
         """Writes a checkpoint, off the clock. If it cannot, it warns: the run is worth more."""
         self.drain(0)
         log, state, begin = self.log, self.state, time.perf_counter()
         name = "weights.ckpt" if state.trained else f"step-{state.step:08}.ckpt"
-        state.seconds = self.clock.elapsed()
+        state.seconds = self.clock.elapsed
         with self.clock.paused():
             tensors = self.weights if state.trained else [
-                *self.replicated(), *map(self.world.gather, self.optimizer.momenta)]
+                *self.replicated, *map(self.world.gather, self.optimizer.momenta)]
             try:
                 if log.files:
                     state.write(log.folder / name, tensors)
@@ -1508,7 +1534,7 @@ class Trainer:
             if step <= 5 or step % config.train_log_every == 0:
                 tok_s = config.train_batch_tokens / whole
                 log.event("train", step=step, train_loss=self.last_loss, gradient_norm=norm,
-                          train_seconds=self.clock.elapsed(), lr_scale=scale, tok_s=tok_s, plan=
+                          train_seconds=self.clock.elapsed, lr_scale=scale, tok_s=tok_s, plan=
                           plan.name, mem_mib=torch.cuda.memory_allocated() >> 20, progress=progress)
                 log.line(f"{step}/{config.iterations} train_loss: {self.last_loss:.4f} "
                          f"step_time: {1e3 * whole:.1f}ms tok/s: {tok_s:.0f}")
@@ -1554,7 +1580,7 @@ class Trainer:
 class Hessians:
     """An adapter that changes nothing and sums x x^T of every linear layer over all visits."""
     def __init__(self, model: GPT) -> None:
-        self.model, self.moments = model, defaultdict[str, typing.Any](float)
+        self.model, self.moments = model, defaultdict[str, Any](float)
 
     def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
         x_NC = x.flatten(0, -2).float()
@@ -2036,12 +2062,11 @@ def save_artifact(path: Path, blob: bytes, found: QuantisedModel, model: GPT, lo
     log.event("artifact", **log.result["artifact"])
     log.line(f"artifact_bytes = {code:,} code + {size:,} model = {total:,} / {cap:,}")
 
-# Runs the program in its archive. Tracebacks and torch.compile read its text in the line cache.
+# Runs the program before its archive. Tracebacks and torch.compile read its text in the line cache.
 PACKED_STUB = """import bz2, linecache
-s = bz2.decompress(__loader__.get_data("source")).decode()
+s = bz2.decompress(open(__loader__.archive, "rb").read()).decode()
 linecache.cache["<train_gpt>"] = len(s), None, s.splitlines(True), "<train_gpt>"
-exec(compile(s, "<train_gpt>", "exec"))
-"""
+exec(compile(s, "<train_gpt>", "exec"))"""
 
 NAMED = {ast.Name: "id", ast.arg: "arg", ast.FunctionDef: "name", ast.ClassDef: "name",
          ast.ExceptHandler: "name", ast.alias: "name"}  # nodes of a syntax tree that hold names
@@ -2049,14 +2074,15 @@ SIGNS = re.compile(  # a text, which stays as it is, or a sign between spaces
     r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(?<=\S) ?([-+*/%@&|^=<>!,:]+) ?""")
 
 def strip_source(source: str) -> str:
-    """The same program without what only people read, or only packing needs, under short names.
-    The fields of Config keep their types, which are read."""
+    """The same program, under short names, without what only people read or only packing needs."""
     tree, read = ast.parse(source), set[ast.AST]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             node.body = node.body[bool(ast.get_docstring(node)):] or [ast.Pass()]
         if isinstance(node, ast.ClassDef) and node.name == "Config":
-            read.update(n for n in node.body if isinstance(n, ast.AnnAssign))
+            read.update(n for n in node.body if isinstance(n, ast.AnnAssign))  # by from_env
+        if isinstance(node, ast.arg) and "constexpr" in ast.unparse(node):
+            read.add(node)
         for kind in {"annotation", "returns"} & vars(node).keys() if node not in read else ():
             setattr(node, kind, ast.Constant(0) if isinstance(node, ast.AnnAssign) else None)
     unused = {"pack_program"}  # it is packed already; then whatever nothing mentions any more
@@ -2066,9 +2092,9 @@ def strip_source(source: str) -> str:
         unused = {name for n in tree.body if not used & (own := definitions(n)) for name in own}
     shorten_names(tree)
     text = SIGNS.sub(lambda found: found[1] or found[2], ast.unparse(tree))
-    return re.sub("^ +", lambda indent: indent[0][::4], text, flags=re.M) + "\n"
+    return re.sub("\n+( *)", lambda found: "\n" + found[1][::4], text) + "\n"
 
-def named_nodes(scope: ast.AST) -> list[tuple[typing.Any, str]]:
+def named_nodes(scope: ast.AST) -> list[tuple[Any, str]]:
     """The nodes that hold a name, and the names."""
     return [(n, getattr(n, NAMED[type(n)])) for n in ast.walk(scope) if type(n) in NAMED]
 
@@ -2106,16 +2132,14 @@ def rename(scope: ast.AST, names: set[str], letters: str) -> None:
 
 def pack_program(source: str) -> bytes:
     """A zip that Python runs like the script. Equal sources give equal bytes."""
-    data = bz2.compress(strip_source(source).encode())
-    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
-        for name, content in (("source", data), ("__main__.py", PACKED_STUB.encode())):
-            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED, 9)  # undated
+    buffer = io.BytesIO(bz2.compress(strip_source(source).encode()))  # which the archive follows
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr(zipfile.ZipInfo("__main__.py"), PACKED_STUB, zipfile.ZIP_DEFLATED, 9)
     return buffer.getvalue()
 
 def unpack_program(path: Path) -> str:
     """The source inside a packed program."""
-    with zipfile.ZipFile(path) as archive:
-        return bz2.decompress(archive.read("source")).decode()
+    return bz2.decompress(path.read_bytes()).decode()  # up to the archive
 
 # ====  9  Evaluation  =============================================================================
 # Enters: a model and the validation stream. Leaves: nats per target in a ledger, and their total in
@@ -2460,7 +2484,7 @@ class LowRank:
     def __call__(self, visit: int, block: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
         return low_rank(self.factors[visit], self.scale, site, x, y)
 
-    def run_block(self, stream: Stream, *others: typing.Any) -> tuple[Tensor, ...]:
+    def run_block(self, stream: Stream, *others: Any) -> tuple[Tensor, ...]:
         """One block, adapted as in the visit that its last input is bound to."""
         if not stream.x.requires_grad:  # as later blocks see it, or the first is compiled anew
             stream = stream._replace(x=stream.x.detach().requires_grad_())
@@ -2921,6 +2945,56 @@ def command_line(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 75 if isinstance(error, KeyboardInterrupt) else 1
     return 0
+
+# ====  12  Kernels  ===============================================================================
+# Enters: inputs (N, D) of an MLP and its matrices, bf16. Leaves: what `mlp` and its gradients are,
+# within twice bf16's error. An activation is part of the product before it: less has to be moved.
+
+@typing.cast(Any, triton.jit if triton else functools.cache)
+def product_kernel(left, right, known, pre, out, slope, COLUMNS: tl.constexpr):  # type: ignore
+    """Tiles of pre = left right^T and its activation, or, given what that was, half a gradient."""
+    across, down = tl.cdiv(out.shape[1], COLUMNS), tl.cdiv(out.shape[0], 128)
+    for tile in tl.range(tl.program_id(0), across * down, tl.num_programs(0), flatten=True):
+        row, column = tile // across * 128, tile % across * COLUMNS
+        total = tl.zeros((128, COLUMNS), tl.float32)
+        for depth in tl.range(0, left.shape[1], 64):
+            total = tl.dot(left.load([row, depth]), right.load([column, depth]).T, total)
+        first, second = tl.split(tl.permute(tl.reshape(total, (128, 2, COLUMNS // 2)), (0, 2, 1)))
+        for part in tl.static_range(2):  # whole tiles would leave less room for loads ahead
+            y, place = first if part == 0 else second, [row, column + part * (COLUMNS // 2)]
+            p = y if known is None else known.load(place).to(tl.float32)
+            if pre is not None:
+                pre.store(place, y.to(pre.dtype))
+            out.store(place, (p * y * tl.where(p > 0, 1.0, slope * slope)).to(out.dtype))
+
+def run_product(x: Tensor, w: Tensor, known: Tensor | None, pre: Tensor | None, out: Tensor,
+                slope: float) -> None:
+    """Fills `pre` and `out`, (N, F); given what `pre` was, `out`. The fastest tiles of each."""
+    columns, each = (128, 2) if known is None else (256, 1)
+    programs = torch.cuda.get_device_properties(out.device).multi_processor_count * each
+    part, tensors = [128, columns // 2], (x.contiguous(), w.contiguous(), known, pre, out)
+    described = [t if t is None else TensorDescriptor.from_tensor(t, shape) for t, shape in zip(
+        tensors, ([128, 64], [columns, 64], part, part, part), strict=True)]
+    product_kernel[programs,](*described, slope, columns, num_warps=8 // each, num_stages=3)
+
+product = torch.library.custom_op("golf::product", run_product, mutates_args=("pre", "out"), schema=
+    "(Tensor x, Tensor w, Tensor? known, Tensor(a!)? pre, Tensor(b!) out, float slope) -> ()")
+
+class FusedMLP(torch.autograd.Function):
+    """`mlp` without a tap."""
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, up_FD: Tensor, down_DF: Tensor, slope: float) -> Tensor:
+        ctx.slope, x_ND = slope, x_BTD.flatten(0, -2)
+        pre_NF, hidden_NF = (x_ND.new_empty(len(x_ND), len(up_FD)) for _ in range(2))
+        product(x_ND, up_FD, None, pre_NF, hidden_NF, slope)
+        ctx.save_for_backward(x_ND, up_FD, down_DF, hidden_NF, pre_NF)
+        return (hidden_NF @ down_DF.T).view_as(x_BTD)
+
+    @staticmethod
+    def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, ...]:
+        (x_ND, up_FD, down_DF, hidden_NF, pre_NF), dy_ND = ctx.saved_tensors, dy_BTD.flatten(0, -2)
+        product(dy_ND, 2 * down_DF.T, pre_NF, None, dpre_NF := torch.empty_like(pre_NF), ctx.slope)
+        return (dpre_NF @ up_FD).view_as(dy_BTD), dpre_NF.T @ x_ND, dy_ND.T @ hidden_NF, None
 
 if __name__ == "__main__":
     sys.exit(command_line(sys.argv[1:]))

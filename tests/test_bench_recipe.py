@@ -99,6 +99,24 @@ def test_runs_of_equal_steps_take_their_times_from_others(
     assert (out / "ledger.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_times_come_from_variants_that_took_turns(tmp_path: Path, leave_out: bool) -> None:
+    techniques = [bench_recipe.parse_technique(text) for text in (
+        "gates: SMEAR_GATE=1/0 ATTN_GATE=0.5/0", "floor: MIN_LR=0.1/0", "rate: MATRIX_LR=.03/.02")]
+    changed = "ATTENTION=math ATTN_GATE=0 SMEAR_GATE=0" if leave_out else (
+        "ATTENTION=math SMEAR_GATE=1 ATTN_GATE=0.5")
+    same = "ATTENTION=math MIN_LR=0" if leave_out else "MIN_LR=0.1 ATTENTION=math"
+    times = {"ATTENTION=math": [70, 90, 80], changed: [40, 40, 41], same: [80, 80, 80]}
+    path = tmp_path / "variants.json"
+    path.write_text(json.dumps({"rows": [
+        {"variant": variant, "plan": plan, "ms": ms if plan == "looped" else [1, 2, 3]}
+        for variant, ms in times.items() for plan in ("unlooped", "looped")]}))
+    having, lacking = (80, 40) if leave_out else (40, 80)
+    assert bench_recipe.read_times(path, techniques, leave_out) == {
+        "gates": {"ms per step": having, "slower": having / lacking - 1},
+        "floor": {"ms per step": 80, "slower": 0}}
+
+
 def test_times_of_runs_that_shared_a_gpu_are_left_out(tmp_path: Path) -> None:
     ledger = sweep.Ledger(tmp_path / "ledger.jsonl")
     technique = bench_recipe.parse_technique("rate: MATRIX_LR=0.02/0.022")

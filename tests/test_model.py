@@ -419,6 +419,38 @@ def test_compiled_code_never_asks_for_the_truth_of_a_tap(config: golf.Config) ->
     assert torch.equal(model.hidden(ids, plan, lambda *key: key[-1], run), wanted)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_fan_gives_every_reader_the_tensor_and_adds_their_gradients_once(count: int) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    sums: list[int] = []
+
+    def add(*parts: Tensor) -> Tensor:
+        sums.append(len(parts))
+        return torch.stack(parts).sum(0)
+
+    readers = golf.Fan.apply(x, count, add)
+    assert len(readers) == count
+    assert all(torch.equal(reader, x) for reader in readers)
+    weights = torch.arange(1.0, 1 + count).tolist()
+    sum((w * reader.square()).sum() for w, reader in zip(weights, readers, strict=True)).backward()
+    torch.testing.assert_close(x.grad, 2 * sum(weights) * x.detach())
+    assert sums == [count]
+
+
+def test_one_pass_adds_what_the_first_embedding_gets(config: golf.Config) -> None:
+    """Its gradient is that of autograd's own additions."""
+    rows, plan = random_tokens(2, 33), plan_named(config, "looped")
+    gradients = []
+    for fan in (golf.Fan.apply, lambda x, count, add: (x,) * count):
+        model = random_model(config).double()
+        model.dtype = torch.float64
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(golf.Fan, "apply", fan)
+            model(rows[:, :-1], rows[:, 1:], plan).mean().backward()
+        gradients.append(model.embed.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)  # norms are float32
+
+
 
 @pytest.mark.parametrize("plan", ["unlooped", "looped"])
 def test_forward_is_one_graph(config: golf.Config, plan: str) -> None:

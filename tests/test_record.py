@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
+import io
 import json
 import math
 import shutil
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import brotli
 import pytest
 import synthetic_runs as synthetic
 
@@ -414,6 +418,17 @@ def test_runs_that_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(record.RecordError, match=reason):
         record.make([runs[-1], other], order(tmp_path, seeds=()))
     assert not (tmp_path / "records").exists()
+
+
+@pytest.mark.parametrize("codec", [bz2.compress, brotli.compress])
+def test_text_inside_programs_of_earlier_packers_is_found(codec: Callable[[bytes], bytes]) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("source", codec(b"print(1)\n"))
+        archive.writestr("__main__.py", "whatever runs it")
+    assert evidence.packed_source(buffer.getvalue()) == "print(1)\n"
+    assert evidence.packed_source(buffer.getvalue()[:-30]) is None
+    assert evidence.packed_source(bz2.compress(b"print(1)\n")) is None  # no archive follows
 
 
 def test_missing_seeds_tracks_and_packed_runs_are_refused(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_stopped_and_resumed_training_equals_unbroken_training(make_config: Make
     assert next(e["step"] for e in log.events if e["event"] == "resume") in (5, 6, 7)
     for a, b in zip(whole.weights, resumed.weights, strict=True):
         assert torch.equal(a, b)
-    for a, b in zip(whole.replicated(), resumed.replicated(), strict=True):
+    for a, b in zip(whole.replicated, resumed.replicated, strict=True):
         assert torch.equal(a, b)
     for mine, other in zip(whole.optimizer.groups, resumed.optimizer.groups, strict=True):
         assert torch.equal(mine.momentum, other.momentum)
@@ -94,7 +94,7 @@ def test_stopped_and_resumed_training_equals_unbroken_training(make_config: Make
 
 def look(trainer: golf.Trainer) -> tuple[golf.TrainState, list[torch.Tensor], float]:
     """Where a trainer stands, its weights, averages and moments, and the loss that is next."""
-    tensors = [t.clone() for t in (*trainer.replicated(), *trainer.optimizer.momenta)]
+    tensors = [t.clone() for t in (*trainer.replicated, *trainer.optimizer.momenta)]
     rows = trainer.loader.read(trainer.state.step * trainer.shape.sequences, 4)
     loss = trainer.forward_backward(golf.plan_at(trainer.config, trainer.state.progress),
                                     [torch.from_numpy(rows).to(trainer.world.device)])
@@ -218,7 +218,7 @@ def test_skipped_step_changes_nothing_and_waits_for_nothing(
         if device != "cpu":
             torch.cuda.set_sync_debug_mode("default")
         assert bool(norm.isfinite()) != poison
-        state = [*trainer.replicated(), *(group.momentum for group in optimizer.groups)]
+        state = [*trainer.replicated, *(group.momentum for group in optimizer.groups)]
         return [tensor.clone() for tensor in state]
 
     before, after = step(False), step(True)

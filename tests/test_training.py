@@ -78,7 +78,7 @@ def simulate(config: golf.Config, fake: FakeTime, reserve: float, step_seconds: 
             fake.now += 1e-4
             step += 1
     drain(0)
-    return clock.elapsed(), step
+    return clock.elapsed, step
 
 
 @pytest.mark.parametrize("ahead", [0, 2])
@@ -109,7 +109,7 @@ def test_validation_takes_no_training_time(fake_time: FakeTime) -> None:
     with clock.paused():
         fake_time.now += 1000.0
     fake_time.now += 3.0
-    assert clock.elapsed() == pytest.approx(8.0)
+    assert clock.elapsed == pytest.approx(8.0)
 
 
 def test_progress_is_the_share_of_the_budget_without_the_reserve(fake_time: FakeTime) -> None:
@@ -156,8 +156,8 @@ def test_warm_up_leaves_no_trace(config: golf.Config, log: SilentLog) -> None:
         assert torch.equal(p, first)
         assert p.grad is None
     assert all(not group.momentum.any() for group in trainer.optimizer.groups)
-    assert trainer.optimizer.moments()
-    assert not any(bool(t.any()) for t in trainer.optimizer.moments())
+    assert trainer.optimizer.moments
+    assert not any(bool(t.any()) for t in trainer.optimizer.moments)
     assert reserve >= config.gptq_reserve_seconds
     assert not trainer.micro_seconds
 

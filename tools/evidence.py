@@ -543,11 +543,11 @@ def same_program(source: str, shipped: bytes) -> bool | None:
 
 
 def packed_source(program: bytes) -> str | None:
-    """The text inside a program packed by train_gpt.py, now or before it changed its archive
-    from brotli to bz2; None for any other file."""
+    """The text inside a program packed by train_gpt.py, now, when it stood inside the archive, or
+    when it was brotli's instead of bz2's; None for any other file."""
     try:
         with zipfile.ZipFile(io.BytesIO(program)) as archive:
-            packed = archive.read("source")
+            packed = program if program.startswith(b"BZh") else archive.read("source")
         if not packed.startswith(b"BZh"):
             return str(_unbrotli(packed), "utf-8")
         unpacker = bz2.BZ2Decompressor()
