@@ -15,7 +15,9 @@ techniques together: that of two or three pairs alone would be mostly noise.
 
 Runs of equal steps can share a GPU: what one of them waits for, another uses. Their times mean
 nothing then and are left out; --times takes those columns from the recipe.json of runs that had a
-GPU each. --table writes the table of what is complete so far, and runs nothing.
+GPU each, or from a file of tools/bench_variants.py, whose first variant has or lacks all as the
+base of the pairs does, and each further one differs in one technique: micro-steps of the deepest
+plan. --table writes the table of what is complete so far, and runs nothing.
 
 Exit status: that of the sweep; 2 bad arguments."""
 
@@ -25,9 +27,10 @@ import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -199,14 +202,38 @@ def compare(pairs: dict[str, list[sweep.Run]], ledger: sweep.Ledger,
     return rows
 
 
-def read_times(path: Path) -> dict[str, dict[str, runs.Json]]:
-    """The rows of a recipe.json by technique. Raises: SweepError if it holds none."""
+def read_times(path: Path, techniques: Sequence[Technique], leave_out: bool
+               ) -> Mapping[str, Mapping[str, object]]:
+    """Times by technique, from either kind of file. Raises: SweepError if it holds none."""
     try:
         rows = runs.read_result(path).rows("rows")
     except runs.RunError as error:
         raise sweep.SweepError(f"--times {error}") from error
-    if not (times := {str(row["technique"]): row for row in rows if "technique" in row}):
+    times = ({str(row["technique"]): row for row in rows if "technique" in row}
+             or times_of_variants(rows, techniques, leave_out))
+    if not times:
         raise sweep.SweepError(f"--times {path}: holds no row of a technique")
+    return times
+
+
+def times_of_variants(rows: Sequence[Mapping[str, runs.Json]], techniques: Sequence[Technique],
+                      leave_out: bool) -> dict[str, dict[str, object]]:
+    """What techniques cost, from rows of tools/bench_variants.py, which end with the deepest plan.
+    """
+    medians: dict[frozenset[str], float] = {}
+    for row in rows:
+        if row.get("plan") == rows[-1].get("plan") and isinstance(ms := row.get("ms"), list):
+            words = frozenset(str(row.get("variant")).split())
+            medians[words] = statistics.median(float(str(value)) for value in ms)
+    base = next(iter(medians), frozenset())
+    times: dict[str, dict[str, object]] = {}
+    for technique in techniques:
+        settings = technique.absent if leave_out else technique.present
+        words = base | {f"{name}={value}" for name, value in settings.items()}
+        if words in medians:
+            having, lacking = sorted((base, words), key=len, reverse=not leave_out)
+            values = medians[having], medians[having] / medians[lacking] - 1
+            times[technique.name] = dict(zip(TIMES, values, strict=True))
     return times
 
 
@@ -260,7 +287,8 @@ def main(arguments: Sequence[str]) -> int:
         common = common_settings(options)
         techniques = choose(options.only, options.variant)
         costs = costs_of(options.cost, [technique.name for technique in techniques])
-        times = read_times(options.times) if options.times else {}
+        times = (read_times(options.times, techniques, options.leave_out) if options.times
+                 else {})
         pairs = plan_pairs(techniques, options.seeds, common, options.leave_out)
         # A seed's base first: every pair is whole before the next seed's.
         plan = [run for group in zip(*pairs.values(), strict=True) for run in group]
