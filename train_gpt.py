@@ -1031,7 +1031,7 @@ class GPT(nn.Module):
         matrices = [p.to(self.dtype).unbind() for p in (self.qkv, out, self.up, down)]
         vectors = [p.unbind() for p in (self.resid_mix, self.q_gain, self.norm_scale)]
         fuse = triton and self.embed.is_cuda and self.dtype.itemsize == 2 and (
-            torch.cuda.get_device_capability() >= (9,))
+            torch.cuda.get_device_capability()[0] == 9)  # others may lack its shared memory
         gates = [self.config.attn_gate * p for p in self.named("attn_gate").values()]
         return [BlockWeights(*parts)._replace(slope=self.config.leaky_slope, fused=bool(fuse))
                 for parts in zip(*matrices, *vectors, *gates, strict=True)]
