@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import shutil
+import textwrap
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from toy import MakeEnv
+from toy import PROGRAM, MakeEnv
 
 import train_gpt as golf
 from tools import bench_variants, readme_blocks
@@ -93,3 +95,26 @@ def test_what_is_no_variant_is_named(text: str) -> None:
 def test_equal_variants_are_a_usage_error() -> None:
     with pytest.raises(SystemExit):
         bench_variants.main(["", ""])
+
+
+def test_programs_have_operators_of_their_own(tmp_path: Path) -> None:
+    """Registered under one name, the last program's would serve all of them."""
+    modules = []
+    for number, factor in enumerate((2, 3)):
+        path = tmp_path / f"program_{number}.py"
+        path.write_text(PROGRAM.read_text() + "\n" + textwrap.dedent(f"""
+            @torch.library.custom_op("golf::times", mutates_args=(), schema="(Tensor x) -> Tensor")
+            def times(x):
+                return {factor} * x
+        """))
+        modules.append(bench_variants.load_program(path, number))
+    assert [module.times(torch.ones(())).item() for module in modules] == [2, 3]
+    assert modules[0].program_source() != modules[1].program_source()
+    assert "def orthogonalise" in inspect.getsource(modules[0].orthogonalise)
+
+
+def test_what_is_no_program_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text("def (")
+    with pytest.raises(golf.ConfigError, match=f"program={path} must be a Python file"):
+        bench_variants.load_program(path, 0)

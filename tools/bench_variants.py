@@ -24,7 +24,7 @@ import argparse
 import ast
 import contextlib
 import functools
-import importlib.util
+import linecache
 import os
 import statistics
 import sys
@@ -94,13 +94,20 @@ def literal(word: str, text: str) -> object:
 
 
 def load_program(path: Path, number: int) -> ModuleType:
-    """A program as a module of its own, so that no variant meets what another one compiled."""
-    spec = importlib.util.spec_from_file_location(f"variant_{number}", path)
-    if spec is None or spec.loader is None:
-        raise golf.ConfigError(f"program={path} must be a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    """A program as a module of its own, with operators of its own, so that no variant meets what
+    another one compiled or registered. Raises: ConfigError."""
+    name = f"variant_{number}"
+    try:
+        text = path.read_text(encoding="utf-8").replace('"golf::', f'"golf_{name}::')
+        code = compile(text, f"<{name} {path}>", "exec")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise golf.ConfigError(f"program={path} must be a Python file: {error}") from None
+    lines = text.splitlines(keepends=True)
+    linecache.cache[code.co_filename] = len(text), None, lines, code.co_filename  # for Triton
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    sys.modules[name] = module
+    exec(code, vars(module))
     return module
 
 
