@@ -2062,7 +2062,7 @@ def save_artifact(path: Path, blob: bytes, found: QuantisedModel, model: GPT, lo
     log.event("artifact", **log.result["artifact"])
     log.line(f"artifact_bytes = {code:,} code + {size:,} model = {total:,} / {cap:,}")
 
-# Runs the program before its archive. Tracebacks and torch.compile read its text in the line cache.
+# Runs the text in front of its archive. Tracebacks and torch.compile read it in the line cache.
 PACKED_STUB = """import bz2, linecache
 s = bz2.decompress(open(__loader__.archive, "rb").read()).decode()
 linecache.cache["<train_gpt>"] = len(s), None, s.splitlines(True), "<train_gpt>"

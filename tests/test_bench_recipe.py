@@ -91,7 +91,9 @@ def test_runs_of_equal_steps_take_their_times_from_others(
     assert {(s["ITERATIONS"], s["MAX_WALLCLOCK_SECONDS"]) for s in settings if s} == {("3", "0")}
     before = (out / "ledger.jsonl").read_bytes()
     for text, words in (("[]", "a list, not a mapping"), ("{", "not JSON"),
-                        ('{"rows": [{"name": 1}]}', "holds no row of a technique")):
+                        ('{"rows": [{"name": 1}]}', "holds no row of a technique"),
+                        ('{"rows": [{"variant": "", "ms": []}]}', "holds no row of a technique"),
+                        ('{"rows": [{"variant": "", "ms": ["x"]}]}', "holds no row of a")):
         times.write_text(text)
         assert bench(trainer, *variant, "--times", str(times)) == 2
         error = capsys.readouterr().err

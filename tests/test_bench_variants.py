@@ -100,10 +100,10 @@ def test_equal_variants_are_a_usage_error() -> None:
 def test_programs_have_operators_of_their_own(tmp_path: Path) -> None:
     """Registered under one name, the last program's would serve all of them."""
     modules = []
-    for number, factor in enumerate((2, 3)):
+    for number, (factor, name) in enumerate([(2, '"golf::times"'), (3, "'golf::times'")]):
         path = tmp_path / f"program_{number}.py"
         path.write_text(PROGRAM.read_text() + "\n" + textwrap.dedent(f"""
-            @torch.library.custom_op("golf::times", mutates_args=(), schema="(Tensor x) -> Tensor")
+            @torch.library.custom_op({name}, mutates_args=(), schema="(Tensor x) -> Tensor")
             def times(x):
                 return {factor} * x
         """))

@@ -451,7 +451,6 @@ def test_one_pass_adds_what_the_first_embedding_gets(config: golf.Config) -> Non
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)  # norms are float32
 
 
-
 @pytest.mark.parametrize("plan", ["unlooped", "looped"])
 def test_forward_is_one_graph(config: golf.Config, plan: str) -> None:
     """Traced without generating code: a graph break would raise."""

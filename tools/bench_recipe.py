@@ -218,20 +218,19 @@ def read_times(path: Path, techniques: Sequence[Technique], leave_out: bool
 
 def times_of_variants(rows: Sequence[Mapping[str, runs.Json]], techniques: Sequence[Technique],
                       leave_out: bool) -> dict[str, dict[str, object]]:
-    """What techniques cost, from rows of tools/bench_variants.py, which end with the deepest plan.
-    """
+    """What techniques cost, from rows of tools/bench_variants.py; the deepest plan is the last."""
     medians: dict[frozenset[str], float] = {}
     for row in rows:
-        if row.get("plan") == rows[-1].get("plan") and isinstance(ms := row.get("ms"), list):
-            words = frozenset(str(row.get("variant")).split())
-            medians[words] = statistics.median(float(str(value)) for value in ms)
+        ms = runs.as_numbers(row.get("ms"))
+        if ms and row.get("plan") == rows[-1].get("plan"):
+            medians[frozenset(str(row.get("variant")).split())] = statistics.median(ms)
     base = next(iter(medians), frozenset())
     times: dict[str, dict[str, object]] = {}
     for technique in techniques:
         settings = technique.absent if leave_out else technique.present
         words = base | {f"{name}={value}" for name, value in settings.items()}
         if words in medians:
-            having, lacking = sorted((base, words), key=len, reverse=not leave_out)
+            having, lacking = (base, words) if leave_out else (words, base)
             values = medians[having], medians[having] / medians[lacking] - 1
             times[technique.name] = dict(zip(TIMES, values, strict=True))
     return times

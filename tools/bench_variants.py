@@ -98,7 +98,7 @@ def load_program(path: Path, number: int) -> ModuleType:
     another one compiled or registered. Raises: ConfigError."""
     name = f"variant_{number}"
     try:
-        text = path.read_text(encoding="utf-8").replace('"golf::', f'"golf_{name}::')
+        text = path.read_text(encoding="utf-8").replace("golf::", f"golf_{name}::")
         code = compile(text, f"<{name} {path}>", "exec")
     except (OSError, ValueError, SyntaxError) as error:
         raise golf.ConfigError(f"program={path} must be a Python file: {error}") from None

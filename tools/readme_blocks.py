@@ -38,6 +38,7 @@ from tools.runs import (
     Run,
     RunError,
     as_number,
+    as_numbers,
     find_runs,
     load_run,
     sha256_of,
@@ -440,9 +441,7 @@ def block_variants(sources: Sources, arguments: Sequence[str]) -> str:
         raise BlockError("names no file of tools/bench_variants.py")
     content, body = read_mapping(sources.root / arguments[0]), []
     for row in _rows(content, arguments[0]):
-        ms = row.get("ms")
-        rounds = [f"{value:.2f}" for value in map(as_number, ms if isinstance(ms, list) else [])
-                  if value is not None]
+        rounds = [f"{value:.2f}" for value in as_numbers(row.get("ms"))]
         name = re.sub(r"(?<=program=)\S*/", "", str(row.get("variant") or "as it is"))
         body.append([f"`{name}`", str(row.get("attention")),
                      f"`{row.get('plan')}`", ", ".join(rounds), number_text(row.get("tok_s")),

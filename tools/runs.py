@@ -210,6 +210,12 @@ def as_number(value: object) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def as_numbers(value: object) -> list[float]:
+    """The finite numbers of a list; none of anything else."""
+    found = map(as_number, value if isinstance(value, list) else [])
+    return [number for number in found if number is not None]
+
+
 def merge(base: dict[str, Json], over: dict[str, Json]) -> dict[str, Json]:
     """Nested union of two trees; where both hold a value that is no mapping, `over` wins."""
     union = dict(base)
