@@ -125,6 +125,7 @@ class Config:
     leaky_slope: float = within(0.3, 0, 1)  # of the activation below zero, before it is squared
     smear_gate: bool = True  # a gated share of the token before joins each embedding
     attn_gate: float = within(0.5, 0, 100)  # slope of the gate of each head's output; 0: none
+    mlp_gate: bool = False  # a gate of the MLP's output, nearly open at first
     ve_layers: str = ""  # blocks to whose values a narrow embedding is added
     num_value_embeds: int = within(0, 0, 8)  # full tables, scaled anew for every visit
     logit_softcap: float = within(30.0, 1, 40)  # exp(-2 * 40) is a float32
@@ -482,8 +483,7 @@ class RunLog:
         run_id = config.run_id or f"{config.preset}-{config.seed}-{stamp}"
         self.run_id, self.folder = run_id, Path(config.run_dir, run_id)
         self.result_path = Path(config.log_dir, run_id + ".json")
-        self.result: dict = {}  # filled as its keys become known
-        self.files: list[typing.IO] = []
+        self.result, self.files = dict[str, Any](), list[typing.IO]()  # filled as keys are known
         if config.resume and self.result_path.is_file():
             self.result = json.loads(self.result_path.read_text())
             require(self.result["status"] == "partial", "run_id", run_id, "of an incomplete run")
@@ -761,8 +761,7 @@ class ValStream:
 NORM_EPS = torch.finfo(torch.float32).eps
 GATE_WIDTH = 12  # dimensions that a gate reads
 VALUE_EMBED_DIM = 128
-TABLES = "embed", "ve_table", "value_tables"
-MATRICES = "qkv", "out", "up", "down"
+TABLES, MATRICES = ("embed", "ve_table", "value_tables"), ("qkv", "out", "up", "down")
 Site = Literal["qkv", "out", "up", "down", "head"]
 SITES: tuple[Site, ...] = typing.get_args(Site)
 Attend = Callable[..., Tensor]  # q_BTHK, k_BTGK, v_BTGK -> y_BTHK, causal
@@ -824,6 +823,7 @@ class BlockWeights(NamedTuple):
     q_gain: Tensor  # H
     norm_scale: Tensor  # 0-D
     gate: Tensor | None = None  # H, GATE_WIDTH; of the output of attention
+    mlp_gate: Tensor | None = None  # GATE_WIDTH + 1, the last a bias; of the output of the MLP
     slope: float = 0.5  # of the activation below zero
     fused: bool = False  # whether its kernel computes the MLP
 
@@ -886,9 +886,9 @@ def attention(x_BTD: Tensor, w: BlockWeights, form: str, rotary: Tensor, attend:
         y_BTHK = y_BTHK * gate_share(x_BTD, w.gate)[..., None]
     return linear(y_BTHK.flatten(2), w.out, "out", tap)
 
-def gate_share(x_BTD: Tensor, gate_GI: Tensor) -> Tensor:
+def gate_share(x_BTD: Tensor, gate_GI: Tensor, bias_G: Tensor | None = None) -> Tensor:
     """Between 0 and 1, (B, T, G), by the first dimensions of `x`."""
-    return F.linear(x_BTD[..., :gate_GI.shape[1]], gate_GI.to(x_BTD.dtype)).sigmoid()
+    return F.linear(x_BTD[..., :gate_GI.shape[1]], gate_GI.to(x_BTD.dtype), bias_G).sigmoid()
 
 def mlp(x_BTD: Tensor, w: BlockWeights, tap: Tap | None) -> Tensor:
     """Two linear layers round the square of a leaky ReLU."""
@@ -918,7 +918,10 @@ def run_block(stream: Stream, w: BlockWeights, form: str, rotary: Tensor, attend
         other = mix_skip(lane, stream.skip) if form.startswith("two_lane_both") else lane
     if not form.startswith("parallel"):
         z = rms_norm(other) * norm_scale
-    other = other + mlp(z, w, tap)
+    y = mlp(z, w, tap)
+    if w.mlp_gate is not None:
+        y = y * gate_share(z, w.mlp_gate[None, :-1], w.mlp_gate[-1:].to(dtype))
+    other = other + y
     return (after, other) if stream.lane else (other,)
 
 def embed_tokens(ids_BT: Tensor, embed_VD: Tensor, dtype: torch.dtype,
@@ -975,6 +978,7 @@ class GPT(nn.Module):
                 "lane_mix": 0.5 * ones(int(config.residual != "parallel")),
                 "smear_scale": zeros(smears), "smear_gate": zeros(smears, reads),
                 "attn_gate": zeros(L * (config.attn_gate > 0), config.num_heads, reads),
+                "mlp_gate": F.pad(zeros(L * config.mlp_gate, reads), (0, 1), value=5.0),
                 "ve_table": zeros(one, config.vocab_size, VALUE_EMBED_DIM),
                 "ve_proj": zeros(one, config.kv_dim, VALUE_EMBED_DIM),
                 "ve_scale": torch.tensor([[0.1]] * one + [[1.0]] * ve),  # of all, of each
@@ -1032,7 +1036,8 @@ class GPT(nn.Module):
         vectors = [p.unbind() for p in (self.resid_mix, self.q_gain, self.norm_scale)]
         fuse = triton and self.embed.is_cuda and self.dtype.itemsize == 2 and (
             torch.cuda.get_device_capability()[0] == 9)  # others may lack its shared memory
-        gates = [self.config.attn_gate * p for p in self.named("attn_gate").values()]
+        gates: list = [self.config.attn_gate * p for p in self.named("attn_gate").values()]
+        gates = (gates or [[None] * len(out)]) + [*self.named("mlp_gate").values()]
         return [BlockWeights(*parts)._replace(slope=self.config.leaky_slope, fused=bool(fuse))
                 for parts in zip(*matrices, *vectors, *gates, strict=True)]
 
@@ -1058,8 +1063,7 @@ class GPT(nn.Module):
             values |= {block: (ve_BTC, w) for block, w in zip(config.ve_blocks, own, strict=True)}
         sources = [x0.new_ones(())] * config.cross_repeat
         sources += [F.embedding(ids_BT, table).to(x0) for table in self.rows("value_tables")]
-        outputs: list[Tensor] = []
-        lane: list[Tensor] = []
+        outputs, lane = x0s[:0], x0s[:0]  # lists, empty yet
         segment = config.loop_end + 1 - config.loop_start  # visits between two of a block
         for number, (block, again, form, row, skip_from) in enumerate(plan.visits):
             skip = (outputs[skip_from], *(t[row] for t in skips)) if row >= 0 else ()
@@ -1092,7 +1096,7 @@ class GPT(nn.Module):
 def count_parameters(model: GPT) -> dict[str, tuple[int, int]]:
     """(tensors, parameters) per optimizer group, counted as the published systems' tensors."""
     vectors = model.vectors("ve_proj")
-    blocks = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "attn_gate")
+    blocks = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "attn_gate", "mlp_gate")
     groups = {"embedding": [*model.named(*TABLES).values()],
               "matrix": [w for m in model.matrices() for w in m.parameter[:, m.rows]],
               "vector": [t for name, v in vectors.items() for t in (v if name in blocks else [v])]}
@@ -1185,13 +1189,11 @@ def muon_momentum(step: float, config: Config) -> float:
     share, first = step / config.muon_momentum_warmup_steps, config.muon_momentum_warmup_start
     return first + min(share, 1.0) * (config.muon_momentum - first)
 
-QUINTIC = 3.4445, -4.7750, 2.0315  # of x, x^3 and x^5; Muon (Jordan et al. 2024)
-
 def orthogonalise(update_MRC: Tensor, iterations: int) -> Tensor:
     """Matrices made nearly orthogonal by odd polynomials of their singular values."""
     x = update_MRC.bfloat16()
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    a, b, c = QUINTIC
+    a, b, c = 3.4445, -4.7750, 2.0315  # of x, x^3 and x^5; Muon (Jordan et al. 2024)
     for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -1376,8 +1378,7 @@ class Trainer:
         self.optimizer = Optimizer(self.model.to(world.device), config, world)
         self.weights = [p.data for p in self.model.parameters()]
         self.shadow = [p.clone() for p in self.weights]  # their moving average
-        self.flight: deque[tuple] = deque()  # steps whose numbers may not be on the host yet
-        self.micro_seconds: dict[str, list[float]] = {}
+        self.flight, self.micro_seconds = deque[tuple](), defaultdict[str, list[float]](list)
         self.last_loss, self.skipped, self.context = math.nan, -1, config.train_seq_len
 
     def forward_backward(self, plan: DepthPlan, batches: Sequence[Tensor]) -> Tensor:
@@ -1510,7 +1511,7 @@ class Trainer:
             loss = self.forward_backward(plan, batches)
         middle = self.mark()
         values = torch.stack([loss, self.optimizer.step(at, scale)]).to("cpu", non_blocking=True)
-        self.flight.append((state.step + 1, plan, progress, scale, values,
+        self.flight.append((state.step + 1, plan, progress, scale, values,  # not on the host yet
                             self.optimizer.squares, begin, middle, self.mark()))
         in_swa = plan == depth_plans(config)[-1] and scale < config.swa_start_frac
         self.update_average(state.average_share(config, at + 1, in_swa))  # numbered from one
@@ -1530,7 +1531,7 @@ class Trainer:
             self.last_loss, norm = values.tolist()
             if not math.isfinite(norm):
                 self.skip(step, norm, squares.tolist())
-            self.micro_seconds.setdefault(plan.name, []).append(micro)
+            self.micro_seconds[plan.name].append(micro)
             if step <= 5 or step % config.train_log_every == 0:
                 tok_s = config.train_batch_tokens / whole
                 log.event("train", step=step, train_loss=self.last_loss, gradient_norm=norm,
@@ -1807,7 +1808,7 @@ MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_
                   "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "parallel_residual_start",
                   "logit_softcap", "num_loops", "loop_start", "loop_end", "residual", "max_skips",
                   "ve_layers", "num_value_embeds", "prog_depth", "cross_repeat", "leaky_slope",
-                  "smear_gate", "attn_gate")
+                  "smear_gate", "attn_gate", "mlp_gate")
 
 def codec_of(config: Config) -> str:
     """The coder of levels in use. Raises: ConfigError if time would go into a model without it."""
@@ -1818,7 +1819,7 @@ def codec_of(config: Config) -> str:
             return "brotli" if missing else config.compressor
     raise ConfigError(f"COMPRESSOR={config.compressor} needs: pip install -U 'brotli>=1.2'")
 
-def compress(data: np.ndarray | bytes, codec: str = "brotli") -> bytes:
+def compress(data: np.ndarray | bytes, *, codec: str = "brotli") -> bytes:
     """Bytes, or those of an array, as a brotli or zstd stream."""
     if codec == "zstd":
         from zstandard import ZstdCompressor
@@ -1826,7 +1827,7 @@ def compress(data: np.ndarray | bytes, codec: str = "brotli") -> bytes:
     import brotli
     return brotli.compress(bytes(data), quality=11, lgwin=24)
 
-def decompress(data: bytes, shape: Sequence[int], codec: str = "brotli") -> np.ndarray:
+def decompress(data: bytes, shape: Sequence[int], *, codec: str = "brotli") -> np.ndarray:
     """The inverse of `compress`, int8. Raises: ArtifactError unless just the shape comes out."""
     size, out, whole = math.prod(shape), b"", True
     with contextlib.suppress(Exception):  # one byte more, not whatever it would expand to
@@ -2025,8 +2026,7 @@ def fit_to_cap(model: GPT, hessians: dict[str, Tensor], plan: DepthPlan, world: 
     most = 1.0 if config.prune else 99.0  # all rows, or no bound
     slope, best, at = -sum(p.numel() for p in model.stacks().values()) / 8, None, 0.0
     while at not in sizes and len(sizes) < 20:
-        begin = time.perf_counter()
-        widen = 1.0 if config.prune else 2**at
+        begin, widen = time.perf_counter(), 1.0 if config.prune else 2**at
         quantised = quantise(model, hessians, world, widen, known)
         pruned = prune_ones(quantised, at) if config.prune else 0
         solved = time.perf_counter()
@@ -2110,12 +2110,12 @@ def definitions(node: ast.stmt) -> set[str]:
     return {*names_in(node, read=False)} if isinstance(node, ast.Assign | ast.AnnAssign) else set()
 
 def shorten_names(tree: ast.Module) -> None:
-    """Renames what functions bind, unless callers or inner functions name it, and definitions."""
-    keywords = {n.arg for n in ast.walk(tree) if isinstance(n, ast.keyword)}
+    """Renames definitions and what functions bind, unless inner functions or callers name it.
+    Callers may name arguments behind a star, and no others."""
     bodies = [tree.body, *(n.body for n in tree.body if isinstance(n, ast.ClassDef))]
     for function in (n for body in bodies for n in body if isinstance(n, ast.FunctionDef)):
-        own = [a for a in function.args.args + function.args.kwonlyargs if a.arg not in keywords]
-        kept = {s for n, s in named_nodes(function) if not isinstance(n, ast.Name) and n not in own}
+        kept = {s for n, s in named_nodes(function)
+                if not isinstance(n, ast.Name) and n not in function.args.args}
         rename(function, names_in(function, read=False).keys() - kept, "abcdefghijklmnopqrstuvwxyz")
     bound = names_in(tree, read=False)
     rename(tree, {s for n in tree.body for s in definitions(n) if bound[s] == 1

@@ -157,6 +157,26 @@ def test_packed_source_is_the_program_but_for_names(program: Path) -> None:
     assert not given & ({*dir(builtins), *dir(golf)} - renamed)
 
 
+def test_calls_name_only_arguments_that_keep_their_names() -> None:
+    """Positional arguments of functions and methods get short names, those behind a star do not."""
+    tree = ast.parse(PROGRAM.read_text())
+    bodies = [tree.body, *(n.body for n in tree.body if isinstance(n, ast.ClassDef))]
+    functions = [n for body in bodies for n in body if isinstance(n, ast.FunctionDef)]
+    renamed = {(f.name, a.arg) for f in functions for a in f.args.posonlyargs + f.args.args}
+    classes = {n.name: f for n in tree.body if isinstance(n, ast.ClassDef)
+               for f in n.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"}
+    renamed |= {(name, a.arg) for name, f in classes.items() for a in f.args.args}
+    behind_a_star = {a.arg for f in functions for a in f.args.kwonlyargs}
+    named = set()
+    for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call) and n.keywords):
+        called, given = ast.unparse(call.func).split(".")[-1], {k.arg for k in call.keywords}
+        assert not renamed & {(called, name) for name in given}, ast.unparse(call)
+        if called == "partial":  # of whichever function
+            assert given <= {*behind_a_star, "requires_grad"}, ast.unparse(call)
+        named |= given
+    assert behind_a_star <= named
+
+
 def test_packed_source_has_neither_comments_nor_docstrings(program: Path) -> None:
     found = golf.unpack_program(program)
     assert '"""' not in found

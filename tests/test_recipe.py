@@ -17,7 +17,8 @@ import train_gpt as golf
 RECORD, PR1493 = (golf.Config.from_env({"PRESET": name}) for name in ("record", "pr1493"))
 SWITCHES: dict[str, object] = {
     "leaky_slope": 0.3, "smear_gate": True, "attn_gate": 0.5, "muon_momentum": 0.97, "min_lr": 0.1}
-ALL = {"LEAKY_SLOPE": 0.3, "SMEAR_GATE": 1, "ATTN_GATE": 0.5, "MIN_LR": 0.1}
+ALL = {"LEAKY_SLOPE": 0.3, "SMEAR_GATE": 1, "ATTN_GATE": 0.5, "MLP_GATE": 1, "MIN_LR": 0.1}
+GATES = "smear_scale", "smear_gate", "attn_gate", "mlp_gate"
 
 
 # ---- Presets ----
@@ -31,15 +32,14 @@ def test_the_record_has_every_technique_and_the_others_have_none() -> None:
         assert not config.smear_gate
 
 
-def test_published_parameter_count_of_the_gates() -> None:
+def test_parameter_count_of_the_gates() -> None:
     with torch.device("meta"):
-        model = golf.GPT(RECORD, golf.sdpa_attend)
+        model = golf.GPT(config := replace(RECORD, mlp_gate=True), golf.sdpa_attend)
     total = sum(p.numel() for p in model.parameters())
-    assert total == 35_944_536 + 13 + 11 * 8 * 12
+    assert total == 35_944_536 + 13 + 11 * 8 * 12 + 11 * 13
     assert sum(count for _, count in golf.count_parameters(model).values()) == total
-    stored = golf.expected_shapes(RECORD)[1]
-    assert [stored[name].numel() for name in ("smear_scale", "smear_gate", "attn_gate")] == [
-        1, 12, 1056]
+    stored = golf.expected_shapes(config)[1]
+    assert [stored[name].numel() for name in GATES] == [1, 12, 1056, 143]
 
 
 @pytest.mark.parametrize("residual", ["two_lane_drop", "two_lane_attn", "two_lane_both"])
@@ -78,13 +78,27 @@ def test_a_new_attention_gate_halves_what_heads_put_out(config: golf.Config) -> 
     torch.testing.assert_close(plain.hidden(ids, plan), changed.hidden(ids, plan))
 
 
+def test_a_new_mlp_gate_is_nearly_open(config: golf.Config) -> None:
+    plain, changed = new_models(config, mlp_gate=True)
+    ids, plan = random_tokens(2, 33), plan_named(config, "looped")
+    with torch.no_grad():
+        plain.down.mul_(torch.tensor(5.0).sigmoid())
+    torch.testing.assert_close(plain.hidden(ids, plan), changed.hidden(ids, plan))
+
+
+@pytest.mark.parametrize("setting", ["ATTN_GATE", "MLP_GATE"])
+def test_either_gate_alone(make_config: MakeConfig, setting: str) -> None:
+    blocks = random_model(make_config(**{setting: 1})).block_weights()
+    assert all((w.gate is not None) == (setting == "ATTN_GATE") for w in blocks)
+    assert all((w.mlp_gate is not None) == (setting == "MLP_GATE") for w in blocks)
+
+
 def test_gates_train_with_the_scalars_and_every_parameter_learns(make_config: MakeConfig) -> None:
     config = make_config(**ALL)
     model, rows = random_model(config), random_tokens(4, 65)
     optimizer = golf.Optimizer(model, config, golf.World())
     scalars = [id(p) for p in optimizer.adam.param_groups[1]["params"]]
-    assert {id(p) for p in model.named("smear_scale", "smear_gate", "attn_gate").values()} <= {
-        *scalars}
+    assert {id(p) for p in model.named(*GATES).values()} <= {*scalars}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model(rows[:, :-1], rows[:, 1:], plan_named(config, "looped")).mean().backward()
     optimizer.step(0, 1.0)

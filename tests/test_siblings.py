@@ -653,10 +653,10 @@ def test_zstd_round_trip_and_damage(build: MakeConfig) -> None:
     assert b'"codec":"zstd"' in blob
     _, again = golf.decode_artifact(blob, config)
     assert all(torch.equal(q, again.integers[n]) for n, q in found.integers.items())
-    stream = golf.compress(bytes(1000), "zstd")
+    stream = golf.compress(bytes(1000), codec="zstd")
     for data, shape in ((stream, (999,)), (stream, (1001,)), (stream[:-3], (1000,)), (b"", (1,))):
         with pytest.raises(golf.ArtifactError, match="zstd"):
-            golf.decompress(data, shape, "zstd")
+            golf.decompress(data, shape, codec="zstd")
 
 
 # ---- Bad input ----

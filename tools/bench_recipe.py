@@ -42,7 +42,7 @@ from tools import runs, sweep, welch
 
 TECHNIQUES = (
     "leaky slope: LEAKY_SLOPE=0.3/0.5", "smear gate: SMEAR_GATE=1/0",
-    "attention gate: ATTN_GATE=0.5/0",
+    "attention gate: ATTN_GATE=0.5/0", "mlp gate: MLP_GATE=1/0",
     "short rows early: TRAIN_CONTEXT=0.35:512,0.7:1024/", "momentum: MUON_MOMENTUM=0.97/0.99",
     "rate floor: MIN_LR=0.1/0")
 
