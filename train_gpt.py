@@ -1063,7 +1063,8 @@ class GPT(nn.Module):
             values |= {block: (ve_BTC, w) for block, w in zip(config.ve_blocks, own, strict=True)}
         sources = [x0.new_ones(())] * config.cross_repeat
         sources += [F.embedding(ids_BT, table).to(x0) for table in self.rows("value_tables")]
-        outputs, lane = x0s[:0], x0s[:0]  # lists, empty yet
+        outputs: list[Tensor] = []
+        lane: list[Tensor] = []
         segment = config.loop_end + 1 - config.loop_start  # visits between two of a block
         for number, (block, again, form, row, skip_from) in enumerate(plan.visits):
             skip = (outputs[skip_from], *(t[row] for t in skips)) if row >= 0 else ()
@@ -2606,8 +2607,7 @@ class Mixture:
     def __init__(self) -> None:
         self.cells, orders = np.zeros(MIX_ROWS, np.uint64), len(MIX_ORDERS)
         self.credit = np.full((1 + len(TEMPERED) + orders, 1 + orders), 0.2)
-        self.credit[0] = 20.0
-        self.odds = math.log(MIX_SHARE)
+        self.credit[0], self.odds = 20.0, math.log(MIX_SHARE)
 
     def score(self, context_NC: np.ndarray, target_N: np.ndarray, kept_KN: np.ndarray) -> Mixed:
         """Of targets after a context, given what the neural distribution says of them."""
