@@ -2585,10 +2585,10 @@ def project_documents(scorer: Scorer) -> float:
     return float(np.bincount(share_out(costs, RECORD_RANKS), costs).max())
 
 MIX_CHUNK = 512  # targets that a mixture scores before it learns from them
-MIX_ORDERS = 2, 4, 6  # tokens of context of an n-gram row
-MIX_ROWS = 1 << 24  # of all orders together; a new context may take an old one's place
+MIX_ORDERS = 2, 3, 5, 8, 13  # tokens of context of an n-gram row
+MIX_ROWS = 1 << 26  # at most, of all orders; a new context may take an old one's place
 MIX_SHARE = 5e-6  # of the mixture in the beginning, and its loss in nats at worst
-MIX_MEMORY = 500.0  # targets that weights remember
+MIX_MEMORY = 120.0  # targets that weights remember
 MIX_FACTORS = np.full(MIX_ORDERS[-1], 0x9E3779B97F4A7C15, np.uint64).cumprod()  # of a hash
 
 class Mixed(NamedTuple):
@@ -2604,15 +2604,15 @@ class Mixture:
     Every expert is a whole distribution whose weight is set before the target is known, so the
     mixture sums to one. An n-gram row counts the last token after a context as often as it came in
     a row; the rest of it is the next shorter context's row, in the end the neural distribution."""
-    def __init__(self) -> None:
-        self.cells, orders = np.zeros(MIX_ROWS, np.uint64), len(MIX_ORDERS)
-        self.credit = np.full((1 + len(TEMPERED) + orders, 1 + orders), 0.2)
+    def __init__(self, num_targets: int) -> None:
+        self.cells = np.zeros(min(MIX_ROWS, 1 << (16 * num_targets).bit_length()), np.uint64)
+        self.credit = np.full((1 + len(TEMPERED + MIX_ORDERS), 1 + len(MIX_ORDERS)), 0.2)
         self.credit[0], self.odds = 20.0, math.log(MIX_SHARE)
 
     def score(self, context_NC: np.ndarray, target_N: np.ndarray, kept_KN: np.ndarray) -> Mixed:
         """Of targets after a context, given what the neural distribution says of them."""
         hash_ON = np.stack([context_NC[:, -n:] @ MIX_FACTORS[:n] for n in MIX_ORDERS])
-        place_ON, check_ON = (hash_ON >> 32) % MIX_ROWS, (hash_ON >> 16).astype(np.uint16)
+        place_ON, check_ON = (hash_ON >> 32) % len(self.cells), (hash_ON >> 16).astype(np.uint16)
         cell_ONF = self.cells[place_ON][..., None].view(np.uint16)
         cell_ONF[..., 2] *= cell_ONF[..., 0] == check_ON
         cell_ONF[..., 0] = check_ON
@@ -2639,9 +2639,9 @@ class Mixture:
 def mix(stream: ValStream, kept_KT: np.ndarray, stop: int, probes: dict[int, np.ndarray]
         ) -> tuple[ScoreLedger, dict[int, np.ndarray]]:
     """A ledger of targets before `stop`, mixed alike on all ranks, and all nats where probed."""
-    ledger, mixture, longest = ScoreLedger(stream, World()), Mixture(), MIX_ORDERS[-1]
-    padded, rows = np.pad(stream.tokens, (longest - 1, 0)).astype(np.uint64), {}
-    contexts = np.lib.stride_tricks.sliding_window_view(padded, longest)
+    ledger, mixture = ScoreLedger(stream, World()), Mixture(stream.num_targets)
+    padded, rows = np.pad(stream.tokens, (len(MIX_FACTORS) - 1, 0)).astype(np.uint64), {}
+    contexts = np.lib.stride_tricks.sliding_window_view(padded, len(MIX_FACTORS))
     for first in range(0, stop, MIX_CHUNK):
         last = min(first + MIX_CHUNK, stop)
         found = mixture.score(contexts[first:last], stream.tokens[first + 1:last + 1],
