@@ -44,6 +44,11 @@ def test_repeated_text_is_what_pays() -> None:
     assert bits_gained(np.tile(PHRASE, 20), np.full(999, 0.05)) > 3
 
 
+def test_the_table_grows_with_the_text_up_to_its_bound() -> None:
+    sizes = [golf.Mixture(targets).cells.size for targets in (1, 100, 47_851_520)]
+    assert sizes == [1 << 5, 1 << 11, golf.MIX_ROWS]
+
+
 def test_overconfidence_is_tempered() -> None:
     """A model that is sure nine times in ten and right every other time."""
     stream, kept_KT = stream_of(text(9000, longest=3000), 1), views_of(np.full(8999, 0.9))
