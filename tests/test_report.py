@@ -505,6 +505,16 @@ def test_links_of_this_repository_lead_somewhere() -> None:
         assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/NOTEBOOK.md", "docs/FAULTS.md"])
+def test_rows_have_as_many_cells_as_their_header(name: str) -> None:
+    """Markdown drops what is more."""
+    path, wanted = Path(__file__).resolve().parent.parent / name, 0
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        bars = re.findall(r"(?<!\\)\|", re.sub("`[^`]*`", "", line))
+        wanted = (wanted or len(bars)) if line.startswith("|") else 0
+        assert len(bars) == wanted or not wanted, f"{name}:{number}"
+
+
 def test_readme_of_this_repository_is_what_the_logs_give(tmp_path: Path) -> None:
     """Runs that a user made since, which git does not know, are not in it yet."""
     root = Path(__file__).resolve().parent.parent
