@@ -188,7 +188,7 @@ class Config:
     eval_stride: int = within(64, 1, 2**20)
     val_batch_tokens: int = within(524_288, 8, 2**23)  # eight ranks' share of a forward pass
     sliding_window_enabled: bool = False
-    mixer: Literal["off", "legal", "hedge1453"] = "legal"  # with n-grams; 1453 only compares
+    mixer: Literal["off", "legal"] = "legal"  # with n-grams of scored text
     val_tail: bool = True  # 0: without the tail that fills no sequence, as the published runs
     max_eval_seconds: float = within(600.0, 1, 10**7)
     # Test-time training
@@ -2294,16 +2294,14 @@ class Scorer:
         return self.judge(self.states(rows, skip, adapter), rows[:, 1 + skip:], adapter)
 
     def judge(self, x_BSD: Tensor, target_BS: Tensor, adapter: LowRank | None) -> Tensor:
-        """Nats of targets and what mixtures want, tempered copies or the entropy: (K, B, S)."""
+        """Nats of targets and, if a mixture wants them, of tempered copies: (K, B, S)."""
         logits_NV, target_N = self.model.logits(x_BSD, adapter), target_BS.flatten().long()
         for tensor in (logits_NV, target_N):  # one graph for all numbers of targets
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         found, cap = [self.model.target_nats(logits_NV, target_N)], self.model.config.logit_softcap
         if self.views:
             capped_NV = cap * torch.tanh(logits_NV.detach().float() / cap)
-            wanted = ([(capped_NV * factor, target_N) for factor in TEMPERED] if self.views > 1
-                      else [(capped_NV, capped_NV.softmax(1))])  # of which it is the entropy
-            found += [F.cross_entropy(*pair, reduction="none") for pair in wanted]
+            found += [F.cross_entropy(capped_NV * f, target_N, reduction="none") for f in TEMPERED]
         return torch.stack(found).view(-1, *target_BS.shape)
 
     def states(self, rows: Tensor, skip: int, adapter: LowRank | None) -> Tensor:
@@ -2671,40 +2669,6 @@ def evaluate_mixture(scorer: Scorer) -> Score:
         audit.replay(stream, kept_KT, ledger, rows)
     return finish_score(scorer, ledger)
 
-HEDGE_BATCH, HEDGE_START = 8192, 10_000  # targets of a step of weights; counted before the first
-HEDGE_ROWS = (0.1, 0.1, 0.01), (0, 0, 1)  # of each order: added to counts, least sum of counts
-
-def hedge1453(scorer: Scorer) -> tuple[float, float]:
-    """What PR 1453 calls nats per target, for comparison, and the mean mass over all tokens, at
-    sampled positions: its last expert credits each of them with exp(-entropy), which is no chance.
-    Weights follow the mean cost of scored targets, the published ones of their contexts too."""
-    config, scorer.views, total, masses = scorer.model.config, 1, 0.0, []
-    padded, size = np.pad(scorer.stream.tokens, (1, 0)), config.vocab_size
-    evaluate(scorer, sliding_windows(len(padded) - 2, config.eval_seq_len, config.eval_stride))
-    known_KT = scorer.last.kept.cpu().numpy().astype(np.float64)
-    a, b, y = np.lib.stride_tricks.sliding_window_view(np.int64(padded), 3).T
-    row_OT = np.stack([0 * b, b, (36313 * a ^ 27191 * b) % 65536])
-    counts = [np.zeros((rows, size + 1), np.int32) for rows in (1, size, 65536)]  # and their sum
-    weights = np.array([2.0, 0, 0, 0, 0])  # logarithms; of model, three n-gram orders, entropy
-    def costs(known_KN: np.ndarray, row_ON: np.ndarray, target_N: np.ndarray) -> np.ndarray:
-        grams = [np.log((np.maximum(n[row, size], least) + add * size) / (n[row, target_N] + add))
-                 for n, row, add, least in zip(counts, row_ON, *HEDGE_ROWS, strict=True)]
-        return np.stack([known_KN[0], *grams, known_KN[1]])
-    for first in range(0, len(y), HEDGE_BATCH):
-        part = slice(first, first + HEDGE_BATCH)
-        cost_EN = costs(known_KT[:, part], row_OT[:, part], y[part])
-        total += cost_EN[0].sum()
-        if first >= HEDGE_START:
-            share = (weights - np.logaddexp.reduce(weights))[:, None]
-            total -= (np.logaddexp.reduce(share - cost_EN) + cost_EN[0]).sum()
-            same = np.full(size, first)  # of the model's distribution only the sum matters
-            known_KV = np.stack([np.full(size, math.log(size)), known_KT[1, same]])
-            masses.append(np.exp(share - costs(known_KV, row_OT[:, same], np.arange(size))).sum())
-            weights -= 0.1 * cost_EN.mean(1)
-        for n, row in zip(counts, row_OT[:, part], strict=True):
-            np.add.at(n, (row, [y[part], 0 * row + size]), 1)
-    return total / len(y), float(np.mean(masses or 1.0))
-
 # ====  11  Main  ==================================================================================
 # The story: checks before any paid time, training, quantisation, one file, and from there on only
 # that file. Every error that a user can act on ends the program with one line.
@@ -2865,11 +2829,6 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
         if failed := [f"{name} {facts}" for name, facts in record.items() if not facts["passed"]]:
             raise LegalityError("audit: " + "; ".join(failed))
     log.result |= {"headline": headline, "val_bpb": score.bits, "val_loss": score.nats}
-    if config.mixer == "hedge1453":  # beside all that counts, and of the file as it is
-        nats, mass = hedge1453(Scorer(*load_artifact(path, config, world, attend), val, world))
-        log.result["hedge1453"] = {"nats": nats, "mass": mass}
-        log.warn(f"hedge1453 is NOT A DISTRIBUTION: its mass is {mass:.3f}, so its {nats:.5f} "
-                 "nats are no score")
 
 def describe_config(config: Config, world: World) -> str:
     """Settings, topology, parameters, operations and expected bytes, as text."""
