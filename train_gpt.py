@@ -38,7 +38,7 @@ import zipfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -2416,6 +2416,7 @@ def log_score(log: RunLog, key: str, label: str, score: Score) -> None:
 # every chunk after, and only after, that chunk was scored. The ledger enforces the order.
 
 MAX_HARM = 0.1  # nats per target of a chunk or batch of documents, at which learning is given up
+ADAPTED_BY = 0.8  # of MAX_EVAL_SECONDS documents are to be done: mixture and report come after
 HARM_EVERY = 8  # passes over a batch of documents: each look waits for the device
 RECORD_RANKS, SAVE_SECONDS = 8, 60.0
 Factors = dict[str, tuple[Tensor, Tensor]]  # by site: (B, inputs, R), (B, R, outputs); R is rank
@@ -2567,20 +2568,29 @@ def official_lengths(count: int = 50_000) -> np.ndarray:
     lengths = np.exp(6.33 + 1.022 * quantiles.numpy())
     return np.append(lengths[:-16], np.geomspace(30_000, 97_000, 16)).astype(np.int64)
 
-def project_documents(scorer: Scorer) -> float:
-    """Compiles on random tokens; seconds of the official text on eight ranks, at measured steps."""
-    lengths, config, seconds = official_lengths(), scorer.model.config, {}
-    stops, adapters = lengths.cumsum(), LowRank(scorer.model, scorer.plan)
-    groups = document_passes(stops - lengths, stops, config)
-    widths = sorted({width for passes in groups for _, width in passes})[::5]  # four of sixteen
+def project_documents(scorer: Scorer, deadline: float = math.inf) -> float:
+    """Compiles on random tokens; seconds of the official text on eight ranks, by measured passes.
+    Before that, the model's chunks grow until its own text would be done at `deadline`."""
+    model, stream, world, seconds = scorer.model, scorer.stream, scorer.world, {}
+    lengths, config, adapters = official_lengths(), model.config, LowRank(model, scorer.plan)
+    stops, most = lengths.cumsum(), config.eval_seq_len
+    widths = sorted({min(-(-most // 16) * sixteenths, most) for sixteenths in (1, 6, 11, 16)})
     for width in widths * (1 + config.compile):
         rows = torch.randint(config.vocab_size, (config.ttt_batch_size, width + 1))
         begin, skip = time.perf_counter(), max(0, width - config.ttt_chunk_size)
-        adapters.learn(scorer.nats(rows.to(scorer.world.device), skip, adapters).sum())
-        seconds[width] = scorer.world.synchronize() - begin
-    costs = [np.interp([width for _, width in passes], widths, [*seconds.values()]).sum()
-             for passes in groups]
-    return float(np.bincount(share_out(costs, RECORD_RANKS), costs).max())
+        adapters.learn(scorer.nats(rows.to(world.device), skip, adapters).sum())
+        seconds[width] = world.synchronize() - begin
+    def slowest(starts: np.ndarray, stops: np.ndarray, ranks: int) -> float:
+        costs = [np.interp([width for _, width in passes], widths, [*seconds.values()]).sum()
+                 for passes in document_passes(starts, stops, model.config)]
+        return float(np.bincount(share_out(costs, ranks), costs).max())
+    own = stream.document_starts, stream.document_stops, world.size
+    while (chunk := model.config.ttt_chunk_size * 5 // 4 + 1) <= most // 2:
+        late = torch.tensor(slowest(*own) + time.perf_counter() - deadline)
+        if world.combine(late, dist.ReduceOp.MAX) <= 0:
+            break
+        model.config = replace(model.config, ttt_chunk_size=chunk)
+    return slowest(stops - lengths, stops, RECORD_RANKS)
 
 MIX_CHUNK = 512  # targets that a mixture scores before it learns from them
 MIX_ORDERS = 2, 3, 5, 8, 13  # tokens of context of an n-gram row
@@ -2799,7 +2809,13 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     scorer.views = len(TEMPERED) * (config.mixer == "legal")
     log.put("artifact", sha256=(scored := digest(path.read_bytes())))
     prefix = f"{log.folder}/ledger_{digest(scored + config.config_hash + program_source())[:16]}"
-    full = project_documents(scorer) if config.ttt_enabled and config.ttt_mode == "documents" else 0
+    full, chunk = 0.0, config.ttt_chunk_size
+    if config.ttt_enabled and config.ttt_mode == "documents":
+        full = project_documents(scorer, begin + ADAPTED_BY * config.max_eval_seconds)
+        if (longer := model.config.ttt_chunk_size) > chunk:
+            log.result["ttt_chunk_size"] = longer
+            log.warn(f"TTT_CHUNK_SIZE={longer} instead of {chunk}, or the evaluation would take "
+                     f"longer than MAX_EVAL_SECONDS ({config.max_eval_seconds:g})")
     for headline, label, function, *inputs in plan_evaluations(config, val, prefix):
         score = function(scorer, *inputs)
         log_score(log, headline, label, score)

@@ -144,6 +144,41 @@ def test_projection_counts_the_official_text_at_measured_steps(
     assert steps / 8 <= projected <= 1.05 * steps / 8
 
 
+@pytest.mark.parametrize("left", [math.inf, 1000.0, 12.0, 0.0])
+def test_chunks_grow_until_the_text_would_be_done_in_time(
+        config: golf.Config, monkeypatch: pytest.MonkeyPatch, left: float) -> None:
+    """With passes of a second each, and a clock that stands otherwise."""
+    now = [0.0]
+    scorer = make_scorer(replace(config, ttt_chunk_size=8), stream_of(text(800)))
+    monkeypatch.setattr(scorer.world, "synchronize", lambda: now[0] + 1)
+    monkeypatch.setattr(golf.time, "perf_counter", lambda: now[0])
+    golf.project_documents(scorer, left)
+    found = scorer.model.config
+
+    def needed(chunk: int) -> int:
+        groups = golf.document_passes(scorer.stream.document_starts, scorer.stream.document_stops,
+                                      replace(config, ttt_chunk_size=chunk))
+        return sum(map(len, groups))
+
+    tried = [8, 11, 14, 18, 23, 29]  # up to half of the widest
+    fitting = [chunk for chunk in tried if needed(chunk) <= left]
+    assert found.ttt_chunk_size == (fitting or tried[-1:])[0]
+    assert needed(8) > 12 > needed(29)
+    assert replace(found, ttt_chunk_size=8) == replace(config, ttt_chunk_size=8)
+
+
+def test_an_evaluation_short_of_time_says_so(make_env: MakeEnv,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(golf, "ADAPTED_BY", 0.0)
+    env = make_env(TTT_MODE="documents", TTT_LORA_RANK=4, TTT_BATCH_SIZE=4, TTT_CHUNK_SIZE=16,
+                   AUDIT=1)
+    result = golf.main(env)
+    assert result["status"] == "complete"
+    assert result["ttt_chunk_size"] == 27
+    said = "warning: TTT_CHUNK_SIZE=27 instead of 16, or the evaluation would take longer than"
+    assert said in (golf.Path(env["LOG_DIR"]) / "toy.txt").read_text()
+
+
 @torch._dynamo.config.patch(recompile_limit=64)
 def test_one_graph_per_block_form_serves_all_passes(make_config: MakeConfig,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
