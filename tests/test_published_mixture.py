@@ -90,5 +90,5 @@ def test_tool_says_both_numbers_and_which_is_valid(
 
 
 def test_no_artifact_is_an_error(data_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(golf.ArtifactError, match="none.bin"):
+    with pytest.raises(golf.ArtifactError, match=r"none\.bin"):
         published_mixture.main([str(tmp_path / "none.bin")], tiny_env(data_dir, tmp_path))
