@@ -204,7 +204,7 @@ class Config:
     ttt_lora_sites: str = "qkv,out,up,down,head"  # adapted layers, of every visit
     ttt_lora_rank: int = within(80, 1, 4096)
     ttt_lora_alpha: float = within(144.0, 0, 10**7)  # output is scaled by alpha / rank
-    ttt_lora_lr: float = within(2e-4, 0, 1)
+    ttt_lora_lr: float = within(1e-4, 0, 1)
     ttt_beta1: float = within(0.0, 0, 0.9999)
     ttt_beta2: float = within(0.99, 0, 0.9999)
     ttt_weight_decay: float = within(0.5, 0, 100)
