@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from documents import make_scorer, measure_all, nats_of, stream_of, text
+from documents import hurried_chunk, make_scorer, measure_all, nats_of, stream_of, text
 from toy import (
     MakeConfig,
     plan_named,
@@ -251,6 +251,13 @@ def test_two_ranks_share_one_clean_audit(two_ranks: list[dict[str, object]]) -> 
     assert set(first) == set(golf.CONDITIONS)
     assert all(facts["passed"] for facts in first.values())
     assert first["c4_single_pass"]["checked"] == 6 * 899
+
+
+def test_the_slowest_rank_decides_how_long_chunks_get(two_ranks: list[dict[str, object]],
+                                                      adapted: golf.Config) -> None:
+    assert hurried_chunk(adapted, golf.World()) == adapted.ttt_chunk_size
+    first, second = (rank["hurried_chunk"] for rank in two_ranks)
+    assert first == second == 27
 
 
 def test_every_rank_mixes_to_the_same_bits(two_ranks: list[dict[str, object]]) -> None:
