@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -129,12 +129,12 @@ def log_link(run: Run, text: str) -> str:
     return f"[{text}]({path.relative_to(logs.parent).as_posix()})"
 
 
-def program_remark(sources: Sources, runs: Sequence[Run]) -> str:
-    """Says that some runs are by another program than the one beside the README, if they are."""
+def program_remark(sources: Sources, hashes: Iterable[object]) -> str:
+    """Says which hashes are of another program than the one beside the README, if some are."""
     program = sources.root / "train_gpt.py"
     present = sha256_of(program) if program.is_file() else None
-    found = {run.text("source_sha256"): None for run in runs}
-    others = [name[:8] for name in found if name and present and name != present]
+    others = [str(name)[:8] for name in dict.fromkeys(hashes)
+              if name and present and name != present]
     return f"By an earlier program (source {', '.join(others)})." if others else ""
 
 
@@ -171,13 +171,14 @@ def block_headline(sources: Sources, arguments: Sequence[str]) -> str:
     most = max(_mean([run], "artifact.total_bytes") for run in runs)
     machine = first.machine or "unknown"
     links = ", ".join(log_link(run, f"seed {run.seed}") for run in runs)
+    remark = program_remark(sources, [run.text("source_sha256") for run in runs])
     return (
         f"**{welch.mean(scores):.4f}{spread} BPB** ({_mean(runs, 'val_loss'):.4f} nats per token, "
         f"`{first.headline}`) after {_mean(runs, 'clocks.training_seconds'):.0f} s of training and "
         f"{_mean(runs, 'clocks.eval_seconds_strict'):.0f} s of evaluation on {machine}: "
         f"preset `{_shared(runs, 'preset')}`, seed{'s' if len(runs) > 1 else ''} {seeds}, "
         f"{most:,.0f} of {CAP_BYTES:,} bytes, data `{_shared(runs, 'data.name')}`, "
-        f"track `{_shared(runs, 'track')}`. Logs: {links}. {program_remark(sources, runs)}"
+        f"track `{_shared(runs, 'track')}`. Logs: {links}. {remark}"
     ).rstrip()
 
 
@@ -398,7 +399,9 @@ def block_adaptation(sources: Sources, arguments: Sequence[str]) -> str:
     header = ["Settings", "Documents alone, BPB", "Adapted, BPB", "Gain", "Seconds"]
     count = f"First {content['documents']}" if content.get("documents") else "All"
     title = f"{count} documents of `{content.get('data')}`, {content.get('device')}:\n\n"
-    return title + table([*header, "8 GPUs, official: s"], body, left=1)
+    measured = table([*header, "8 GPUs, official: s"], body, left=1)
+    remark = program_remark(sources, [content.get("source_sha256")])
+    return f"{title}{measured}\n\n{remark}".rstrip()
 
 
 def block_bytes(sources: Sources, arguments: Sequence[str]) -> str:
@@ -410,7 +413,7 @@ def block_bytes(sources: Sources, arguments: Sequence[str]) -> str:
     total = sum(value for _, value in parts)
     rows = [[name, f"{value:,.0f}", f"{100 * value / total:.2f} %"] for name, value in parts]
     shares = table(["Part", "Bytes", "Share"], [*rows, ["cap", f"{total:,.0f}", "100 %"]])
-    return f"{shares}\n\n{program_remark(sources, [run])}".rstrip()
+    return f"{shares}\n\n{program_remark(sources, [run.text('source_sha256')])}".rstrip()
 
 
 CEILINGS = ("copy", "product ", "attention ")  # rows that time the machine, not the program
