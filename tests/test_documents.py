@@ -148,10 +148,9 @@ def test_projection_counts_the_official_text_at_measured_steps(
 def test_chunks_grow_until_the_text_would_be_done_in_time(
         config: golf.Config, monkeypatch: pytest.MonkeyPatch, left: float) -> None:
     """With passes of a second each, and a clock that stands otherwise."""
-    now = [0.0]
     scorer = make_scorer(replace(config, ttt_chunk_size=8), stream_of(text(800)))
-    monkeypatch.setattr(scorer.world, "synchronize", lambda: now[0] + 1)
-    monkeypatch.setattr(golf.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(scorer.world, "synchronize", lambda: 1.0)
+    monkeypatch.setattr(golf.time, "perf_counter", lambda: 0.0)
     golf.project_documents(scorer, left)
     found = scorer.model.config
 

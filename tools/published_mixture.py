@@ -42,12 +42,11 @@ class EntropyScorer(golf.Scorer):
 
     def judge(self, x_BSD: Tensor, target_BS: Tensor, adapter: golf.LowRank | None) -> Tensor:
         """Nats of targets and entropies, (2, B, S)."""
-        logits_NV = self.model.logits(x_BSD, adapter).float()
-        cap = self.model.config.logit_softcap
-        capped_NV = cap * torch.tanh(logits_NV / cap)
-        found = [functional.cross_entropy(capped_NV, target, reduction="none")
-                 for target in (target_BS.flatten().long(), capped_NV.softmax(1))]
-        return torch.stack(found).view(-1, *target_BS.shape)
+        logits_NV, cap = self.model.logits(x_BSD, adapter), self.model.config.logit_softcap
+        capped_NV = cap * torch.tanh(logits_NV.float() / cap)
+        nats_N = self.model.target_nats(logits_NV, target_BS.flatten().long())
+        entropy_N = functional.cross_entropy(capped_NV, capped_NV.softmax(1), reduction="none")
+        return torch.stack([nats_N, entropy_N]).view(-1, *target_BS.shape)
 
 
 def published_mixture(scorer: EntropyScorer) -> tuple[float, float]:
@@ -98,7 +97,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None, env: Mapping[str, str] = os.environ) -> int:
     """Measures and prints; the exit status.
 
-    Raises: GolfError, RunError, OSError.
+    Raises: GolfError, OSError.
     """
     options = parse_arguments(arguments)
     config, world = golf.Config.from_env(env), golf.World.from_env({})
