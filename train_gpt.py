@@ -125,7 +125,6 @@ class Config:
     leaky_slope: float = within(0.3, 0, 1)  # of the activation below zero, before it is squared
     smear_gate: bool = True  # a gated share of the token before joins each embedding
     attn_gate: float = within(0.5, 0, 100)  # slope of the gate of each head's output; 0: none
-    mlp_gate: bool = False  # a gate of the MLP's output, nearly open at first
     ve_layers: str = ""  # blocks to whose values a narrow embedding is added
     num_value_embeds: int = within(0, 0, 8)  # full tables, scaled anew for every visit
     logit_softcap: float = within(30.0, 1, 40)  # exp(-2 * 40) is a float32
@@ -138,7 +137,7 @@ class Config:
     prog_depth: str = ""  # instead of that: progress:passes,... in force until then
     cross_repeat: bool = False  # a vector joins every visit, a block's last output its next one
     # Optimizer
-    matrix_lr: float = within(0.022, 0, 10)
+    matrix_lr: float = within(0.026, 0, 10)
     tied_embed_lr: float = within(0.03, 0, 10)
     scalar_lr: float = within(0.02, 0, 10)
     muon_momentum: float = within(0.97, 0, 0.9999)
@@ -150,14 +149,14 @@ class Config:
     embed_wd: float = within(0.085, 0, 10)
     adam_wd: float = within(0.02, 0, 10)
     beta1: float = within(0.9, 0, 0.9999)
-    beta2: float = within(0.95, 0, 0.9999)
+    beta2: float = within(0.99, 0, 0.9999)
     adam_eps: float = within(1e-8, 1e-20, 1)
     grad_clip_norm: float = within(0.3, 0, 10**7)  # global; 0: off
     # Schedule
     iterations: int = within(20_000, 1, 10**7)  # most optimizer steps
     max_wallclock_seconds: float = within(600.0, 0, 10**7)  # 0: progress is step / iterations
     gptq_reserve_seconds: float = within(0.0, 0, 10**7)  # least share kept for calibration
-    warmdown_frac: float = within(0.72, 0.001, 1)  # last share of progress with falling rate
+    warmdown_frac: float = within(0.85, 0.001, 1)  # last share of progress with falling rate
     warmdown_iters: int = within(0, 0, 10**7)  # instead, in steps of the mean time so far
     schedule_steps: int = within(0, 0, 10**7)  # settings in steps are shares of so many; 0: steps
     min_lr: float = within(0.1, 0, 1)  # floor of the learning-rate scale
@@ -199,12 +198,12 @@ class Config:
     ttt_momentum: float = within(0.9, 0, 0.9999)
     ttt_chunk_tokens: int = within(32_768, 8, 2**24)
     ttt_grad_clip: float = within(1.0, 0, 10**7)
-    ttt_batch_size: int = within(32, 1, 4096)  # documents that adapt side by side
-    ttt_chunk_size: int = within(48, 1, 2**16)  # targets between two steps
+    ttt_batch_size: int = within(64, 1, 4096)  # documents that adapt side by side
+    ttt_chunk_size: int = within(40, 1, 2**16)  # targets between two steps
     ttt_lora_sites: str = "qkv,out,up,down,head"  # adapted layers, of every visit
     ttt_lora_rank: int = within(80, 1, 4096)
     ttt_lora_alpha: float = within(144.0, 0, 10**7)  # output is scaled by alpha / rank
-    ttt_lora_lr: float = within(1e-4, 0, 1)
+    ttt_lora_lr: float = within(1.4e-4, 0, 1)
     ttt_beta1: float = within(0.0, 0, 0.9999)
     ttt_beta2: float = within(0.99, 0, 0.9999)
     ttt_weight_decay: float = within(0.5, 0, 100)
@@ -261,7 +260,7 @@ NOT_METHOD = ("seed run_id log_dir run_dir print_config eval_only data_dir data_
 
 # Published steps to the recurrence are shares of the run here; SCHEDULE_STEPS does it to others.
 FORMER: dict = dict(leaky_slope=0.5, smear_gate=False, attn_gate=0.0, min_lr=0.0, train_context="",
-                    muon_momentum=0.99)
+                    muon_momentum=0.99, matrix_lr=0.022, beta2=0.95, warmdown_frac=0.72)
 PLAIN = FORMER | dict(quantiser="gptq", compressor="brotli", ttt_mode="sgd", mixer="off",
     val_tail=False, gptq_damp=0.01, gptq_calibration_batches=64, sliding_window_enabled=True)
 PR1445 = PLAIN | dict(
@@ -823,7 +822,6 @@ class BlockWeights(NamedTuple):
     q_gain: Tensor  # H
     norm_scale: Tensor  # 0-D
     gate: Tensor | None = None  # H, GATE_WIDTH; of the output of attention
-    mlp_gate: Tensor | None = None  # GATE_WIDTH + 1, the last a bias; of the output of the MLP
     slope: float = 0.5  # of the activation below zero
     fused: bool = False  # whether its kernel computes the MLP
 
@@ -886,9 +884,9 @@ def attention(x_BTD: Tensor, w: BlockWeights, form: str, rotary: Tensor, attend:
         y_BTHK = y_BTHK * gate_share(x_BTD, w.gate)[..., None]
     return linear(y_BTHK.flatten(2), w.out, "out", tap)
 
-def gate_share(x_BTD: Tensor, gate_GI: Tensor, bias_G: Tensor | None = None) -> Tensor:
+def gate_share(x_BTD: Tensor, gate_GI: Tensor) -> Tensor:
     """Between 0 and 1, (B, T, G), by the first dimensions of `x`."""
-    return F.linear(x_BTD[..., :gate_GI.shape[1]], gate_GI.to(x_BTD.dtype), bias_G).sigmoid()
+    return F.linear(x_BTD[..., :gate_GI.shape[1]], gate_GI.to(x_BTD.dtype)).sigmoid()
 
 def mlp(x_BTD: Tensor, w: BlockWeights, tap: Tap | None) -> Tensor:
     """Two linear layers round the square of a leaky ReLU."""
@@ -918,10 +916,7 @@ def run_block(stream: Stream, w: BlockWeights, form: str, rotary: Tensor, attend
         other = mix_skip(lane, stream.skip) if form.startswith("two_lane_both") else lane
     if not form.startswith("parallel"):
         z = rms_norm(other) * norm_scale
-    y = mlp(z, w, tap)
-    if w.mlp_gate is not None:
-        y = y * gate_share(z, w.mlp_gate[None, :-1], w.mlp_gate[-1:].to(dtype))
-    other = other + y
+    other = other + mlp(z, w, tap)
     return (after, other) if stream.lane else (other,)
 
 def embed_tokens(ids_BT: Tensor, embed_VD: Tensor, dtype: torch.dtype,
@@ -978,7 +973,6 @@ class GPT(nn.Module):
                 "lane_mix": 0.5 * ones(int(config.residual != "parallel")),
                 "smear_scale": zeros(smears), "smear_gate": zeros(smears, reads),
                 "attn_gate": zeros(L * (config.attn_gate > 0), config.num_heads, reads),
-                "mlp_gate": F.pad(zeros(L * config.mlp_gate, reads), (0, 1), value=5.0),
                 "ve_table": zeros(one, config.vocab_size, VALUE_EMBED_DIM),
                 "ve_proj": zeros(one, config.kv_dim, VALUE_EMBED_DIM),
                 "ve_scale": torch.tensor([[0.1]] * one + [[1.0]] * ve),  # of all, of each
@@ -1037,9 +1031,9 @@ class GPT(nn.Module):
         fuse = triton and self.embed.is_cuda and self.dtype.itemsize == 2 and (
             torch.cuda.get_device_capability()[0] == 9)  # others may lack its shared memory
         gates: list = [self.config.attn_gate * p for p in self.named("attn_gate").values()]
-        gates = (gates or [[None] * len(out)]) + [*self.named("mlp_gate").values()]
-        return [BlockWeights(*parts)._replace(slope=self.config.leaky_slope, fused=bool(fuse))
-                for parts in zip(*matrices, *vectors, *gates, strict=True)]
+        parts = zip(*matrices, *vectors, *(gates or [[None] * len(out)]), strict=True)
+        return [BlockWeights(*own)._replace(slope=self.config.leaky_slope, fused=bool(fuse))
+                for own in parts]
 
     def rows(self, name: str) -> Sequence[Tensor]:
         """A parameter by its first dimension; nothing if the model has none."""
@@ -1097,7 +1091,7 @@ class GPT(nn.Module):
 def count_parameters(model: GPT) -> dict[str, tuple[int, int]]:
     """(tensors, parameters) per optimizer group, counted as the published systems' tensors."""
     vectors = model.vectors("ve_proj")
-    blocks = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "attn_gate", "mlp_gate")
+    blocks = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "attn_gate")
     groups = {"embedding": [*model.named(*TABLES).values()],
               "matrix": [w for m in model.matrices() for w in m.parameter[:, m.rows]],
               "vector": [t for name, v in vectors.items() for t in (v if name in blocks else [v])]}
@@ -1809,7 +1803,7 @@ MODEL_SETTINGS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_
                   "rope_base", "rope_dims", "ln_scale", "xsa_last_n", "parallel_residual_start",
                   "logit_softcap", "num_loops", "loop_start", "loop_end", "residual", "max_skips",
                   "ve_layers", "num_value_embeds", "prog_depth", "cross_repeat", "leaky_slope",
-                  "smear_gate", "attn_gate", "mlp_gate")
+                  "smear_gate", "attn_gate")
 
 def codec_of(config: Config) -> str:
     """The coder of levels in use. Raises: ConfigError if time would go into a model without it."""

@@ -72,11 +72,7 @@ def reference_block(model: golf.GPT, x: Tensor, x0: Tensor, layer: int) -> Tenso
 
     def feed(z: Tensor) -> Tensor:
         t = z @ w["up"][layer].T
-        y = torch.where(t > 0, t * t, (c.leaky_slope * t) ** 2) @ w["down"][layer].T
-        if c.mlp_gate:
-            gate = w["mlp_gate"][layer]
-            y = y * torch.sigmoid(z[:, :12] @ gate[:12] + gate[12])[:, None]
-        return y
+        return torch.where(t > 0, t * t, (c.leaky_slope * t) ** 2) @ w["down"][layer].T
 
     u = w["resid_mix"][layer, 0] * x + w["resid_mix"][layer, 1] * x0
     a = w["attn_scale"][layer] * attend(rms(u) * depth_scale)
@@ -121,8 +117,8 @@ def test_a_saved_model_is_its_parameters_alone(config: golf.Config) -> None:
 @pytest.mark.parametrize("settings", [
     {}, {"PARALLEL_RESIDUAL_START": -1}, {"PARALLEL_RESIDUAL_START": 0}, {"XSA_LAST_N": 0},
     {"XSA_LAST_N": 5}, {"ROPE_DIMS": 0}, {"LN_SCALE": 0}, {"NUM_KV_HEADS": 1, "LOGIT_SOFTCAP": 5},
-    {"LEAKY_SLOPE": 0.3}, {"SMEAR_GATE": 1}, {"ATTN_GATE": 0.5}, {"MLP_GATE": 1},
-    {"LEAKY_SLOPE": 0, "SMEAR_GATE": 1, "ATTN_GATE": 2, "MLP_GATE": 1, "XSA_LAST_N": 2},
+    {"LEAKY_SLOPE": 0.3}, {"SMEAR_GATE": 1}, {"ATTN_GATE": 0.5},
+    {"LEAKY_SLOPE": 0, "SMEAR_GATE": 1, "ATTN_GATE": 2, "XSA_LAST_N": 2},
     {"NUM_LAYERS": 4, "NUM_LOOPS": 3, "LOOP_START": 0, "LOOP_END": 1, "MLP_MULT": 4}])
 def test_forward_equals_the_published_formulas(make_config: MakeConfig, plan: str,
                                                settings: dict[str, float]) -> None:

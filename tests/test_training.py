@@ -241,7 +241,7 @@ def test_train_events_have_the_agreed_keys(config: golf.Config, log: SilentLog) 
         assert event.keys() >= {"step", "train_loss", "lr_scale", "tok_s", "plan", "mem_mib",
                                 "progress"}
     assert [e["progress"] for e in events] == pytest.approx([0, 0.125, 0.25, 0.375, 0.5, 0.875])
-    scales = [golf.lr_scale(golf.Config(), 0, cast_float(e["progress"])) for e in events]
+    scales = [golf.lr_scale(config, 0, cast_float(e["progress"])) for e in events]
     assert [e["lr_scale"] for e in events] == pytest.approx(scales)
 
 

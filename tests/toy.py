@@ -152,8 +152,6 @@ def random_model(config: golf.Config, seed: int = 0) -> golf.GPT:
             getattr(model, name).normal_(0, 0.15, generator=generator)
         for parameter in model.vectors().values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        for gate in model.named("mlp_gate").values():
-            gate[:, -1] -= 5.0  # or it is open whatever it reads
     return model
 
 

@@ -42,9 +42,9 @@ from tools import runs, sweep, welch
 
 TECHNIQUES = (
     "leaky slope: LEAKY_SLOPE=0.3/0.5", "smear gate: SMEAR_GATE=1/0",
-    "attention gate: ATTN_GATE=0.5/0", "mlp gate: MLP_GATE=1/0",
-    "short rows early: TRAIN_CONTEXT=0.35:512,0.7:1024/", "momentum: MUON_MOMENTUM=0.97/0.99",
-    "rate floor: MIN_LR=0.1/0")
+    "attention gate: ATTN_GATE=0.5/0", "short rows early: TRAIN_CONTEXT=0.35:512,0.7:1024/",
+    "momentum: MUON_MOMENTUM=0.97/0.99", "rate floor: MIN_LR=0.1/0",
+    "rates: MATRIX_LR=0.026/0.022 BETA2=0.99/0.95 WARMDOWN_FRAC=0.85/0.72")
 
 # One GPU's share of a full run's batch; what a full run counts in steps keeps its share of the run.
 COMMON = {"TRAIN_BATCH_TOKENS": "98304", "SCHEDULE_STEPS": "4500", "VAL_LOSS_EVERY": "0"}
