@@ -1030,10 +1030,9 @@ class GPT(nn.Module):
         vectors = [p.unbind() for p in (self.resid_mix, self.q_gain, self.norm_scale)]
         fuse = triton and self.embed.is_cuda and self.dtype.itemsize == 2 and (
             torch.cuda.get_device_capability()[0] == 9)  # others may lack its shared memory
-        gates: list = [self.config.attn_gate * p for p in self.named("attn_gate").values()]
-        parts = zip(*matrices, *vectors, *(gates or [[None] * len(out)]), strict=True)
-        return [BlockWeights(*own)._replace(slope=self.config.leaky_slope, fused=bool(fuse))
-                for own in parts]
+        gates = [self.config.attn_gate * p for p in self.named("attn_gate").values()]
+        return [BlockWeights(*parts)._replace(slope=self.config.leaky_slope, fused=bool(fuse))
+                for parts in zip(*matrices, *vectors, *gates, strict=True)]
 
     def rows(self, name: str) -> Sequence[Tensor]:
         """A parameter by its first dimension; nothing if the model has none."""
@@ -2501,13 +2500,17 @@ class LowRank:
         self.adam.step()
         self.adam.zero_grad()
 
+def pass_widths(widest: int) -> list[int]:
+    """The widths that a pass can have, so that few are timed and compiled: sixteenths."""
+    return [min(-(-widest // 16) * sixteenths, widest) for sixteenths in range(1, 17)]
+
 def document_passes(starts: np.ndarray, stops: np.ndarray, config: Config
                     ) -> list[list[tuple[Windows, int]]]:
     """For groups of documents by falling length, their passes chunk by chunk, each with its width.
     Chunks grow with length: short documents gain from early steps, long ones must not hold up a
-    rank. A pass sees all before its end that fits, in sixteenths of the widest."""
+    rank. A pass sees all before its end that fits, and is as wide as `pass_widths` allows."""
     rows, widest, groups = config.ttt_batch_size, config.eval_seq_len, []
-    order, unit = np.argsort(starts - stops, kind="stable"), -(-widest // 16)
+    order, widths = np.argsort(starts - stops, kind="stable"), pass_widths(widest)
     for group in np.split(order, range(rows, len(order), rows)):
         start, stop = starts[group], stops[group]
         length, passes = stop[0] - start[0], []
@@ -2515,7 +2518,7 @@ def document_passes(starts: np.ndarray, stops: np.ndarray, config: Config
         for last in range(chunk, length + chunk, chunk):
             windows = Windows(start + max(0, last - widest), np.minimum(start + last - chunk, stop),
                               np.minimum(start + last, stop))
-            passes.append((windows, min(-(-last // unit) * unit, widest)))
+            passes.append((windows, widths[min(-(-last // widths[0]), 16) - 1]))
         groups.append(passes)
     return groups
 
@@ -2568,7 +2571,7 @@ def project_documents(scorer: Scorer, deadline: float = math.inf) -> float:
     model, stream, world, seconds = scorer.model, scorer.stream, scorer.world, {}
     lengths, config, adapters = official_lengths(), model.config, LowRank(model, scorer.plan)
     stops, most = lengths.cumsum(), config.eval_seq_len
-    widths = sorted({min(-(-most // 16) * sixteenths, most) for sixteenths in (1, 6, 11, 16)})
+    widths = sorted({*pass_widths(most)[::5]})  # four of sixteen
     for width in widths * (1 + config.compile):
         rows = torch.randint(config.vocab_size, (config.ttt_batch_size, width + 1))
         begin, skip = time.perf_counter(), max(0, width - config.ttt_chunk_size)
@@ -2803,10 +2806,10 @@ def evaluate_artifact(setup: Setup, path: Path) -> None:
     scorer.views = len(TEMPERED) * (config.mixer == "legal")
     log.put("artifact", sha256=(scored := digest(path.read_bytes())))
     prefix = f"{log.folder}/ledger_{digest(scored + config.config_hash + program_source())[:16]}"
-    full, chunk = 0.0, config.ttt_chunk_size
+    full = 0.0
     if config.ttt_enabled and config.ttt_mode == "documents":
         full = project_documents(scorer, begin + ADAPTED_BY * config.max_eval_seconds)
-        if (longer := model.config.ttt_chunk_size) > chunk:
+        if (longer := model.config.ttt_chunk_size) > (chunk := config.ttt_chunk_size):
             log.result["ttt_chunk_size"] = longer
             log.warn(f"TTT_CHUNK_SIZE={longer} instead of {chunk}, or the evaluation would take "
                      f"longer than MAX_EVAL_SECONDS ({config.max_eval_seconds:g})")

@@ -101,7 +101,6 @@ def main(arguments: Sequence[str] | None = None, env: Mapping[str, str] = os.env
     """
     options = parse_arguments(arguments)
     config, world = golf.Config.from_env(env), golf.World.from_env({})
-    golf.open_artifact(options.artifact, config)  # or its error, before anything is compiled
     torch.set_float32_matmul_precision("high")
     attend = golf.choose_attention(config.attention, world.device).attend
     model, plan = golf.load_artifact(options.artifact, config, world, attend)
